@@ -1,0 +1,211 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * The control protocol between a supervisor and a worker: the only definition of it.
+ *
+ * Transport: AF_UNIX SOCK_SEQPACKET, one message per packet, native endianness; both ends run on
+ * the same kernel from the same build, and `version` refuses anything else. Descriptors travel
+ * as SCM_RIGHTS beside the message named here. Every structure is naturally aligned, without
+ * implicit padding, so that its bytes can be compared and fuzzed.
+ *
+ * The worker trusts a supervisor's numbers no more than a ring's: every length, count and offset
+ * is checked before use, and a bad one is answered with ERROR.
+ */
+#ifndef PVF_CTL_H
+#define PVF_CTL_H
+
+#include <stdint.h>
+
+#define PVF_CTL_MAGIC 0x43465650u /* "PVFC" */
+#define PVF_CTL_VERSION 1u
+#define PVF_CTL_MAX 8192u     /* bytes of the largest message */
+#define PVF_CTL_MAX_FDS 4u
+#define PVF_NAME_MAX 64u      /* device name, NUL-terminated */
+#define PVF_TEXT_MAX 192u     /* human-readable text, NUL-terminated */
+#define PVF_MAX_RING_PAGES 16u
+#define PVF_MAX_POOL_PAGES 1056u
+#define PVF_PAGE_SIZE 4096u
+
+enum pvf_class {
+	PVF_CLASS_BLK = 1,
+	PVF_CLASS_NET = 2,
+	PVF_CLASS_CONS = 3,
+};
+
+enum pvf_ctl_type {
+	/* supervisor to worker */
+	PVF_CTL_ATTACH = 1,  /* fds: event channel, gntalloc */
+	PVF_CTL_START = 2,   /* fds: NBD socket, or none to keep the present one */
+	PVF_CTL_QUIESCE = 3,
+	PVF_CTL_DETACH = 4,
+	PVF_CTL_EXIT = 5,
+	/* worker to supervisor: answers */
+	PVF_CTL_ATTACHED = 64,
+	PVF_CTL_STARTED = 65,
+	PVF_CTL_DRAINED = 66,
+	PVF_CTL_DETACHED = 67,
+	PVF_CTL_ERROR = 68,
+	/* worker to supervisor: unasked */
+	PVF_CTL_HELLO = 96,  /* fds: statistics memfd, read-only */
+	PVF_CTL_BROKEN = 97,
+	PVF_CTL_TARGET_GONE = 98,
+	PVF_CTL_FEATURE_OFF = 99,
+	PVF_CTL_STALLED = 100,
+	PVF_CTL_LOG = 101,
+};
+
+enum pvf_worker_state {
+	PVF_IDLE = 0,
+	PVF_ATTACHED = 1,
+	PVF_RUNNING = 2,
+	PVF_DRAINING = 3,
+	PVF_DRAINED = 4,
+	PVF_BROKEN = 5,
+	PVF_TARGET_LOST = 6, /* the NBD socket is gone, the ring not yet empty */
+};
+
+struct pvf_ctl_hdr {
+	uint32_t magic;
+	uint16_t version;
+	uint16_t type;
+	uint32_t generation;
+	uint32_t length; /* of the whole message, this header included */
+};
+
+struct pvf_ctl_attach {
+	struct pvf_ctl_hdr hdr;
+	uint32_t device_class; /* enum pvf_class */
+	uint32_t port;         /* event channel, bound on the descriptor passed along */
+	uint32_t ring_pages;   /* 1, 2, 4, 8 or 16 */
+	uint32_t pool_pages;
+	uint64_t ring_offset;  /* mmap offsets within the gntalloc descriptor, bytes */
+	uint64_t pool_offset;
+	char name[PVF_NAME_MAX]; /* "vbd-51728" */
+	uint32_t flags;
+	uint32_t reserved;
+	uint32_t pool_grefs[]; /* pool_pages of them */
+};
+
+#define PVF_ATTACH_SCRUB 1u /* trusted=0: clear whole pages before each reuse */
+
+struct pvf_ctl_start {
+	struct pvf_ctl_hdr hdr;
+	uint64_t sectors;       /* of 512 bytes, whatever sector_size is (blkif.h) */
+	uint32_t sector_size;   /* bytes: 512, 1024, 2048 or 4096 */
+	uint32_t flags;         /* PVF_BLK_* */
+	uint32_t max_segments;  /* per request, 1..11 without indirect descriptors */
+	uint32_t discard_granularity; /* bytes */
+	uint32_t discard_alignment;   /* bytes */
+	uint32_t stall_seconds; /* report STALLED after this long without a response; 0: never */
+	uint32_t vdev;          /* handle: the vbd's number, goes into blkif_request.handle */
+	uint32_t reserved;
+};
+
+#define PVF_BLK_READ_ONLY 1u
+#define PVF_BLK_FLUSH 2u
+#define PVF_BLK_DISCARD 4u
+
+struct pvf_ctl_simple { /* QUIESCE, EXIT; ATTACHED, STARTED, DRAINED, DETACHED */
+	struct pvf_ctl_hdr hdr;
+};
+
+struct pvf_ctl_detach {
+	struct pvf_ctl_hdr hdr;
+	uint32_t flags;
+	uint32_t reserved;
+};
+
+#define PVF_DETACH_KEEP_TARGET 1u /* the NBD socket stays open for the next START */
+
+struct pvf_ctl_hello {
+	struct pvf_ctl_hdr hdr;
+	uint32_t state; /* enum pvf_worker_state */
+	uint32_t device_class;
+	uint32_t pid;
+	uint32_t in_flight;   /* requests in the ring */
+	uint32_t has_target;  /* 1: an NBD socket is open */
+	uint32_t stats_size;  /* bytes of the statistics memfd */
+	char name[PVF_NAME_MAX]; /* empty before the first ATTACH */
+};
+
+struct pvf_ctl_error {
+	struct pvf_ctl_hdr hdr;
+	uint32_t in_reply_to; /* enum pvf_ctl_type */
+	int32_t error;        /* errno, positive */
+	char text[PVF_TEXT_MAX];
+};
+
+struct pvf_ctl_broken {
+	struct pvf_ctl_hdr hdr;
+	uint32_t rule; /* number of the rule in docs/security.md */
+	uint32_t reserved;
+	uint64_t value;
+	char field[PVF_NAME_MAX];
+	char text[PVF_TEXT_MAX];
+};
+
+struct pvf_ctl_target_gone {
+	struct pvf_ctl_hdr hdr;
+	int32_t error; /* 0: orderly end of the socket; else errno (EPROTO: it broke NBD) */
+	uint32_t in_flight;
+	char text[PVF_TEXT_MAX];
+};
+
+struct pvf_ctl_feature_off {
+	struct pvf_ctl_hdr hdr;
+	uint32_t feature; /* PVF_BLK_FLUSH or PVF_BLK_DISCARD */
+	uint32_t reserved;
+};
+
+struct pvf_ctl_stalled {
+	struct pvf_ctl_hdr hdr;
+	uint32_t seconds;   /* since the last response; 0: the stall has ended */
+	uint32_t in_flight;
+};
+
+struct pvf_ctl_log {
+	struct pvf_ctl_hdr hdr;
+	uint32_t level; /* syslog: 3 error, 4 warning, 6 info */
+	uint32_t reserved;
+	char text[PVF_TEXT_MAX];
+};
+
+/* Statistics: one page, written by the worker only, mapped read-only by anyone.
+ * A reader copies the page while `sequence` is even and unchanged (seqlock). Counters only grow
+ * for the worker's whole life, over all generations. */
+#define PVF_STATS_MAGIC 0x53465650u /* "PVFS" */
+#define PVF_STATS_VERSION 1u
+
+struct pvf_blk_op_stats {
+	uint64_t requests; /* NBD requests completed */
+	uint64_t bytes;
+	uint64_t errors;
+	uint64_t ring_requests; /* blkif requests that they became */
+};
+
+struct pvf_blk_stats {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t sequence;
+	uint32_t state; /* enum pvf_worker_state */
+	uint32_t generation;
+	uint32_t in_flight;      /* ring requests now */
+	uint32_t in_flight_peak;
+	uint32_t pool_pages;
+	uint32_t pool_free;
+	uint32_t pool_free_low;  /* fewest ever free */
+	uint32_t ring_slots;
+	uint32_t nbd_pending;    /* NBD requests accepted and not answered */
+	struct pvf_blk_op_stats read, write, flush, discard;
+	uint64_t segments;
+	uint64_t notifies;       /* sent to the backend */
+	uint64_t events;         /* received */
+	uint64_t events_spurious; /* received with no response behind them */
+	uint64_t watchdog_hits;  /* responses found by the watchdog: an event was lost */
+	uint64_t wakeups;        /* epoll returns */
+	uint64_t ring_full;      /* intake paused for want of a slot */
+	uint64_t pool_empty;     /* intake paused for want of a page */
+	uint64_t target_blocked; /* replies paused: the client does not read */
+	uint64_t rejected;       /* NBD requests refused before the ring */
+};
+
+#endif
