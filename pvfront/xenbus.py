@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Devices of this guest as the store shows them: enumeration, hot plug, views of both ends.
+
+Theory of operation
+    A toolstack defines a device by two directories: ``device/<class>/<id>`` in the guest's part of
+    the store (the frontend) and the directory that its ``backend`` key names (the backend). Each
+    end owns a ``state`` key (XenbusState); a handshake is nothing but both ends reading the
+    other's.
+
+    `Bus` follows ``device/<class>`` and says which ids came and went. `XenbusDevice` watches one
+    device's keys and condenses them into a `View`: both states, ``online``, and whether the nodes
+    are there at all. Watches say only "look again": every view is a fresh read, so a coalesced
+    or lost event costs a delay and never a wrong view. `XenbusDevice.until` is the only wait
+    there is: it has a deadline and its error names the end that is stuck and the state it is
+    stuck in.
+
+    Everything read here was written by another domain. States parse to UNKNOWN when they are
+    nonsense; a ``backend`` path or id that changes under us counts as a vanished device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from .errors import PvfrontError
+from .negotiate import parse_uint
+from .states import XenbusState, parse_state
+from .xenstore import Transaction, Xenstore
+
+log = logging.getLogger(__name__)
+
+# The largest domain id that can be a backend: DOMID_FIRST_RESERVED - 1 (xen.h).
+MAX_DOMID = 0x7FEF
+
+
+class HandshakeTimeout(PvfrontError, TimeoutError):
+    """A wait for the other end ran out; the message names who is stuck in which state."""
+
+
+class DeviceGone(PvfrontError):
+    """The frontend's or the backend's node vanished, or now names another backend."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Both ends of a device at one moment.
+
+    `backend_error` is what the backend wrote under its ``error`` key's frontend mirror, if any:
+    the text that blkback and netback publish when they refuse (``xenbus_dev_error``).
+    """
+
+    frontend: XenbusState
+    backend: XenbusState
+    online: bool
+    present: bool
+    serial: int = 0
+
+    def __str__(self) -> str:
+        if not self.present:
+            return "nodes vanished"
+        text = f"frontend {self.frontend.label}, backend {self.backend.label}"
+        return text if self.online else text + ", offline"
+
+
+class XenbusDevice:
+    """One frontend node, its backend, and the views of both.
+
+    `name` is the kernel's bus name (``vbd-51728``), `path` the frontend directory. Use `open`,
+    and `close` at the end: the watches belong to the object.
+    """
+
+    def __init__(
+        self, store: Xenstore, klass: str, devid: int, path: str, backend: str, backend_id: int
+    ) -> None:
+        self.store = store
+        self.klass = klass
+        self.devid = devid
+        self.name = f"{klass}-{devid}"
+        self.path = path
+        self.backend = backend
+        self.backend_id = backend_id
+        self.view = View(XenbusState.UNKNOWN, XenbusState.UNKNOWN, False, False)
+        self._changed = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def open(cls, store: Xenstore, klass: str, devid: int, *, home: str = "") -> XenbusDevice:
+        """Reads where the backend is and starts to watch both ends.
+
+        Raises DeviceGone if there is no such node, PvfrontError if its keys make no sense.
+        """
+        path = f"{home}device/{klass}/{devid}"
+        backend = await store.read_opt(f"{path}/backend")
+        if not backend:
+            raise DeviceGone(f"{klass}-{devid}: {path}/backend is missing from the store")
+        text = await store.read_opt(f"{path}/backend-id")
+        backend_id = parse_uint(text or "", lo=0, hi=MAX_DOMID, field=f"{path}/backend-id")
+        if not backend.startswith("/"):
+            raise PvfrontError(f"{klass}-{devid}: backend path {backend!r} is not absolute")
+        device = cls(store, klass, devid, path, backend.rstrip("/"), backend_id)
+        await device.refresh()
+        for watched in (f"{path}/state", f"{path}/backend", *device._backend_keys()):
+            device._tasks.append(asyncio.create_task(device._follow(watched), name=watched))
+        return device
+
+    def _backend_keys(self) -> tuple[str, ...]:
+        return (f"{self.backend}/state", f"{self.backend}/online")
+
+    async def close(self) -> None:
+        """Drops the watches; the device's keys are left as they are. Idempotent."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self, path: str) -> None:
+        async with self.store.watch(path) as watch:
+            async for _ in watch:
+                await self.refresh()
+
+    async def refresh(self) -> View:
+        """Reads both ends afresh and wakes whoever waits for a change.
+
+        `View.serial` grows with each refresh, so that a backend that writes the same state
+        again (blkback: state 4 again is a resize) is seen.
+        """
+        frontend, backend, online, where = await asyncio.gather(
+            self.store.read_opt(f"{self.path}/state"),
+            self.store.read_opt(f"{self.backend}/state"),
+            self.store.read_opt(f"{self.backend}/online"),
+            self.store.read_opt(f"{self.path}/backend"),
+        )
+        present = (
+            frontend is not None
+            and backend is not None
+            and where is not None
+            and where.rstrip("/") == self.backend
+        )
+        async with self._changed:
+            self.view = View(
+                frontend=parse_state(frontend),
+                backend=parse_state(backend),
+                online=online == "1",
+                present=present,
+                serial=self.view.serial + 1,
+            )
+            self._changed.notify_all()
+        return self.view
+
+    async def changed(self, since: View) -> View:
+        """Waits until something was written after `since`, without a deadline."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.view.serial > since.serial)
+            return self.view
+
+    async def until(
+        self, wanted: Callable[[View], bool], *, what: str, timeout: float
+    ) -> View:
+        """Waits for a view that `wanted` accepts.
+
+        Raises HandshakeTimeout after `timeout` seconds, naming `what` never came and both
+        states, and DeviceGone as soon as the nodes vanish.
+        """
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout), self._changed:
+                while not wanted(self.view):
+                    if not self.view.present:
+                        raise DeviceGone(f"{self.name}: vanished while waiting for {what}")
+                    await self._changed.wait()
+                return self.view
+        except TimeoutError as error:
+            if isinstance(error, HandshakeTimeout):
+                raise
+            spent = time.monotonic() - started
+            raise HandshakeTimeout(
+                f"{self.name}: {what} never came within {spent:.0f} s ({self.view})",
+                hint=f"look at {self.backend} with xenstore-ls in the backend domain "
+                f"{self.backend_id} and at its kernel log",
+            ) from None
+
+    async def write_state(
+        self, state: XenbusState, txn: Transaction | None = None
+    ) -> None:
+        """Writes the frontend's state; outside a transaction only if it differs.
+
+        A state is never created where the toolstack has removed the node: writing into a
+        vanished directory would leave a ghost that no toolstack cleans up.
+        """
+        path = f"{self.path}/state"
+        if txn is not None:
+            await txn.write(path, str(int(state)))
+            return
+        async for attempt in self.store.transaction():
+            async with attempt as t:
+                now = await t.read_opt(path)
+                if now is None:
+                    raise DeviceGone(f"{self.name}: {path} vanished")
+                if now != str(int(state)):
+                    await t.write(path, str(int(state)))
+        await self.refresh()
+
+    async def publish(self, keys: dict[str, str], state: XenbusState) -> None:
+        """Writes the frontend's keys and its state in one transaction."""
+        async for attempt in self.store.transaction():
+            async with attempt as t:
+                if await t.read_opt(f"{self.path}/state") is None:
+                    raise DeviceGone(f"{self.name}: {self.path}/state vanished")
+                for key, value in keys.items():
+                    await t.write(f"{self.path}/{key}", value)
+                await self.write_state(state, t)
+        await self.refresh()
+
+    async def remove_keys(self, keys: Callable[[str], bool]) -> list[str]:
+        """Removes the frontend keys that `keys` accepts; returns their names."""
+        removed: list[str] = []
+        async for attempt in self.store.transaction():
+            async with attempt as t:
+                removed = [k for k in await t.directory(self.path) if keys(k)]
+                for key in removed:
+                    await t.remove(f"{self.path}/{key}")
+        return removed
+
+    async def backend_keys(self) -> dict[str, str]:
+        """Every key of the backend's directory, one level deep. Hostile text, unparsed."""
+        names = await self.store.directory(self.backend)
+        values = await asyncio.gather(
+            *(self.store.read_opt(f"{self.backend}/{name}") for name in names)
+        )
+        return {n: v for n, v in zip(names, values, strict=True) if v is not None}
+
+
+class Bus:
+    """Enumeration and hot plug of one class of devices (``vbd``, ``vif``, ``console``)."""
+
+    def __init__(self, store: Xenstore, klass: str, *, home: str = "") -> None:
+        self.store = store
+        self.klass = klass
+        self.path = f"{home}device/{klass}"
+
+    async def ids(self) -> list[int]:
+        """The ids present now, ascending. A name that is no number is not a device."""
+        try:
+            names = await self.store.directory(self.path)
+        except FileNotFoundError:
+            return []
+        return sorted(int(n) for n in names if n.isascii() and n.isdigit() and len(n) <= 10)
+
+    async def changes(self) -> AsyncIterator[list[int]]:
+        """Yields the ids now, and again whenever the list changes."""
+        last: list[int] | None = None
+        async with self.store.watch(self.path) as watch:
+            async for fired in watch:
+                # Keys below a device change all the time; only the list counts here.
+                if last is not None and fired.rstrip("/").count("/") > self.path.count("/") + 1:
+                    continue
+                now = await self.ids()
+                if now != last:
+                    last = now
+                    yield now
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    store: Xenstore, klass: str, devid: int, *, home: str = ""
+) -> AsyncIterator[XenbusDevice]:
+    """`XenbusDevice.open` as a context manager."""
+    device = await XenbusDevice.open(store, klass, devid, home=home)
+    try:
+        yield device
+    finally:
+        await device.close()
