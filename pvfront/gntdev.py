@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Mapping pages that another domain granted, through /dev/xen/gntdev.
+
+The frontends never need it (they grant, backends map); tests and our own peers do.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Sequence
+from typing import Self
+
+from pvfront.errors import ClosedError, PvfrontError
+from pvfront.handle import PAGE_SIZE, DeviceHandle, check_domid
+
+# _IOC(_IOC_NONE, 'G', nr, size) of xen/gntdev.h
+_MAP_GRANT_REF = 0x00184700
+_UNMAP_GRANT_REF = 0x00104701
+
+_MAP = struct.Struct("=I4xQ")  # count, index; then (domid, ref) per page
+_GRANT = struct.Struct("=II")
+_UNMAP = struct.Struct("=QI4x")
+
+
+class GrantMapError(PvfrontError):
+    """Grants could not be mapped: not granted to this domain, read-only, or taken back."""
+
+
+class GrantMapper(DeviceHandle):
+    """One open /dev/xen/gntdev. Grants stay mapped until their mapping is unmapped."""
+
+    MODULE = "xen-gntdev"
+
+    def __init__(self, fd: int, path: str = "/dev/xen/gntdev") -> None:
+        super().__init__(fd, path)
+
+    @classmethod
+    def open(cls, path: str = "/dev/xen/gntdev") -> Self:
+        """Opens the device. Raises DeviceUnavailable (module not loaded, not root)."""
+        return cls._open(path)
+
+    def map(self, domid: int, grefs: Sequence[int], *, writable: bool = True) -> GrantMapping:
+        """Maps the pages that `domid` granted as `grefs`, one after the other.
+
+        Raises GrantMapError if one of them cannot be mapped (then none is), ValueError.
+        """
+        check_domid(domid)
+        if not grefs:
+            raise ValueError("no grant references to map")
+        argument = bytearray(_MAP.pack(len(grefs), 0))
+        for gref in grefs:
+            argument += _GRANT.pack(domid, gref)
+        what = f"{len(grefs)} grants of domain {domid} (first reference {grefs[0]})"
+        try:
+            self._ioctl(_MAP_GRANT_REF, argument)
+        except OSError as exc:
+            raise _map_error(what, exc) from exc
+        offset = _MAP.unpack_from(argument)[1]
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        size = len(grefs) * PAGE_SIZE
+        try:
+            if sys.version_info >= (3, 13):
+                memory = mmap.mmap(
+                    self.fileno(), size, prot=protection, offset=offset, trackfd=False
+                )
+            else:
+                memory = mmap.mmap(self.fileno(), size, prot=protection, offset=offset)
+        except OSError as exc:
+            self._ioctl(_UNMAP_GRANT_REF, _UNMAP.pack(offset, len(grefs)))
+            raise _map_error(what, exc) from exc
+        memory.madvise(mmap.MADV_DONTFORK)
+        return GrantMapping(self, offset, domid, tuple(grefs), memory)
+
+
+class GrantMapping:
+    """Grants of domain `domid` mapped here; `memory` holds their pages in the order of `grefs`."""
+
+    def __init__(
+        self,
+        mapper: GrantMapper,
+        offset: int,
+        domid: int,
+        grefs: tuple[int, ...],
+        memory: mmap.mmap,
+    ) -> None:
+        self.offset = offset
+        self.domid = domid
+        self.grefs = grefs
+        self._mapper = mapper
+        self._memory: mmap.mmap | None = memory
+
+    @property
+    def memory(self) -> mmap.mmap:
+        """The mapped pages. Raises ClosedError after `unmap`."""
+        if self._memory is None:
+            raise ClosedError(f"{self._mapper.path}: grant mapping used after it was unmapped")
+        return self._memory
+
+    def unmap(self) -> None:
+        """Lets go of the pages. Twice is harmless, and it works after the mapper's close too.
+
+        Raises BufferError, with nothing unmapped, if a memoryview of `memory` is still in use.
+        """
+        if self._memory is None:
+            return
+        self._memory.close()
+        self._memory = None
+        if not self._mapper.closed:
+            self._mapper._ioctl(_UNMAP_GRANT_REF, _UNMAP.pack(self.offset, len(self.grefs)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unmap()
+
+
+def _map_error(what: str, exc: OSError) -> GrantMapError:
+    code = exc.errno or errno.EIO
+    name = errno.errorcode.get(code, str(code))
+    return GrantMapError(f"cannot map {what}: {name} ({os.strerror(code)})")
