@@ -115,6 +115,9 @@ struct pvf_ctl_detach {
 };
 
 #define PVF_DETACH_KEEP_TARGET 1u /* the NBD socket stays open for the next START */
+#define PVF_DETACH_PARK 2u /* the event channel's descriptor stays open for ever, untouched: a port
+                            * that was bound while the domain slept crashes the kernel when it
+                            * is unbound. The worker then only waits and takes no ATTACH. */
 
 struct pvf_ctl_hello {
 	struct pvf_ctl_hdr hdr;
