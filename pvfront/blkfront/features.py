@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What the store's keys say about a disk, and what we write there. Pure: text in, values out.
+
+The keys are those of Xen's public header io/blkif.h. Linux's blkback writes its transport limits
+before InitWait and the disk's properties and optional features only just before Connected, so
+`parse_limits` is for InitWait and `parse_geometry` for Connected; a backend may write either
+early or late, therefore both take whatever keys are there.
+
+Units: `sectors` counts 512 bytes whatever `sector-size` says. Older copies of blkif.h say
+otherwise and QEMU followed them, but blkback never did and the header has been corrected since.
+Without `feature-large-sector-size` (which we do not write) only blkback offers more than 512: a
+larger sector size of any other backend is refused, because what it counts in is anyone's guess.
+
+`discard-enable` is between the toolstack and the backend; a frontend neither reads nor writes it.
+
+Backend contents are hostile. A value the disk cannot do without is refused (GeometryError); any
+other is clamped to something safe and reported as a `Problem`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ..errors import PvfrontError
+
+SECTOR = 512
+PROTOCOL = "x86_64-abi"  # XEN_IO_PROTO_ABI_X86_64 (io/protocols.h)
+
+# blkif.h
+VDISK_CDROM = 0x1
+VDISK_REMOVABLE = 0x2
+VDISK_READONLY = 0x4
+
+MAX_RING_PAGE_ORDER = 4
+MAX_INDIRECT_SEGMENTS = 256
+MAX_QUEUES = 64
+
+_MAX_BYTES = (1 << 63) - 1  # loff_t
+_U32 = (1 << 32) - 1
+_U64 = (1 << 64) - 1
+_SHOWN = 40  # characters of a hostile value that are worth printing
+
+LIMIT_KEYS = ("feature-max-indirect-segments", "max-ring-page-order", "multi-queue-max-queues")
+GEOMETRY_KEYS = (
+    "sectors",
+    "sector-size",
+    "physical-sector-size",
+    "info",
+    "mode",
+    "removable",
+    "feature-flush-cache",
+    "feature-barrier",
+    "feature-persistent",
+    "feature-discard",
+    "discard-granularity",
+    "discard-alignment",
+    "discard-secure",
+)
+
+_STALE = re.compile(
+    r"ring-ref\d*|event-channel|protocol|ring-page-order|num-ring-pages"
+    r"|multi-queue-num-queues|queue-\d+|feature-.+"
+)
+
+
+class GeometryError(PvfrontError):
+    """A key without which there is no disk is missing or impossible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A key whose value was replaced by a safe one."""
+
+    field: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}={_shown(self.value)}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class RingLimits:
+    """What the backend allows for the rings; each is already within our own limits."""
+
+    max_indirect: int = 0  # segments per request with indirect descriptors; 0: none
+    max_ring_page_order: int = 0
+    max_queues: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DiskGeometry:
+    """A disk as its backend describes it."""
+
+    sectors: int  # of 512 bytes; a multiple of sector_size / 512
+    sector_size: int = SECTOR  # bytes
+    physical_sector_size: int = SECTOR  # bytes, a multiple of sector_size
+    read_only: bool = False
+    removable: bool = False
+    device_type: str = "disk"
+    flush: bool = False
+    barrier: bool = False
+    persistent: bool = False
+    discard: bool = False
+    discard_granularity: int = SECTOR  # bytes
+    discard_alignment: int = 0  # bytes, below the granularity
+    discard_secure: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.sectors * SECTOR
+
+
+def parse_limits(backend: Mapping[str, str]) -> tuple[RingLimits, list[Problem]]:
+    """The transport limits; a missing or impossible key means its default."""
+    keys = _Keys(backend)
+    limits = RingLimits(
+        max_indirect=min(
+            keys.number("feature-max-indirect-segments", 0, _U32), MAX_INDIRECT_SEGMENTS
+        ),
+        max_ring_page_order=min(keys.number("max-ring-page-order", 0, _U32), MAX_RING_PAGE_ORDER),
+        max_queues=max(1, min(keys.number("multi-queue-max-queues", 1, _U32), MAX_QUEUES)),
+    )
+    return limits, keys.problems
+
+
+def parse_geometry(
+    backend: Mapping[str, str], *, device_type: str | None = None, blkback: bool = True
+) -> tuple[DiskGeometry, list[Problem]]:
+    """The disk behind the backend's keys.
+
+    `device_type` is the frontend's key of that name; `blkback` says that the backend is the
+    kernel's (its store directory is `backend/vbd`, not `backend/qdisk`).
+    Raises GeometryError naming the key and its value.
+    """
+    keys = _Keys(backend)
+    sector_size = keys.required("sector-size")
+    if sector_size not in (512, 1024, 2048, 4096):
+        keys.refuse("sector-size", "must be 512, 1024, 2048 or 4096")
+    if sector_size != SECTOR and not blkback:
+        keys.refuse("sector-size", "only 512 is supported with this kind of backend")
+    sectors = keys.required("sectors")
+    if sectors == 0:
+        keys.refuse("sectors", "the disk is empty (is there a medium?)")
+    if sectors * SECTOR > _MAX_BYTES:
+        keys.refuse("sectors", "the disk would be larger than 2^63 bytes")
+    per_block = sector_size // SECTOR
+    if sectors % per_block:
+        if sectors < per_block:
+            keys.refuse("sectors", f"less than one sector of {sector_size} bytes")
+        keys.problem("sectors", f"not a multiple of sector-size {sector_size}; rounded down")
+        sectors -= sectors % per_block
+    info = keys.required("info")
+
+    physical = keys.number("physical-sector-size", sector_size, _U32)
+    if physical < sector_size or physical % sector_size or physical & (physical - 1):
+        keys.problem("physical-sector-size", f"not a power of two from {sector_size} up; ignored")
+        physical = sector_size
+
+    discard = keys.flag("feature-discard")
+    granularity = keys.number("discard-granularity", sector_size, _U32) or sector_size
+    alignment = keys.number("discard-alignment", 0, _U32)
+    if granularity % sector_size:
+        keys.problem("discard-granularity", f"not a multiple of {sector_size}; discard is off")
+        discard, granularity = False, sector_size
+    if alignment % sector_size:
+        keys.problem("discard-alignment", f"not a multiple of {sector_size}; discard is off")
+        discard, alignment = False, 0
+
+    kind = device_type if device_type is not None else backend.get("device-type", "disk")
+    if kind not in ("disk", "cdrom", "floppy"):
+        keys.problems.append(Problem("device-type", kind, "unknown; taken as disk"))
+        kind = "disk"
+    if info & VDISK_CDROM:
+        kind = "cdrom"
+    return DiskGeometry(
+        sectors=sectors,
+        sector_size=sector_size,
+        physical_sector_size=physical,
+        read_only=bool(info & VDISK_READONLY) or backend.get("mode", "w").startswith("r"),
+        removable=bool(info & VDISK_REMOVABLE) or keys.flag("removable"),
+        device_type=kind,
+        flush=keys.flag("feature-flush-cache"),
+        barrier=keys.flag("feature-barrier"),
+        persistent=keys.flag("feature-persistent"),
+        discard=discard,
+        discard_granularity=granularity,
+        discard_alignment=alignment % granularity,
+        discard_secure=discard and keys.flag("discard-secure"),
+    ), keys.problems
+
+
+def trusted(frontend: Mapping[str, str]) -> bool:
+    """The toolstack's `trusted` key in the frontend's directory; nonsense means no."""
+    return frontend.get("trusted", "1").strip() == "1"
+
+
+def frontend_keys(
+    *, port: int, ring_refs: Sequence[int], persistent: bool = False
+) -> dict[str, str]:
+    """What the frontend publishes with Initialised, for one queue of 1, 2, 4, 8 or 16 pages."""
+    pages = len(ring_refs)
+    order = pages.bit_length() - 1
+    if pages != 1 << order or order > MAX_RING_PAGE_ORDER:
+        raise ValueError(f"a ring has 1, 2, 4, 8 or 16 pages, not {pages}")
+    keys = {
+        "event-channel": str(port),
+        "protocol": PROTOCOL,
+        "feature-persistent": "1" if persistent else "0",
+    }
+    if order == 0:
+        keys["ring-ref"] = str(ring_refs[0])
+    else:
+        keys["ring-page-order"] = str(order)
+        keys.update((f"ring-ref{page}", str(ref)) for page, ref in enumerate(ring_refs))
+    return keys
+
+
+def stale_key(key: str) -> bool:
+    """Whether a key of the frontend's directory is left over from an earlier connection.
+
+    Everything else there belongs to the toolstack and stays.
+    """
+    return _STALE.fullmatch(key) is not None
+
+
+def _shown(value: str) -> str:
+    text = value if len(value) <= _SHOWN else value[:_SHOWN] + "…"
+    return repr(text)
+
+
+class _Keys:
+    """The backend's keys, and what was wrong with them so far."""
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self._keys = keys
+        self.problems: list[Problem] = []
+
+    def problem(self, field: str, reason: str) -> None:
+        self.problems.append(Problem(field, self._keys.get(field, ""), reason))
+
+    def refuse(self, field: str, reason: str) -> NoReturn:
+        raise GeometryError(
+            f"backend key {field}={_shown(self._keys.get(field, ''))}: {reason}",
+            hint="the backend's domain wrote it: look there",
+        )
+
+    def required(self, field: str) -> int:
+        """A number up to 2^64-1 that must be there."""
+        text = self._keys.get(field)
+        if text is None:
+            raise GeometryError(
+                f"backend key {field} is missing",
+                hint="the backend's domain must write it: look there",
+            )
+        number = _decimal(text, _U64)
+        if number is None:
+            self.refuse(field, "not a decimal number")
+        return number
+
+    def number(self, field: str, default: int, most: int) -> int:
+        """A number from 0 to `most`, or `default` if it is missing or anything else."""
+        text = self._keys.get(field)
+        if text is None:
+            return default
+        number = _decimal(text, most)
+        if number is None:
+            self.problem(field, f"not a number from 0 to {most}; taken as {default}")
+            return default
+        return number
+
+    def flag(self, field: str) -> bool:
+        """A 0/1 key; like Linux, any other number is true."""
+        return self.number(field, 0, _U64) != 0
+
+
+def _decimal(text: str, most: int) -> int | None:
+    text = text.strip(" \t\n\0")
+    if not text.isascii() or not text.isdigit() or len(text) > 20:
+        return None
+    number = int(text)
+    return number if number <= most else None

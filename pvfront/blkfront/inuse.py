@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Why a block device is in use: mounts, swap, and the devices that LVM, MD or dm built on it.
+
+The scan explains; the kernel decides: `in_use` ends with an open(O_EXCL), which fails with EBUSY
+for whatever claims the disk or one of its partitions, known to us or not. A program that merely
+has the device open (a database on a raw disk) is no claim and is not found.
+
+A mount is found by the device number in /proc/self/mountinfo. File systems with anonymous device
+numbers (btrfs) are found by their mount source, which names one of their devices; the others
+are caught by the exclusive open, without a mount point in the reason. Mounts in other mount
+namespaces (containers) likewise.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .. import sysfs
+from ..errors import PvfrontError
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One reason. `root` means that the running system lives on the device."""
+
+    device: str  # the kernel's name of the disk, partition or holder: "xvdb1", "dm-0"
+    reason: str  # "mounted at /srv"
+    root: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.device} is {self.reason}"
+
+
+class InUse(PvfrontError):
+    """The device must not be taken away from whoever uses it."""
+
+    def __init__(self, name: str, uses: list[Use]) -> None:
+        root = any(use.root for use in uses)
+        super().__init__(
+            f"{name} is in use: {describe(uses)}",
+            hint="the running system is on it: it cannot be taken"
+            if root
+            else "end that use first (umount, swapoff, vgchange -an, mdadm --stop), "
+            "or give --force to tear it away",
+        )
+        self.uses = uses
+        self.root = root
+
+
+def describe(uses: list[Use]) -> str:
+    """All reasons in one line, each once."""
+    return "; ".join(dict.fromkeys(str(use) for use in uses))
+
+
+def in_use(name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> str | None:
+    """Why the whole disk `name` is in use, or None. May block while a dead disk is opened."""
+    uses = find(name, roots)
+    if not uses:
+        claimed = claim_probe(name, roots)
+        uses = [claimed] if claimed else []
+    return describe(uses) if uses else None
+
+
+def find(name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> list[Use]:
+    """Every known use of the disk, its partitions, and what is built on them. Never blocks."""
+    uses: list[Use] = []
+    mounts = list(_mounts(roots))
+    swaps = _swaps(roots)
+    for device, via in _stack(name, roots):
+        number = sysfs.read(roots.block(device) / "dev")
+        suffix = f" (on {via})" if via else ""
+        for mounted in mounts:
+            if (number is not None and mounted.number == number) or mounted.source == device:
+                root = mounted.point == "/"
+                text = "the root file system" if root else f"mounted at {mounted.point}"
+                uses.append(Use(device, text + suffix, root=root))
+        if device in swaps:
+            uses.append(Use(device, f"swap space{suffix}"))
+    for holder, below in _holders(name, roots):
+        uses.append(Use(below, f"part of {_holder_text(holder, roots)}"))
+    return uses
+
+
+def claim_probe(name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> Use | None:
+    """The kernel's own word: an exclusive open of the whole disk."""
+    try:
+        fd = os.open(roots.dev / name, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return Use(name, "claimed by the kernel or another program (EBUSY)")
+        return None  # no node, no medium, no device any more: nobody uses it through this name
+    os.close(fd)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    number: str  # "202:16"
+    point: str
+    source: str  # the kernel's name of the source device, or ""
+
+
+def _mounts(roots: sysfs.Roots) -> Iterator[_Mount]:
+    """proc_pid_mountinfo(5): id parent major:minor root point options [tags] - type source ..."""
+    for line in (sysfs.read(roots.proc / "self" / "mountinfo") or "").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, rest = before.split(), after.split()
+        if len(fields) < 5 or len(rest) < 2:
+            continue
+        yield _Mount(fields[2], _unescape(fields[4]), _kernel_name(_unescape(rest[1]), roots))
+
+
+def _swaps(roots: sysfs.Roots) -> set[str]:
+    lines = (sysfs.read(roots.proc / "swaps") or "").splitlines()[1:]
+    return {_kernel_name(_unescape(line.split()[0]), roots) for line in lines if line.split()}
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _kernel_name(path: str, roots: sysfs.Roots) -> str:
+    """`dm-0` for /dev/mapper/vg-root, `xvdb1` for /dev/xvdb1; "" for what is no device."""
+    if not path.startswith("/dev/"):
+        return ""
+    return (roots.dev / path.removeprefix("/dev/")).resolve().name
+
+
+def partitions(name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> list[str]:
+    """The kernel's names of the disk's partitions."""
+    disk = roots.block(name)
+    return [entry for entry in sysfs.listdir(disk) if (disk / entry / "partition").exists()]
+
+
+def _stack(name: str, roots: sysfs.Roots) -> Iterator[tuple[str, str]]:
+    """(device, what of ours it is built on, or "") for the disk and everything above it."""
+    yield name, ""
+    for partition in partitions(name, roots):
+        yield partition, ""
+    for holder, below in _holders(name, roots):
+        yield holder, below
+        for partition in partitions(holder, roots):
+            yield partition, below
+
+
+def _holders(name: str, roots: sysfs.Roots) -> Iterator[tuple[str, str]]:
+    """(holder, the device below it), recursively; each holder once."""
+    seen: set[str] = set()
+    below = [name, *partitions(name, roots)]
+    while below:
+        device = below.pop(0)
+        for holder in sysfs.listdir(roots.block(device) / "holders"):
+            if holder not in seen:
+                seen.add(holder)
+                yield holder, device
+                below += [holder, *partitions(holder, roots)]
+
+
+def _holder_text(holder: str, roots: sysfs.Roots) -> str:
+    """`LVM volume vg-root (dm-0)`, `MD array md0`, `device-mapper crypt_home (dm-1)`."""
+    directory = roots.block(holder)
+    if holder.startswith("dm-"):
+        name = sysfs.read(directory / "dm" / "name") or holder
+        uuid = sysfs.read(directory / "dm" / "uuid") or ""
+        kind = {"LVM": "LVM volume", "CRYPT": "encrypted device"}.get(
+            uuid.partition("-")[0], "device-mapper device"
+        )
+        return f"{kind} {name} ({holder})"
+    if holder.startswith("md"):
+        return f"MD array {holder}"
+    return holder

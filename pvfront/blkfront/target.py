@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What exports a disk to the guest: today the kernel's nbd device, behind one small interface.
+
+Theory of operation
+-------------------
+A target outlives the connections to the backend: it keeps the requests that a dead worker or a
+restarted backend left unfinished, and its users notice nothing but a pause. Each generation does
+
+    fd = await target.attach(geometry)   a fresh socket pair: one end is the kernel's from now on
+    ... START(geometry, fd) to the worker; close(fd) ...
+    await target.publish(geometry)       the disk has its size, and its link
+
+- `attach` the first time makes the device with **size 0**: it exists, its queue is set up, and it
+  accepts no request. `publish` gives it the size; the partition scan, which reads at once,
+  finds a worker that serves. Later, `attach` gives the kernel a new socket for the dead one, and
+  nothing else: a size in the same command could wait for requests that wait for the socket.
+- The kernel takes a new socket only after it has noticed that the old one is dead, and answers
+  success in any case. So `attach` closes its copy of the kernel's end and looks whether the
+  worker's end has hung up; if so it tries again with another pair. Only an end that the kernel
+  really holds is handed out: the worker never sees a false end of stream.
+- The kernel may still give up a socket it has just taken, when the receiver of the old one runs
+  late (recv_work marks whatever socket is current as dead). The worker then reports the end of
+  its socket, and the caller starts the next generation as for any other loss.
+- What was sent on the old socket and not answered is sent again when its request timer expires
+  (nbd_xmit_timeout compares socket cookies): within `io_timeout_ms` plus up to two seconds of timer
+  rounding. With NBD_ATTR_TIMEOUT=0 the same timer only logs "Possible stuck request" for a slow
+  server. Requests that were waiting to be sent go out at once.
+- A size of 0 makes the kernel refuse new requests to the whole disk at submission. It does not
+  reach partitions: their size is checked against their own end. `close` therefore waits for
+  requests in flight only up to its deadline.
+- nbd keeps the flags of its first connect. A feature that the backend loses is taken away
+  through sysfs; one that it gains later appears only on a new device.
+
+Nothing here waits for the disk in the event loop's thread: netlink commands and the exclusive
+open run in daemon threads with a deadline, because a thread that hangs in the kernel must not hang
+the loop, nor the end of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from .. import sysfs
+from ..errors import PvfrontError
+from . import inuse, nbd
+from .features import DiskGeometry
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Feature = Literal["flush", "discard"]
+
+_POLL = 0.05  # seconds between two looks at the kernel
+_COMMAND_DEADLINE = 15.0
+_NO_TIMEOUT = 10 * 365 * 24 * 3600  # seconds; requests wait for us as long as it takes
+
+
+class TargetError(PvfrontError):
+    """The device could not be made, attached, resized or closed."""
+
+
+class Target(Protocol):
+    """An OS block device whose requests a worker serves on a socket."""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name ("nbd0"); "" while there is no device."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """The device node ("/dev/nbd0"); "" while there is no device."""
+        ...
+
+    @property
+    def link(self) -> str:
+        """The stable path ("/dev/pvfront/xvdb")."""
+        ...
+
+    async def adopt(self) -> bool:
+        """Finds the device of an earlier supervisor; True if there is one."""
+        ...
+
+    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int:
+        """Gives the kernel a new socket; returns the worker's end, which the caller closes."""
+        ...
+
+    async def publish(self, geometry: DiskGeometry) -> None:
+        """The worker serves: the device gets its size and its link. Also resizes."""
+        ...
+
+    async def feature_off(self, feature: Feature) -> None:
+        """The backend refused this operation: offer it no more."""
+        ...
+
+    def busy(self) -> str | None:
+        """Why users would notice if the device went away. May wait for the disk: not in a loop."""
+        ...
+
+    def in_flight(self) -> int:
+        """Requests that the kernel has sent and that are not answered."""
+        ...
+
+    async def close(self, *, drain: float = 10.0) -> None:
+        """Refuses new requests, waits up to `drain` seconds for the others, ends the device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NbdSettings:
+    """What is set on the device's queue."""
+
+    io_timeout_ms: int = 2000  # bounds how long a replay waits
+    max_sectors_kb: int = 1024  # largest request; the worker's pool streams it
+    socket_buffer: int = 1 << 20  # bytes each way
+
+
+class NbdTarget:
+    """A kernel nbd device.
+
+    `identifier` ("pvfront:vbd-51728") is what a later supervisor finds the device by; `label`
+    ("xvdb") names the link.
+    """
+
+    def __init__(
+        self,
+        identifier: str,
+        label: str,
+        *,
+        settings: NbdSettings | None = None,
+        roots: sysfs.Roots = sysfs.SYSTEM,
+    ) -> None:
+        self.identifier = identifier
+        self.label = label
+        self.settings = settings or NbdSettings()
+        self._roots = roots
+        self._index: int | None = None
+        self._off: set[Feature] = set()
+
+    # -- names -----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return "" if self._index is None else f"nbd{self._index}"
+
+    @property
+    def path(self) -> str:
+        return "" if self._index is None else str(self._roots.dev / self.name)
+
+    @property
+    def link(self) -> str:
+        return str(self._link)
+
+    @property
+    def _link(self) -> Path:
+        return self._roots.dev / "pvfront" / self.label
+
+    @property
+    def _sys(self) -> Path:
+        return self._roots.sys / "block" / self.name
+
+    # -- life ------------------------------------------------------------------------------
+
+    async def adopt(self) -> bool:
+        found = [d for d in nbd.devices(self._roots) if d.backend == self.identifier]
+        if not found:
+            return False
+        # More than one: someone disconnected ours under its users, and a new one was made. The
+        # link names the living one.
+        with contextlib.suppress(OSError):
+            linked = self._link.readlink().name
+            found = [d for d in found if d.name == linked] or found
+        self._index = found[-1].index
+        # What an earlier supervisor took away stays away over the next resize.
+        queue = self._sys / "queue"
+        if sysfs.read(queue / "write_cache") == "write through":
+            self._off.add("flush")
+        if sysfs.read_int(queue / "discard_max_bytes") == 0:
+            self._off.add("discard")
+        return True
+
+    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int:
+        """Raises NbdUnavailable, NbdError, or TargetError if the kernel keeps the old socket.
+
+        A device whose connection somebody else ended (`nbd-client -d`) is given up for a new one.
+        """
+        if self._index is not None or await self.adopt():
+            try:
+                return await self._reattach(deadline)
+            except nbd.NbdError as error:
+                if sysfs.errno_name(error.errno) != "EINVAL":
+                    raise
+                log.warning(
+                    "%s: its connection was ended by somebody else; making a new device", self.name
+                )
+                self._index = None
+        return await self._attach_new(geometry)
+
+    async def _attach_new(self, geometry: DiskGeometry) -> int:
+        ours, kernels = self._pair()
+        flags = (
+            (nbd.FLAG_READ_ONLY if geometry.read_only else 0)
+            | (nbd.FLAG_SEND_FLUSH if geometry.flush else 0)
+            | (nbd.FLAG_SEND_TRIM if geometry.discard else 0)
+        )
+
+        def connect() -> int:
+            # The thread owns the kernel's end: it may outlive a caller that was cancelled.
+            with kernels, nbd.NbdControl(self._roots) as control:
+                return control.connect(
+                    [kernels.fileno()],
+                    size=0,
+                    block_size=geometry.sector_size,
+                    server_flags=flags,
+                    identifier=self.identifier,
+                    dead_conn_timeout=_NO_TIMEOUT,
+                )
+
+        with ours:
+            self._index = await in_thread(connect, _COMMAND_DEADLINE, "nbd connect")
+            self._off.clear()
+            self._tune()
+            return ours.detach()
+
+    async def _reattach(self, deadline: float) -> int:
+        index = self._need_device()
+        until = time.monotonic() + deadline
+        while True:
+            ours, kernels = self._pair()
+
+            def reconfigure(kernels: socket.socket = kernels) -> None:
+                with kernels, nbd.NbdControl(self._roots) as control:
+                    control.reconfigure(
+                        index, identifier=self.identifier, sock_fds=[kernels.fileno()]
+                    )
+
+            with ours:
+                await in_thread(reconfigure, _COMMAND_DEADLINE, "nbd reconfigure")
+                if not _hung_up(ours):
+                    self._tune()
+                    return ours.detach()
+            if time.monotonic() > until:
+                raise TargetError(
+                    f"{self.name}: the kernel did not let go of its former socket within "
+                    f"{deadline:.0f} s",
+                    hint="the worker that held the other end must have ended",
+                )
+            await asyncio.sleep(_POLL)
+
+    async def publish(self, geometry: DiskGeometry) -> None:
+        """Raises TargetError if the sector size of a disk in use would change."""
+        index = self._need_device()
+        sectors = sysfs.read_int(self._sys / "size")
+        block = sysfs.read_int(self._sys / "queue" / "logical_block_size")
+        if sectors != geometry.sectors or block != geometry.sector_size:
+            if sectors and block != geometry.sector_size:
+                raise TargetError(
+                    f"{self.name}: the sector size changed from {block} to "
+                    f"{geometry.sector_size} bytes while connected",
+                    hint=f"release {self.label} and serve it again",
+                )
+            if sectors:
+                log.info("%s: resized from %d to %d sectors", self.name, sectors, geometry.sectors)
+
+            def resize() -> None:
+                with nbd.NbdControl(self._roots) as control:
+                    control.reconfigure(
+                        index,
+                        identifier=self.identifier,
+                        size=geometry.size,
+                        block_size=geometry.sector_size,
+                    )
+
+            await in_thread(resize, _COMMAND_DEADLINE, "nbd resize")
+        if not geometry.flush:
+            self._off.add("flush")
+        if not geometry.discard:
+            self._off.add("discard")
+        self._apply_off()
+        self._make_link()
+
+    async def feature_off(self, feature: Feature) -> None:
+        self._off.add(feature)
+        self._apply_off()
+
+    def busy(self) -> str | None:
+        """A reason of inuse.py, or None. Opens the device exclusively as the last word."""
+        if self._index is None:
+            return None
+        return inuse.in_use(self.name, self._roots)
+
+    def in_flight(self) -> int:
+        text = sysfs.read(self._sys / "inflight") if self._index is not None else None
+        return sum(int(word) for word in (text or "").split() if word.isdigit())
+
+    async def close(self, *, drain: float = 10.0) -> None:
+        """Raises TargetError if the kernel's end cannot be closed: end the worker, then again.
+
+        Idempotent. Requests that are still in flight after `drain` seconds fail with EIO.
+        """
+        if self._index is None and not await self.adopt():
+            self._remove_link()
+            return
+        index = self._need_device()
+
+        def refuse_requests() -> None:
+            with nbd.NbdControl(self._roots) as control:
+                control.reconfigure(index, identifier=self.identifier, size=0)
+
+        def disconnect() -> None:
+            with nbd.NbdControl(self._roots) as control:
+                control.disconnect(index)
+
+        with contextlib.suppress(nbd.NbdError):  # not connected any more: nothing to drain
+            await in_thread(refuse_requests, _COMMAND_DEADLINE, "nbd resize")
+        if not await _within(drain, lambda: self.in_flight() == 0):
+            log.warning(
+                "%s: %d requests did not end within %.0f s and fail now",
+                self.name,
+                self.in_flight(),
+                drain,
+            )
+        try:
+            await in_thread(disconnect, _COMMAND_DEADLINE, "nbd disconnect")
+        except nbd.NbdError as error:
+            log.warning("%s", error)
+        # The device goes once its last opener has gone; nobody needs to wait for that one.
+        if not await _within(1.0, lambda: not self._sys.exists()):
+            log.info("%s: stays until the last program that has it open ends", self.name)
+        self._remove_link()
+        self._index = None
+        self._off.clear()
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def _pair(self) -> tuple[socket.socket, socket.socket]:
+        ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        for end in (ours, kernels):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                self._set_buffer(end, option)
+        return ours, kernels
+
+    def _set_buffer(self, end: socket.socket, option: int) -> None:
+        force = {
+            socket.SO_SNDBUF: getattr(socket, "SO_SNDBUFFORCE", 32),
+            socket.SO_RCVBUF: getattr(socket, "SO_RCVBUFFORCE", 33),
+        }[option]
+        try:
+            end.setsockopt(socket.SOL_SOCKET, force, self.settings.socket_buffer)
+        except PermissionError:
+            end.setsockopt(socket.SOL_SOCKET, option, self.settings.socket_buffer)
+
+    def _need_device(self) -> int:
+        if self._index is None:
+            raise TargetError(f"{self.label}: there is no device yet", hint="attach it first")
+        return self._index
+
+    def _tune(self) -> None:
+        queue = self._sys / "queue"
+        sysfs.write(queue / "io_timeout", self.settings.io_timeout_ms)
+        most = sysfs.read_int(queue / "max_hw_sectors_kb") or self.settings.max_sectors_kb
+        sysfs.write(queue / "max_sectors_kb", min(most, self.settings.max_sectors_kb))
+
+    def _apply_off(self) -> None:
+        """Takes features away; again after each resize, which brings discard back."""
+        queue = self._sys / "queue"
+        if "flush" in self._off and sysfs.read(queue / "write_cache") == "write back":
+            sysfs.write(queue / "write_cache", "write through")
+        if "discard" in self._off and sysfs.read_int(queue / "discard_max_bytes"):
+            sysfs.write(queue / "discard_max_bytes", 0)
+
+    def _make_link(self) -> None:
+        """`/dev/pvfront/xvdb` -> `../nbd0`, replaced in one step."""
+        wanted = f"../{self.name}"
+        self._link.parent.mkdir(mode=0o755, exist_ok=True)
+        with contextlib.suppress(OSError):
+            if str(self._link.readlink()) == wanted:
+                return
+        new = self._link.with_name(f".{self.label}.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(wanted)
+        new.replace(self._link)
+
+    def _remove_link(self) -> None:
+        self._link.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._link.parent.rmdir()
+
+
+def _hung_up(end: socket.socket) -> bool:
+    """Whether nobody holds the other end any more."""
+    poll = select.poll()
+    poll.register(end, select.POLLRDHUP)
+    return any(events & (select.POLLHUP | select.POLLRDHUP) for _, events in poll.poll(0))
+
+
+async def _within(seconds: float, wanted: Callable[[], bool]) -> bool:
+    """Polls what the kernel has no event for; False if it did not come true in time."""
+    until = time.monotonic() + seconds
+    while not (came := wanted()) and time.monotonic() < until:
+        await asyncio.sleep(_POLL)
+    return came
+
+
+async def in_thread(work: Callable[[], T], deadline: float, what: str) -> T:
+    """Runs `work` in a daemon thread of its own; raises TargetError after `deadline` seconds.
+
+    asyncio's own executor would wait for a hung thread when the process ends.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = work()
+        except BaseException as problem:
+            error = problem
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name=what, daemon=True).start()
+    try:
+        return await asyncio.wait_for(future, deadline)
+    except TimeoutError:
+        raise TargetError(
+            f"{what} did not end within {deadline:.0f} s",
+            hint="the kernel waits for a worker that does not read its socket",
+        ) from None
