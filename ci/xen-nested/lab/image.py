@@ -51,6 +51,8 @@ UNUSED_MODULES = (
     "drivers/firewire", "drivers/comedi", "drivers/mmc", "drivers/leds", "drivers/atm",
     "drivers/message", "drivers/nvme", "drivers/target", "drivers/rtc", "drivers/power",
     "drivers/edac", "drivers/mfd", "drivers/i2c", "drivers/spi", "drivers/hid",
+    "drivers/ata", "drivers/input", "drivers/parport", "drivers/acpi", "drivers/cpufreq",
+    "drivers/crypto", "drivers/pcmcia", "drivers/net/wan", "drivers/net/hamradio",
     "sound", "net/bluetooth", "net/mac80211", "net/wireless", "net/can", "net/nfc",
     "fs/btrfs", "fs/ocfs2", "fs/gfs2", "fs/nfs", "fs/nfsd", "fs/smb", "fs/cifs", "fs/ceph",
     "fs/jfs", "fs/reiserfs", "fs/f2fs", "fs/afs", "fs/coda", "fs/dlm", "fs/udf",

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""A guest: its xl configuration, its life, and commands run inside it.
+
+The emulated CPU now and then triple-faults an HVM or PVH guest (about one start or restore in
+fifteen). It is recognised by the triple-fault dump on the Xen console in which Xen's own addresses
+stand in the guest's context; that start or restore is then repeated, once, counted and printed.
+Nothing else is ever repeated.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .client import Machine
+from .errors import CommandFailed, DeadlineExceeded, LabError
+from .progress import say
+from .xen import Outer
+
+Kind = Literal["hvm", "pvh", "pv"]
+KINDS: tuple[Kind, ...] = ("hvm", "pvh", "pv")
+
+BRIDGE = "xenbr0"
+FILES = "/var/lib/lab"
+"""Where dom0 keeps the guests' kernel, initramfs, configurations and saved states."""
+
+CREATE_DEADLINE = 120.0
+"""Seconds `xl create` and `xl restore` may take."""
+
+BOOT_DEADLINE = 300.0
+"""Seconds from `xl create` to a booted system; 60 is usual."""
+
+Value = str | int | Sequence[str]
+
+ADDRESS: dict[Kind, str] = {"hvm": "10.77.0.11", "pvh": "10.77.0.12", "pv": "10.77.0.13"}
+
+
+@dataclass
+class Tally:
+    """What happened to guests beyond the plan, for the summary line."""
+
+    triple_faults: list[str] = field(default_factory=list)
+
+
+def triple_fault(console: str, domid: int | None) -> bool:
+    """Whether Xen's console text shows the emulator's triple fault (of domain `domid`, or any).
+
+    The mark that tells it from a fault of the guest: addresses of Xen's text (0xffff82d0...)
+    in the dump of the guest's context.
+    """
+    domain = r"\d+" if domid is None else str(domid)
+    for match in re.finditer(rf"d{domain}v\d+ Triple fault", console):
+        dump = console[max(0, match.start() - 200) : match.end() + 4000]
+        if re.search(r"\bffff82d[0-9a-f]{9}\b", dump):
+            return True
+    return False
+
+
+def xl_value(value: Value) -> str:
+    """A Python value in the syntax of xl.cfg."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, int):
+        return str(value)
+    return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+
+
+class Guest(Machine):
+    """One domU. Commands run through its agent; the toolstack's side is in the methods below."""
+
+    def __init__(self, kind: Kind, outer: Outer, root: str, payload: str | None, tally: Tally):
+        """`root`, `payload`: dom0's block devices for xvda and xvdz."""
+        super().__init__(kind, outer.port, ADDRESS[kind])
+        self.kind: Kind = kind
+        self.outer = outer
+        self.dom0 = outer.dom0
+        self.address = ADDRESS[kind]
+        self.mac = f"00:16:3e:77:00:{int(self.address.rsplit('.', 1)[1]):02x}"
+        self.root = root
+        self.payload = payload
+        self.tally = tally
+        self.create_seconds: float | None = None
+        """From the start of `xl create` to a booted system, of the last start."""
+
+    # -- configuration ----------------------------------------------------------------------
+
+    def config(
+        self,
+        disks: Sequence[str] = (),
+        vifs: Sequence[str] = (),
+        options: Mapping[str, Value] | None = None,
+        cmdline: str = "",
+    ) -> dict[str, Value]:
+        """The xl configuration.
+
+        disks: further disk specifications ("phy:/dev/ram0,xvdb,w"); vifs: further ones after the
+        control vif; options: xl.cfg settings that replace or join the default ones.
+        """
+        append = (
+            "console=hvc0 loglevel=6 net.ifnames=0 mitigations=off audit=0 apparmor=0 "
+            "random.trust_cpu=on systemd.show_status=0 nokaslr "
+            f"lab.root=/dev/xvda lab.init=/lib/systemd/systemd "
+            f"lab.ip={self.address} lab.mac={self.mac}"
+        )
+        config: dict[str, Value] = {
+            "name": self.kind,
+            "type": self.kind,
+            "kernel": f"{FILES}/vmlinuz",
+            "ramdisk": f"{FILES}/initrd.img",
+            "cmdline": f"{append} {cmdline}".strip(),
+            "memory": 640,
+            "vcpus": 1,
+            "disk": [f"phy:{self.root},xvda,w"]
+            + ([f"phy:{self.payload},xvdz,r"] if self.payload else [])
+            + list(disks),
+            "vif": [f"mac={self.mac},bridge={BRIDGE},type=vif", *vifs],
+            "on_poweroff": "destroy",
+            "on_reboot": "destroy",
+            "on_crash": "destroy",
+        }
+        if self.kind != "pv":
+            config["tsc_mode"] = "native"
+        if self.kind == "hvm":
+            config |= {"vnc": 0, "usb": 0, "vga": "none", "serial": "none"}
+        return config | dict(options or {})
+
+    # -- life -------------------------------------------------------------------------------
+
+    def create(
+        self,
+        disks: Sequence[str] = (),
+        vifs: Sequence[str] = (),
+        options: Mapping[str, Value] | None = None,
+        cmdline: str = "",
+    ) -> None:
+        """`xl create`, then wait until systemd has booted. See `config` for the arguments."""
+        text = "".join(
+            f"{key}={xl_value(value)}\n"
+            for key, value in self.config(disks, vifs, options, cmdline).items()
+        )
+        self.dom0.write(f"{FILES}/{self.kind}.cfg", text)
+        begin = time.monotonic()
+        self._begin_twice_if_tcg_faults(
+            "start",
+            lambda: self.dom0.run(
+                ["xl", "create", f"{FILES}/{self.kind}.cfg"], timeout=CREATE_DEADLINE
+            ),
+        )
+        self._wait_systemd()
+        self.create_seconds = time.monotonic() - begin
+        say(f"{self.kind} guest booted in {self.create_seconds:.1f} s")
+
+    def _begin_twice_if_tcg_faults(self, what: str, begin: Callable[[], object]) -> None:
+        """Begin, wait for the agent; once more if the emulator triple-faulted the guest."""
+        for attempt in (1, 2):
+            mark = self.outer.console.position()
+            started = time.monotonic()
+            try:
+                begin()
+            except (CommandFailed, DeadlineExceeded) as error:
+                trouble = LabError("create", str(error))
+            else:
+                say(f"{self.kind}: {what}ed by xl in {time.monotonic() - started:.1f} s")
+                try:
+                    self.wait_agent(mark=mark)
+                    return
+                except LabError as error:
+                    trouble = error
+            if attempt == 1 and triple_fault(self.outer.console.since(mark), None):
+                self.tally.triple_faults.append(f"{self.kind} {what}")
+                say(f"{self.kind}: the emulator triple-faulted this {what}; once more")
+                self.destroy()
+                continue
+            raise trouble
+
+    def wait_agent(self, deadline: float = BOOT_DEADLINE, mark: int | None = None) -> None:
+        """Wait until the agent answers. Raises LabError(boot) saying what was seen last.
+
+        `mark`: position in the Xen console after which a triple fault ends the wait.
+        """
+        begin = time.monotonic()
+        while not self.alive():
+            if mark is not None and triple_fault(self.outer.console.since(mark), None):
+                raise LabError("boot", f"{self.kind}: triple fault")
+            if not self.outer.alive():
+                raise LabError("qemu", f"ended while the {self.kind} guest booted")
+            state = self.domid()
+            if state is None:
+                raise LabError("boot", f"the {self.kind} domain is gone; {self._console_tail()}")
+            if time.monotonic() - begin > deadline:
+                raise LabError(
+                    "agent",
+                    f"{self.kind}: no agent within {deadline:.0f} s; {self._console_tail()}",
+                )
+            time.sleep(0.5)
+
+    def _wait_systemd(self) -> None:
+        """Wait until the boot transaction has ended; a failed unit breaks the lab."""
+        state = self.run(
+            "systemctl is-system-running --wait", timeout=BOOT_DEADLINE, check=False
+        ).stdout.strip()
+        if state != "running":
+            units = self.run("systemctl --failed --no-legend; systemctl list-jobs", check=False)
+            raise LabError("boot", f"{self.kind}: systemd is {state}\n{units.stdout}")
+
+    def _console_tail(self) -> str:
+        text = self.console()
+        return f"end of its console ({self.console_path}):\n" + "\n".join(text.splitlines()[-12:])
+
+    @property
+    def console_path(self) -> str:
+        """The guest console's log on the host."""
+        return str(self.outer.run / "consoles" / f"guest-{self.kind}.log")
+
+    def console(self) -> str:
+        """What the guest wrote on its console so far."""
+        try:
+            with open(self.console_path, encoding="utf-8", errors="replace") as file:
+                return file.read().replace("\r", "")
+        except FileNotFoundError:
+            return ""
+
+    def domid(self) -> int | None:
+        """The domain's number now, None if there is no such domain."""
+        result = self.dom0.run(["xl", "domid", self.kind], check=False)
+        return int(result.stdout) if result.ok else None
+
+    def running(self) -> bool:
+        return self.domid() is not None
+
+    def destroy(self) -> None:
+        """`xl destroy`, if it exists."""
+        if self.running():
+            self.dom0.run(["xl", "destroy", self.kind], timeout=CREATE_DEADLINE)
+        self.close()
+
+    def shutdown(self, timeout: float = 120.0) -> None:
+        """`xl shutdown -w`: an orderly end."""
+        self.dom0.run(["xl", "shutdown", "-w", self.kind], timeout=timeout)
+        self.close()
+
+    def save(self, path: str = "", timeout: float = 180.0) -> str:
+        """`xl save`; the domain is gone afterwards. Returns the path in dom0."""
+        path = path or f"{FILES}/{self.kind}.save"
+        begin = time.monotonic()
+        self.dom0.run(["xl", "save", self.kind, path], timeout=timeout)
+        self.close()
+        say(f"{self.kind}: saved in {time.monotonic() - begin:.1f} s")
+        return path
+
+    def restore(self, path: str = "") -> None:
+        """`xl restore`, then wait for the agent."""
+        path = path or f"{FILES}/{self.kind}.save"
+        self._begin_twice_if_tcg_faults(
+            "restor", lambda: self.dom0.run(["xl", "restore", path], timeout=CREATE_DEADLINE)
+        )
+
+    # -- devices ----------------------------------------------------------------------------
+
+    def block_attach(self, spec: str, timeout: float = 60.0) -> None:
+        """`xl block-attach`: spec as in `config`'s disks."""
+        self.dom0.run(["xl", "block-attach", self.kind, spec], timeout=timeout)
+
+    def block_detach(self, vdev: str, *, force: bool = False, timeout: float = 60.0) -> None:
+        """`xl block-detach` of "xvdb"."""
+        argv = ["xl", "block-detach", self.kind, vdev, *(["--force"] if force else [])]
+        self.dom0.run(argv, timeout=timeout)
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def xenstore_read(self, path: str) -> str | None:
+        """A key as the guest reads it; None where it does not exist. Relative paths are its own."""
+        result = self.run(["xenstore-read", path], check=False)
+        return result.stdout.rstrip("\n") if result.ok else None
+
+    def journal(self, *units: str) -> str:
+        """The guest's journal of this boot, of the given units or all."""
+        selected = " ".join(f"-u {unit}" for unit in units)
+        return self.run(f"journalctl -b --no-pager -o short-monotonic {selected}").stdout

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The lab's command line: `python -m lab COMMAND` with ci/xen-nested on PYTHONPATH."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from . import image
+from .client import Machine
+from .errors import CommandFailed, DeadlineExceeded, LabError
+from .guest import KINDS
+from .progress import say
+from .scenario import Lab, State, end_running_lab
+
+
+def _machine(lab: Lab, name: str) -> Machine:
+    if name == "dom0":
+        return lab.dom0
+    for kind in KINDS:
+        if kind == name:
+            return lab.guest(kind)
+    raise SystemExit(f"no machine {name!r}: dom0, hvm, pvh or pv")
+
+
+def _up(options: argparse.Namespace) -> int:
+    state = State.load()
+    if state is None:
+        lab = Lab.up(None, owner=f"up, started by pid {os.getpid()}", keep=True, wait=options.wait)
+    else:
+        say(f"already up: {state.owner}")
+        lab = Lab.attach()
+    for kind in options.guest or []:
+        if not lab.guest(kind).running():
+            lab.guest(kind).create()
+    print(f"lab is up; logs in {lab.run}")
+    return 0
+
+
+def _down(_options: argparse.Namespace) -> int:
+    print("lab ended" if end_running_lab() else "no lab runs")
+    return 0
+
+
+def _status(_options: argparse.Namespace) -> int:
+    state = State.load()
+    if state is None:
+        print("no lab runs")
+        return 1
+    lab = Lab.attach()
+    print(f"{state.owner}: QEMU pid {state.pid}, logs in {state.run}, payload: {state.payload}")
+    print(lab.xl("list").stdout, end="")
+    for kind in KINDS:
+        if lab.guest(kind).running():
+            print(f"{kind}: agent {'answers' if lab.guest(kind).alive() else 'SILENT'}")
+    return 0
+
+
+def _exec(options: argparse.Namespace) -> int:
+    """Run a command there, output as it comes, its status as ours."""
+    words = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not words:
+        raise SystemExit("exec: no command given")
+    stdin = b"" if sys.stdin.isatty() or not options.stdin else sys.stdin.buffer.read()
+    machine = _machine(Lab.attach(), options.machine)
+    command: str | Sequence[str] = words[0] if len(words) == 1 else words
+    job = machine.start(command, stdin=stdin, unit=options.unit)
+    begin = time.monotonic()
+    try:
+        while job.code is None:
+            out, err = job.poll(wait=0.3)
+            sys.stdout.buffer.write(out)
+            sys.stdout.buffer.flush()
+            sys.stderr.buffer.write(err)
+            sys.stderr.buffer.flush()
+            if options.timeout and time.monotonic() - begin > options.timeout:
+                job.kill()
+                raise SystemExit(f"killed after {options.timeout} s")
+    except KeyboardInterrupt:
+        job.kill()
+        return 130
+    job.forget()
+    return job.code
+
+
+def _shell(options: argparse.Namespace) -> int:
+    return _machine(Lab.attach(), options.machine).shell()
+
+
+def _push(options: argparse.Namespace) -> int:
+    _machine(Lab.attach(), options.machine).push(options.source, options.target)
+    return 0
+
+
+def _pull(options: argparse.Namespace) -> int:
+    _machine(Lab.attach(), options.machine).pull(options.source, options.target)
+    return 0
+
+
+def _create(options: argparse.Namespace) -> int:
+    guest = Lab.attach().guest(options.kind)
+    guest.destroy()
+    guest.create(disks=options.disk or [], vifs=options.vif or [])
+    return 0
+
+
+def _destroy(options: argparse.Namespace) -> int:
+    Lab.attach().guest(options.kind).destroy()
+    return 0
+
+
+def _image(_options: argparse.Namespace) -> int:
+    for name in ("dom0", "guest"):
+        print(image.build(name).directory)
+    return 0
+
+
+def _clean(_options: argparse.Namespace) -> int:
+    image.clean()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lab", description="The nested-Xen test lab of pvfront.")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+    machines = ("dom0", *KINDS)
+
+    verb = verbs.add_parser("up", help="boot a lab and leave it running")
+    verb.add_argument("--guest", action="append", choices=KINDS, help="also start this guest")
+    verb.add_argument("--wait", type=float, default=0, help="seconds to wait for another lab's end")
+    verb.set_defaults(call=_up)
+    for name, call, text in (
+        ("down", _down, "end the running lab"),
+        ("status", _status, "what runs"),
+        ("image", _image, "build the images"),
+        ("clean", _clean, "forget the cached images"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.set_defaults(call=call)
+    verb = verbs.add_parser("exec", help="run a command: exec hvm -- ls -l; one word goes to bash -c")
+    verb.add_argument("--unit", help="run it in a systemd scope of this name (guests)")
+    verb.add_argument("--stdin", action="store_true", help="pass our standard input on")
+    verb.add_argument("--timeout", type=float, default=0, help="kill it after so many seconds")
+    verb.add_argument("machine", choices=machines)
+    verb.add_argument("command", nargs=argparse.REMAINDER)
+    verb.set_defaults(call=_exec)
+    verb = verbs.add_parser("shell", help="an interactive shell")
+    verb.add_argument("machine", choices=machines)
+    verb.set_defaults(call=_shell)
+    for name, call, text in (
+        ("push", _push, "copy a file or directory there: push hvm SOURCE TARGET"),
+        ("pull", _pull, "copy a file from there: pull hvm SOURCE TARGET"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("machine", choices=machines)
+        verb.add_argument("source")
+        verb.add_argument("target")
+        verb.set_defaults(call=call)
+    verb = verbs.add_parser("create", help="(re)start a guest of the running lab")
+    verb.add_argument("kind", choices=KINDS)
+    verb.add_argument("--disk", action="append", help="phy:/dev/ram0,xvdb,w")
+    verb.add_argument("--vif", action="append", help="bridge=xenbr0,type=vif")
+    verb.set_defaults(call=_create)
+    verb = verbs.add_parser("destroy", help="destroy a guest of the running lab")
+    verb.add_argument("kind", choices=KINDS)
+    verb.set_defaults(call=_destroy)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.call(options)
+    except (LabError, CommandFailed, DeadlineExceeded) as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 1
+    return status
+
+

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The lab as a scenario sees it: dom0, guests, xl, both sides of xenstore, disks, waits.
+
+A scenario is a test function that reads as a story::
+
+    def test_a_disk_hot_plugged_appears(lab, guest):
+        disk = lab.ram_disk(64)
+        guest.block_attach(disk.spec("xvdb"))
+        wait_until("xvdb in the guest", lambda: guest.run("test -b /dev/xvdb", check=False).ok)
+        ...
+        guest.block_detach("xvdb")
+
+Every wait has a deadline and says what never came.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from . import image, paths
+from .client import Machine, Result
+from .errors import CommandFailed, DeadlineExceeded, LabError
+from .guest import FILES, KINDS, Guest, Kind, Tally
+from .progress import say, step
+from .xen import Disk, Outer, new_run_directory
+
+T = TypeVar("T")
+
+LOCK_DEADLINE = 1800.0
+"""Seconds a second lab waits for the first one to end."""
+
+
+def wait_until(
+    what: str, predicate: Callable[[], T], deadline: float = 30.0, every: float = 0.25
+) -> T:
+    """Call `predicate` until it gives something true, and return that.
+
+    Raises DeadlineExceeded("... never came") after `deadline` s, with the last value or error.
+    """
+    begin = time.monotonic()
+    last: object = None
+    while True:
+        try:
+            value = predicate()
+            if value:
+                return value
+            last = value
+        except (CommandFailed, DeadlineExceeded, OSError) as error:
+            last = error
+        if time.monotonic() - begin > deadline:
+            raise DeadlineExceeded(f"within {deadline:.0f} s never came: {what}; last: {last!r}")
+        time.sleep(every)
+
+
+# -- backing stores in dom0 -----------------------------------------------------------------
+
+
+class BackingDisk:
+    """A block device in dom0 that can back a vbd."""
+
+    def __init__(self, dom0: Machine, device: str, undo: Sequence[str]) -> None:
+        """`undo`: the commands that remove it."""
+        self.dom0 = dom0
+        self.device = device
+        self._undo = list(undo)
+
+    def spec(self, vdev: str, mode: str = "w") -> str:
+        """For xl: "phy:/dev/ram0,xvdb,w"."""
+        return f"phy:{self.device},{vdev},{mode}"
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return int(self.dom0.output(["blockdev", "--getsize64", self.device]))
+
+    def sha256(self, timeout: float = 300.0) -> str:
+        """Of the whole store, caches flushed first."""
+        command = f"blockdev --flushbufs {self.device}; sha256sum {self.device}"
+        return self.dom0.output(command, timeout=timeout).split()[0]
+
+    def remove(self) -> None:
+        """Undo its creation; it must be detached."""
+        for command in self._undo:
+            self.dom0.run(command)
+        self._undo = []
+
+
+class DelayedDisk(BackingDisk):
+    """A dm-delay device: requests are held as long as one says, so they are provably in flight."""
+
+    def __init__(self, dom0: Machine, name: str, below: BackingDisk) -> None:
+        self.name = name
+        self.below = below
+        self._sectors = below.size // 512
+        dom0.run(["modprobe", "dm-delay"])
+        dom0.run(f"dmsetup create --noudevsync {name} --table {shlex.quote(self._table(0, 0))}")
+        super().__init__(dom0, f"/dev/mapper/{name}", [f"dmsetup remove --noudevsync {name}"])
+
+    def _table(self, read_ms: int, write_ms: int) -> str:
+        target = self.below.device
+        return f"0 {self._sectors} delay {target} 0 {read_ms} {target} 0 {write_ms}"
+
+    def set_delay(self, read_ms: int, write_ms: int | None = None) -> None:
+        """Hold every read and write (and flush) this long, from now on.
+
+        Requests held under the old delay are let go by the change.
+        """
+        table = shlex.quote(self._table(read_ms, read_ms if write_ms is None else write_ms))
+        self.dom0.run(
+            f"dmsetup load {self.name} --table {table} && dmsetup resume --noudevsync {self.name}"
+        )
+
+    def clear_delay(self) -> None:
+        """No delay; what is held is let go at once."""
+        self.set_delay(0)
+
+    def in_flight(self) -> int:
+        """Requests that the device holds now."""
+        inflight = f"cat /sys/block/$(basename $(readlink -f {self.device}))/inflight"
+        return sum(int(word) for word in self.dom0.output(inflight).split())
+
+    def remove(self) -> None:
+        super().remove()
+        self.below.remove()
+
+
+# -- the lab --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """What a running lab left for those who attach to it: cache/lab.json."""
+
+    pid: int
+    port: int
+    run: str
+    payload: bool
+    owner: str
+
+    @staticmethod
+    def path() -> Path:
+        return paths.cache() / "lab.json"
+
+    @classmethod
+    def load(cls) -> State | None:
+        """The running lab's, None if none runs."""
+        try:
+            state = cls(**json.loads(cls.path().read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        return state if Outer(Path(state.run), state.port, state.pid).alive() else None
+
+    def store(self) -> None:
+        new = self.path().with_suffix(".new")
+        new.write_text(json.dumps(self.__dict__, indent=1) + "\n")
+        new.rename(self.path())
+
+
+def acquire_lock(deadline: float) -> int:
+    """The machine's lab lock as a descriptor. Waits, saying so. Raises LabError(lock)."""
+    path = paths.cache() / "lab.lock"
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    begin, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            state = State.load()
+            who = f"{state.owner} (QEMU pid {state.pid}, {state.run})" if state else "starting"
+            if time.monotonic() - begin >= deadline:
+                os.close(lock)
+                raise LabError(
+                    "lock",
+                    f"another lab runs: {who}. Use it (exec, pytest --lab-attach) or end it "
+                    "(python -m lab down)",
+                ) from None
+            if not told:
+                say(f"another lab runs: {who}; waiting for it up to {deadline:.0f} s")
+                told = True
+            time.sleep(1)
+
+
+class Lab:
+    """A running virtual machine with Xen, its dom0 and its guests."""
+
+    def __init__(self, outer: Outer, payload: bool, tally: Tally | None = None) -> None:
+        self.outer = outer
+        self.dom0 = outer.dom0
+        self.run = outer.run
+        self.tally = tally or Tally()
+        self.has_payload = payload
+        self._guests: dict[Kind, Guest] = {}
+        self._disks: dict[str, str] = {}
+        self._counter = int(time.time() * 10) % 10**7
+
+    # -- life -------------------------------------------------------------------------------
+
+    @classmethod
+    def up(
+        cls, payload: Path | None = None, *, owner: str, wait: float = 0.0, keep: bool = False
+    ) -> Lab:
+        """Build what is missing, boot Xen and dom0. `keep`: it outlives this process.
+
+        payload: an ext4 image for the guests' /opt/pvfront, None for a lab without.
+        """
+        dom0, guest = image.build("dom0"), image.build("guest")
+        lock = acquire_lock(wait)
+        try:
+            run = new_run_directory()
+            disks = [Disk(kind, guest.root) for kind in KINDS]
+            if payload:
+                disks.append(Disk("payload", payload, overlay=False))
+            outer = Outer.start(run, dom0, disks, lock, die_with_us=not keep)
+        finally:
+            os.close(lock)  # QEMU holds its own copy
+        State(outer.pid, outer.port, str(run), payload is not None, owner).store()
+        try:
+            with step("booting Xen and dom0"):
+                outer.wait_booted()
+                outer.dom0.push(guest.kernel, f"{FILES}/vmlinuz")
+                outer.dom0.push(guest.initrd, f"{FILES}/initrd.img")
+        except BaseException:
+            outer.stop()
+            raise
+        return cls(outer, payload is not None)
+
+    @classmethod
+    def attach(cls) -> Lab:
+        """The lab that runs already. Raises LabError(lock) if none does."""
+        state = State.load()
+        if state is None:
+            raise LabError("lock", "no lab runs: start one with python -m lab up --guest hvm")
+        return cls(Outer(Path(state.run), state.port, state.pid), state.payload)
+
+    def down(self) -> None:
+        """End the virtual machine."""
+        self.outer.stop()
+        State.path().unlink(missing_ok=True)
+
+    # -- guests -----------------------------------------------------------------------------
+
+    def guest(self, kind: Kind) -> Guest:
+        """The guest of that kind, running or not."""
+        if kind not in self._guests:
+            self._guests[kind] = Guest(
+                kind, self.outer, self.disk_device(kind),
+                self.disk_device("payload") if self.has_payload else None, self.tally,
+            )  # fmt: skip
+        return self._guests[kind]
+
+    def disk_device(self, serial: str) -> str:
+        """dom0's device of one of the virtual machine's disks."""
+        if not self._disks:
+            listing = self.dom0.output("cd /sys/block; for d in vd*; do echo $d $(cat $d/serial); done")
+            self._disks = {ln.split()[1]: f"/dev/{ln.split()[0]}" for ln in listing.splitlines()}
+        return self._disks[serial]
+
+    # -- the toolstack ----------------------------------------------------------------------
+
+    def xl(self, *arguments: str, timeout: float = 60.0, check: bool = True) -> Result:
+        """`xl ARGUMENTS` in dom0."""
+        return self.dom0.run(["xl", *arguments], timeout=timeout, check=check)
+
+    def xenstore_read(self, path: str) -> str | None:
+        """A key, None where it does not exist."""
+        result = self.dom0.run(["xenstore-read", path], check=False)
+        return result.stdout.rstrip("\n") if result.ok else None
+
+    def xenstore_write(self, path: str, value: str) -> None:
+        self.dom0.run(["xenstore-write", path, value])
+
+    def xenstore_ls(self, path: str = "/") -> dict[str, str]:
+        """Every key below `path`, by full path."""
+        text = self.dom0.output(["xenstore-ls", "-f", path])
+        pairs = (re.match(r'(\S+) = "(.*?)"', line) for line in text.splitlines())
+        return {pair[1]: pair[2] for pair in pairs if pair}
+
+    def vbd_state(self, guest: Guest, vdev: int = 51728) -> tuple[str | None, str | None]:
+        """(frontend's, backend's) XenbusState of a vbd, 51728 being xvdb; None: no such key."""
+        domid = guest.domid()
+        front = self.xenstore_read(f"/local/domain/{domid}/device/vbd/{vdev}/state")
+        back = self.xenstore_read(f"/local/domain/0/backend/vbd/{domid}/{vdev}/state")
+        return front, back
+
+    # -- disks ------------------------------------------------------------------------------
+
+    def _unique(self, prefix: str) -> str:
+        self._counter += 1
+        return f"{prefix}{self._counter}"
+
+    def ram_disk(self, mib: int = 64) -> BackingDisk:
+        """A disk in dom0's memory (brd under dm-linear): flush, no discard."""
+        name = self._unique("ram")
+        self.dom0.run("test -b /dev/ram0 || modprobe brd rd_nr=8 rd_size=524288")
+        free = "for r in /dev/ram?; do [ -z \"$(ls /sys/block/${r#/dev/}/holders)\" ] && echo $r && break; done"
+        ram = self.dom0.output(free)
+        if not ram:
+            raise LabError("dom0", "all 8 RAM disks are in use: remove() some")
+        table = f"0 {mib * 2048} linear {ram} 0"
+        self.dom0.run(f"dmsetup create --noudevsync {name} --table {shlex.quote(table)}")
+        return BackingDisk(
+            self.dom0, f"/dev/mapper/{name}",
+            [f"dmsetup remove --noudevsync {name}", f"blockdev --flushbufs {ram}"],
+        )  # fmt: skip
+
+    def loop_disk(self, mib: int = 64) -> BackingDisk:
+        """A loop device over a sparse file in dom0's memory: flush and discard."""
+        path = f"/tmp/{self._unique('loop')}.img"
+        command = f"truncate -s {mib}M {path} && losetup --show -f {path}"
+        device = self.dom0.output(command)
+        return BackingDisk(self.dom0, device, [f"losetup -d {device}", f"rm -f {path}"])
+
+    def delayed_disk(self, mib: int = 64) -> DelayedDisk:
+        """A loop_disk under dm-delay, without delay at first."""
+        return DelayedDisk(self.dom0, self._unique("delay"), self.loop_disk(mib))
+
+    # -- evidence ---------------------------------------------------------------------------
+
+    def keep_evidence(self, directory: Path, kind: Kind | None = None) -> None:
+        """What is needed to understand a failure, as files in `directory`. Never raises."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "xen-console.log").write_text(self.outer.console.since())
+        for log in (self.run / "consoles").glob("*"):
+            (directory / log.name).write_bytes(log.read_bytes())
+        dom0 = {
+            "xenstore.txt": "xenstore-ls -f",
+            "xl-dmesg.txt": "xl dmesg",
+            "xl-list.txt": "xl list -v; xl vcpu-list",
+            "dom0-dmesg.txt": "dmesg",
+            "xl-logs.txt": "tail -n +1 /var/log/xen/*.log",
+        }
+        guests = [self.guest(kind)] if kind and self.outer.alive() else []
+        inside = {
+            "journal.txt": "journalctl -b --no-pager -o short-monotonic",
+            "processes.txt": "ps axo pid,ppid,stat,wchan:24,cgroup:40,args",
+            "blocks.txt": "lsblk -a; cat /proc/interrupts; ls -la /sys/bus/xen/drivers/*/",
+        }
+        commands: list[tuple[Machine, str, str]] = [(self.dom0, n, c) for n, c in dom0.items()]
+        commands += [(g, f"{g.kind}-{n}", c) for g in guests for n, c in inside.items()]
+        dead: set[str] = set()
+        for machine, name, command in commands:
+            if machine.name in dead or not machine.alive():
+                dead.add(machine.name)
+                continue
+            with suppress(Exception):
+                result = machine.run(command, timeout=30, check=False)
+                (directory / name).write_text(result.stdout + result.stderr)
+        for name in dead:
+            (directory / f"{name}-SILENT.txt").write_text("the agent did not answer\n")
+
+
+def end_running_lab() -> bool:
+    """End the lab that runs, whoever owns it; False if none does."""
+    state = State.load()
+    if state is None:
+        return False
+    outer = Outer(Path(state.run), state.port, state.pid)
+    outer.stop()
+    with suppress(ProcessLookupError):
+        os.kill(state.pid, signal.SIGKILL)
+    State.path().unlink(missing_ok=True)
+    return True
