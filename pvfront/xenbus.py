@@ -50,17 +50,20 @@ class DeviceGone(PvfrontError):
 class View:
     """Both ends of a device at one moment.
 
-    `backend_error` is what the backend wrote under its ``error`` key's frontend mirror, if any:
-    the text that blkback and netback publish when they refuse (``xenbus_dev_error``).
+    `present`: the frontend node is there, and so is the backend that it names. `moved`: it names
+    another backend than the one that was opened, as after a restore under a new domain id.
     """
 
     frontend: XenbusState
     backend: XenbusState
     online: bool
     present: bool
+    moved: bool = False
     serial: int = 0
 
     def __str__(self) -> str:
+        if self.moved:
+            return "moved to another backend"
         if not self.present:
             return "nodes vanished"
         text = f"frontend {self.frontend.label}, backend {self.backend.label}"
@@ -95,21 +98,28 @@ class XenbusDevice:
         Raises DeviceGone if there is no such node, PvfrontError if its keys make no sense.
         """
         path = f"{home}device/{klass}/{devid}"
-        backend = await store.read_opt(f"{path}/backend")
-        if not backend:
-            raise DeviceGone(f"{klass}-{devid}: {path}/backend is missing from the store")
-        text = await store.read_opt(f"{path}/backend-id")
-        backend_id = parse_uint(text or "", lo=0, hi=MAX_DOMID, field=f"{path}/backend-id")
-        if not backend.startswith("/"):
-            raise PvfrontError(f"{klass}-{devid}: backend path {backend!r} is not absolute")
-        device = cls(store, klass, devid, path, backend.rstrip("/"), backend_id)
-        await device.refresh()
-        for watched in (f"{path}/state", f"{path}/backend", *device._backend_keys()):
-            device._tasks.append(asyncio.create_task(device._follow(watched), name=watched))
+        device = cls(store, klass, devid, path, *await _locate(store, path))
+        await device._begin()
         return device
 
-    def _backend_keys(self) -> tuple[str, ...]:
-        return (f"{self.backend}/state", f"{self.backend}/online")
+    async def reopen(self) -> None:
+        """Follows the backend that the frontend names now. After a restore it is another one.
+
+        Raises as `open` does; the object is then closed.
+        """
+        await self.close()
+        self.backend, self.backend_id = await _locate(self.store, self.path)
+        await self._begin()
+
+    async def _begin(self) -> None:
+        await self.refresh()
+        for watched in (
+            f"{self.path}/state",
+            f"{self.path}/backend",
+            f"{self.backend}/state",
+            f"{self.backend}/online",
+        ):
+            self._tasks.append(asyncio.create_task(self._follow(watched), name=watched))
 
     async def close(self) -> None:
         """Drops the watches; the device's keys are left as they are. Idempotent."""
@@ -135,18 +145,15 @@ class XenbusDevice:
             self.store.read_opt(f"{self.backend}/online"),
             self.store.read_opt(f"{self.path}/backend"),
         )
-        present = (
-            frontend is not None
-            and backend is not None
-            and where is not None
-            and where.rstrip("/") == self.backend
-        )
+        moved = where is not None and where.rstrip("/") != self.backend
+        present = frontend is not None and backend is not None and where is not None and not moved
         async with self._changed:
             self.view = View(
                 frontend=parse_state(frontend),
                 backend=parse_state(backend),
                 online=online == "1",
                 present=present,
+                moved=moved,
                 serial=self.view.serial + 1,
             )
             self._changed.notify_all()
@@ -233,6 +240,17 @@ class XenbusDevice:
             *(self.store.read_opt(f"{self.backend}/{name}") for name in names)
         )
         return {n: v for n, v in zip(names, values, strict=True) if v is not None}
+
+
+async def _locate(store: Xenstore, path: str) -> tuple[str, int]:
+    """The backend's directory and domain that a frontend's directory names."""
+    backend = await store.read_opt(f"{path}/backend")
+    if not backend:
+        raise DeviceGone(f"{path}/backend is missing from the store")
+    if not backend.startswith("/"):
+        raise PvfrontError(f"{path}/backend={backend[:80]!r} is no absolute path")
+    text = await store.read_opt(f"{path}/backend-id")
+    return backend.rstrip("/"), parse_uint(text or "", lo=0, hi=MAX_DOMID)
 
 
 class Bus:

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""A disk's half of the device loop: grants and ports, the worker, and what exports the disk.
+
+Theory of operation
+    `DiskFrontend` is what `DeviceLoop` drives. A generation begins with `attach`: an event channel
+    towards the backend's domain and one grant pool (ring pages first, data pages after) are
+    opened here and handed to the worker, which from then on is their only holder. `start`
+    reads the backend's keys, gives the worker its geometry and its end of a socket of the
+    target (`target.py`), and publishes the disk.
+
+    The worker is a process that may die at any moment, be killed, or be left over from an earlier
+    supervisor. Its death ends the generation; the next `attach` starts another one.
+    `trouble` says why the present generation is over.
+
+Limits
+    One queue and a ring of one page: 32 requests of 11 segments. The pool holds a page for each
+    segment that can be in flight; where the module's limit does not allow that, a smaller pool
+    is tried down to `POOL_LEAST` pages, and said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..abi import lib
+from ..errors import PvfrontError
+from ..evtchn import EventChannels
+from ..gntalloc import GrantAllocator, GrantPool, GrantsExhausted
+from ..states import XenbusState
+from ..worker import (
+    Broken,
+    Event,
+    Exited,
+    FeatureOff,
+    Stalled,
+    State,
+    TargetGone,
+    Worker,
+    WorkerError,
+    WorkerGone,
+)
+from ..xenbus import XenbusDevice
+from . import features
+from .features import DiskGeometry
+from .target import NbdTarget, Target
+
+log = logging.getLogger(__name__)
+
+RING_PAGES = 1
+# __CONST_RING_SIZE(blkif, 4096) and BLKIF_MAX_SEGMENTS_PER_REQUEST of io/blkif.h.
+RING_SLOTS = lib.PVF_BLK_RING_SLOTS
+MAX_SEGMENTS = lib.PVF_BLK_MAX_SEGMENTS
+POOL_PAGES = RING_SLOTS * MAX_SEGMENTS
+POOL_LEAST = MAX_SEGMENTS
+STALL_SECONDS = 10
+# A quiesce that only collects a worker's last words, not a backend's.
+SETTLE = 2.0
+
+
+class DiskFrontend:
+    """One vbd. See `device.Frontend` for what each method promises."""
+
+    def __init__(
+        self,
+        name: str,
+        vdev: int,
+        label: str,
+        run_dir: Path,
+        *,
+        stolen: Callable[[], bool] = lambda: False,
+        target: Target | None = None,
+    ) -> None:
+        self.name = name
+        self.vdev = vdev
+        self.label = label
+        self.run_dir = run_dir
+        self.target: Target = target or NbdTarget(f"pvfront:{name}", label)
+        self.geometry: DiskGeometry | None = None
+        self.pool_pages = 0
+        self.off: set[str] = set()
+        self.stalled = 0
+        self._worker: Worker | None = None
+        self._generation = 0
+        self._has_socket = False
+        self._broken = False
+        self._trouble: str | None = None
+        self._poke: Callable[[], None] = lambda: None
+        self._stolen = stolen
+        self._wanted_off: list[str] = []
+
+    # -- what the loop asks ------------------------------------------------------------------
+
+    @property
+    def trouble(self) -> str | None:
+        return self._trouble
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._wanted_off)
+
+    @property
+    def generation(self) -> int:
+        return self._generation
+
+    def on_poke(self, poke: Callable[[], None]) -> None:
+        self._poke = poke
+
+    def stale_key(self, key: str) -> bool:
+        return features.stale_key(key)
+
+    def stolen(self) -> bool:
+        return self._stolen()
+
+    @property
+    def os_path(self) -> str:
+        return self.target.path
+
+    def in_flight(self) -> int:
+        return self.target.in_flight()
+
+    def busy(self) -> str | None:
+        return self.target.busy()
+
+    def details(self) -> dict[str, Any]:
+        geometry = self.geometry
+        found: dict[str, Any] = {
+            "label": self.label,
+            "os_device": self.target.path,
+            "link": self.target.link,
+            "worker_pid": self._worker.pid if self._worker is not None else None,
+            "ring_pages": RING_PAGES,
+            "pool_pages": self.pool_pages,
+            "stalled_seconds": self.stalled,
+        }
+        if geometry is not None:
+            found["geometry"] = {
+                "sectors": geometry.sectors,
+                "size": geometry.size,
+                "sector_size": geometry.sector_size,
+                "physical_sector_size": geometry.physical_sector_size,
+                "read_only": geometry.read_only,
+                "removable": geometry.removable,
+                "flush": geometry.flush and "flush" not in self.off,
+                "discard": geometry.discard and "discard" not in self.off,
+                "discard_granularity": geometry.discard_granularity,
+                "discard_alignment": geometry.discard_alignment,
+            }
+        return found
+
+    # -- the walk ----------------------------------------------------------------------------
+
+    async def adopt(self, device: XenbusDevice) -> bool:
+        """A worker that lives but does not serve is kept for the next `attach`; its generation is
+        remembered, since it refuses to go back.
+        """
+        worker = await Worker.adopt(self.name, self.run_dir)
+        if worker is None:
+            return False
+        self._use(worker)
+        hello = worker.hello
+        assert hello is not None
+        self._generation = hello.generation
+        has_device = await self.target.adopt()
+        view = device.view
+        if not (
+            has_device
+            and hello.state is State.RUNNING
+            and hello.has_target
+            and view.frontend is view.backend is XenbusState.CONNECTED
+        ):
+            log.warning(
+                "%s: found a worker (pid %d, %s) that cannot be adopted as it is (%s)",
+                self.name, worker.pid, hello.state.name, view,
+            )
+            self._has_socket = hello.has_target
+            return False
+        self.geometry = await self._read_geometry(device)
+        self._has_socket = True
+        await self.target.publish(self.geometry)
+        log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
+        return True
+
+    async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
+        self._trouble = None
+        self._broken = False
+        self._generation += 1
+        worker = await self._living_worker()
+        channels = EventChannels.open()
+        with channels, GrantAllocator.open() as grants:
+            port = channels.bind_unbound(device.backend_id)
+            pool = self._allocate(grants, device.backend_id)
+            trusted = await device.store.read_opt(f"{device.path}/trusted")
+            await worker.attach(
+                self._generation,
+                device_class=lib.PVF_CLASS_BLK,
+                port=port,
+                ring_pages=RING_PAGES,
+                ring_offset=pool.offset,
+                pool_offset=pool.offset + RING_PAGES * lib.PVF_PAGE_SIZE,
+                pool_grefs=pool.grefs[RING_PAGES:],
+                scrub=not features.trusted({} if trusted is None else {"trusted": trusted}),
+                fds=(channels.fileno(), grants.fileno()),
+            )
+            # The worker holds both now. Ours are closed without unbinding or freeing anything.
+        self.pool_pages = pool.pages - RING_PAGES
+        return features.frontend_keys(port=port, ring_refs=pool.grefs[:RING_PAGES])
+
+    def _allocate(self, grants: GrantAllocator, domid: int) -> GrantPool:
+        pages = POOL_PAGES
+        while True:
+            try:
+                pool = grants.alloc(domid, RING_PAGES + pages)
+            except GrantsExhausted as error:
+                if pages <= POOL_LEAST:
+                    raise
+                smaller = max(pages // 2, POOL_LEAST)
+                log.warning("%s: %s; trying %d pages", self.name, error, smaller)
+                pages = smaller
+            else:
+                return pool
+
+    async def start(self, device: XenbusDevice) -> None:
+        geometry = await self._read_geometry(device)
+        known = self.geometry
+        if known is not None and known.sector_size != geometry.sector_size and self.busy():
+            raise PvfrontError(
+                f"{self.name}: the sector size changed from {known.sector_size} to "
+                f"{geometry.sector_size} while the disk is in use",
+                hint="end its use, then release the disk and serve it again",
+            )
+        self.geometry = geometry
+        self.off.clear()
+        if self._has_socket:
+            await self._start_worker(None)
+        else:
+            fd = await self.target.attach(geometry)
+            try:
+                await self._start_worker(fd)
+            finally:
+                os.close(fd)
+            self._has_socket = True
+        await self.target.publish(geometry)
+
+    async def _start_worker(self, target_fd: int | None) -> None:
+        geometry = self.geometry
+        assert geometry is not None
+        flags = 0
+        if geometry.read_only:
+            flags |= lib.PVF_BLK_READ_ONLY
+        if geometry.flush and "flush" not in self.off:
+            flags |= lib.PVF_BLK_FLUSH
+        if geometry.discard and "discard" not in self.off:
+            flags |= lib.PVF_BLK_DISCARD
+        await self._need_worker().start(
+            self._generation,
+            sectors=geometry.sectors,
+            sector_size=geometry.sector_size,
+            flags=flags,
+            max_segments=MAX_SEGMENTS,
+            discard_granularity=geometry.discard_granularity,
+            discard_alignment=geometry.discard_alignment,
+            vdev=self.vdev,
+            stall_seconds=STALL_SECONDS,
+            target_fd=target_fd,
+        )
+
+    async def _read_geometry(self, device: XenbusDevice) -> DiskGeometry:
+        keys = await device.backend_keys()
+        geometry, problems = features.parse_geometry(
+            keys,
+            device_type=await device.store.read_opt(f"{device.path}/device-type"),
+            blkback="/backend/vbd/" in device.backend,
+        )
+        for problem in problems:
+            log.warning("%s: backend key %s", self.name, problem)
+        if geometry.device_type != "disk":
+            raise PvfrontError(
+                f"{self.label}: it is a {geometry.device_type}, not a disk; pvfront serves disks",
+                hint="leave it to the kernel: name the disks to serve instead of --all",
+            )
+        return geometry
+
+    async def update(self, device: XenbusDevice) -> None:
+        for feature in self._wanted_off:
+            log.warning(
+                "%s: the backend does not support %s after all; offered no more",
+                self.name, feature,
+            )
+            self.off.add(feature)
+            await self.target.feature_off("flush" if feature == "flush" else "discard")
+        self._wanted_off.clear()
+        geometry = await self._read_geometry(device)
+        if self.geometry is not None and geometry.sectors != self.geometry.sectors:
+            log.info(
+                "%s: resized from %d to %d sectors",
+                self.name, self.geometry.sectors, geometry.sectors,
+            )
+            self.geometry = geometry
+            await self._start_worker(None)
+            await self.target.publish(geometry)
+
+    async def quiesce(self, timeout: float) -> bool:
+        worker = self._worker
+        if worker is None or self._broken:
+            return False
+        try:
+            return await worker.quiesce(self._generation, timeout)
+        except PvfrontError as error:
+            log.warning("%s", error)
+            return False
+
+    async def detach(self, *, keep_target: bool) -> None:
+        keep = keep_target and self._trouble is None
+        worker = self._worker
+        if worker is not None:
+            try:
+                await worker.detach(self._generation, keep_target=keep)
+            except (WorkerGone, WorkerError) as error:
+                # A worker that cannot say that it has let go is ended: the kernel lets go for it.
+                log.warning("%s; ending the worker", error)
+                worker.kill()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._ended(), SETTLE)
+                self._forget()
+                keep = False
+        else:
+            keep = False
+        self._has_socket = keep and self._has_socket
+
+    async def close(self) -> None:
+        try:
+            await self.target.close()
+        except PvfrontError as error:
+            # The device waits for a worker that does not read: without it the kernel gives up.
+            log.warning("%s; ending the worker", error)
+            if self._worker is not None:
+                self._worker.kill()
+                with contextlib.suppress(PvfrontError):
+                    await self.target.close(drain=0.0)
+        self._has_socket = False
+
+    async def end(self) -> None:
+        """The device is gone or released: the worker, which holds nothing any more, ends."""
+        if self._worker is not None:
+            self._worker.on_event = lambda event: None
+            await self._worker.exit()
+            self._forget()
+        (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
+
+    async def poisoned(self) -> None:
+        """The domain slept with our port bound: it must never be unbound (suspend.py).
+
+        The worker that holds it is parked: it lets go of everything but the port, and lives on
+        unused until the guest stops.
+        """
+        worker, self._worker = self._worker, None
+        self._has_socket = False
+        if worker is not None:
+            worker.on_event = lambda event: None
+            await worker.detach(self._generation, keep_target=False, park=True)
+            log.error(
+                "%s: worker %d is parked with an event channel that was bound during a suspend; "
+                "it must not be ended before the guest is",
+                self.name, worker.pid,
+            )
+            worker.close()
+        self._trouble = "the domain was suspended while connected"
+        self._poke()
+
+    # -- the worker --------------------------------------------------------------------------
+
+    async def _living_worker(self) -> Worker:
+        if self._worker is None or not self._worker.alive:
+            self._has_socket = False
+            self._use(await Worker.spawn(self.name, self.run_dir))
+        return self._need_worker()
+
+    def _need_worker(self) -> Worker:
+        if self._worker is None:
+            raise WorkerGone(f"{self.name}: there is no worker")
+        return self._worker
+
+    def _use(self, worker: Worker) -> None:
+        self._worker = worker
+        worker.on_event = self._on_event
+
+    def _forget(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    async def _ended(self) -> None:
+        while self._worker is not None and self._worker.alive:
+            await asyncio.sleep(0.02)
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case Broken():
+                self._broken = True
+                self._trouble = str(event)
+            case TargetGone():
+                self._has_socket = False
+                self._trouble = str(event)
+            case Exited():
+                self._has_socket = False
+                self._trouble = event.text
+                self._forget()
+            case FeatureOff():
+                self._wanted_off.append(event.feature)
+            case Stalled():
+                self.stalled = event.seconds
+                if event.seconds:
+                    log.warning(
+                        "%s: the backend has not answered for %d s, %d requests outstanding",
+                        self.name, event.seconds, event.in_flight,
+                    )
+                else:
+                    log.info("%s: the backend answers again", self.name)
+        self._poke()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What makes a process fit to be a supervisor: memory, OOM, and a log that never blocks.
+
+A supervisor reconnects disks; while it does, writeback may wait for exactly that. So it must not
+wait for memory that only writeback can free (mlockall, PR_SET_IO_FLUSHER), nor for a journal whose
+own file may lie on the disk: log records go to a thread through a bounded queue, and are
+counted and dropped when it is full.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import logging
+import logging.handlers
+import os
+import queue
+import resource
+import sys
+from pathlib import Path
+
+_MCL_CURRENT_FUTURE_ONFAULT = 1 | 2 | 4  # sys/mman.h
+_PR_SET_IO_FLUSHER = 57  # linux/prctl.h
+_LOG_QUEUE = 4096
+_SYSLOG_LEVEL = {
+    logging.CRITICAL: 2,
+    logging.ERROR: 3,
+    logging.WARNING: 4,
+    logging.INFO: 6,
+    logging.DEBUG: 7,
+}
+
+
+class _DroppingHandler(logging.handlers.QueueHandler):
+    """Hands records to the writing thread; never waits."""
+
+    def __init__(self, records: queue.Queue[logging.LogRecord]) -> None:
+        super().__init__(records)
+        self.dropped = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+            return
+        if self.dropped and self.queue.qsize() < _LOG_QUEUE // 2:
+            lost, self.dropped = self.dropped, 0
+            with contextlib.suppress(queue.Full):
+                self.queue.put_nowait(
+                    logging.makeLogRecord(
+                        {
+                            "name": __name__,
+                            "levelno": logging.WARNING,
+                            "levelname": "WARNING",
+                            "msg": f"{lost} log lines were dropped: the log did not keep up",
+                        }
+                    )
+                )
+
+
+class _Formatter(logging.Formatter):
+    """sd-daemon(3) level prefixes under systemd, the time elsewhere."""
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)-7s %(message)s")
+        self.journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self.journal:
+            return text
+        level = _SYSLOG_LEVEL.get(record.levelno, 6)
+        return "\n".join(f"<{level}>{line}" for line in text.splitlines())
+
+
+def prepare_process(level: int) -> None:
+    """Sets up logging and, as root, what a process in the writeback path needs."""
+    records: queue.Queue[logging.LogRecord] = queue.Queue(_LOG_QUEUE)
+    writer = logging.StreamHandler(sys.stderr)
+    writer.setFormatter(_Formatter(journal="JOURNAL_STREAM" in os.environ))
+    listener = logging.handlers.QueueListener(records, writer)
+    listener.start()
+    atexit.register(listener.stop)
+    root = logging.getLogger()
+    root.addHandler(_DroppingHandler(records))
+    root.setLevel(level)
+    logging.getLogger("pyroute2").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    if os.geteuid() != 0:
+        return
+    log = logging.getLogger(__name__)
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(
+            resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
+    # On fault: what is touched stays; locking all that is mapped would triple the memory.
+    if libc.mlockall(_MCL_CURRENT_FUTURE_ONFAULT):
+        log.warning("mlockall: %s", os.strerror(ctypes.get_errno()))
+    if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
+        log.warning("PR_SET_IO_FLUSHER: %s", os.strerror(ctypes.get_errno()))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("-900")

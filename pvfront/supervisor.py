@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What one supervisor service does: claims devices, runs a loop for each, answers questions.
+
+Theory of operation
+    One task per device runs `DeviceLoop`. Another follows the bus: a new id that is wanted gets a
+    loop, one that is not wanted goes to the kernel as if we were not there. `Suspend` owns the
+    suspend path and parks every loop before the domain sleeps.
+
+    The end comes in two ways. *Stop* (SIGTERM, SIGINT): a disk that nobody holds is drained,
+    closed and given back; one that is mounted, or held by swap, LVM, MD or dm, goes on being
+    served by its worker, without us, until the next supervisor adopts it: stopping a service
+    must not tear a file system from under its users. *Death* (SIGKILL, a crash): every worker goes
+    on, and the next supervisor adopts them all.
+
+    Questions come through ``/run/pvfront/supervisor-<class>.sock``: one JSON object a line, one
+    JSON answer a line; the CLI is its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+from .device import DeviceLoop, Frontend, Goal, Phase
+from .errors import PvfrontError
+from .suspend import Suspend, SuspendParticipant
+from .xenbus import Bus, DeviceGone, XenbusDevice
+from .xenstore import Xenstore
+
+log = logging.getLogger(__name__)
+
+RUN_DIR = Path("/run/pvfront")
+STOP_DEADLINE = 60.0
+READY_DEADLINE = 30.0
+
+
+class NoSuchDevice(PvfrontError):
+    """A device was named that the store does not know; the message lists those it does."""
+
+
+def sd_notify(*lines: str) -> None:
+    """Tells systemd (sd_notify(3)); nothing without NOTIFY_SOCKET. Never raises, never blocks."""
+    where = os.environ.get("NOTIFY_SOCKET")
+    if not where:
+        return
+    address = "\0" + where[1:] if where.startswith("@") else where
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendto("\n".join(lines).encode(), address)
+
+
+class DeviceClass(Protocol):
+    """What a supervisor needs to know of its class of devices."""
+
+    klass: str
+
+    def label(self, devid: int) -> str:
+        """The name users give it: 'xvdb' for 51728."""
+        ...
+
+    async def take(self, device: XenbusDevice, *, force: bool) -> None:
+        """Takes the device from the kernel; raises PvfrontError with the reason if it cannot."""
+        ...
+
+    def frontend(self, device: XenbusDevice) -> Frontend: ...
+
+    async def give_back(self, device: XenbusDevice) -> str:
+        """Gives a closed device back to the kernel; returns what became of it, for people."""
+        ...
+
+    def hold_hot_plug(self) -> None:
+        """From now on new devices wait for `pass_on` or `take`, not bound by the kernel."""
+        ...
+
+    def release_hot_plug(self) -> None: ...
+
+    def pass_on(self, name: str) -> None:
+        """Lets the kernel have a device that is not ours."""
+        ...
+
+
+class Served:
+    """One device being served: its loop and the task that runs it."""
+
+    def __init__(self, loop: DeviceLoop, task: asyncio.Task[None]) -> None:
+        self.loop = loop
+        self.task = task
+
+
+class _Parker:
+    """Makes one device loop a participant of suspend."""
+
+    def __init__(self, loop: DeviceLoop) -> None:
+        self.loop = loop
+        self.name = loop.device.name
+
+    async def prepare(self) -> None:
+        self.loop.aim(Goal.PARKED)
+        wait = self.loop.deadlines
+        await self.loop.until_phase(
+            Phase.PARKED, Phase.CLOSED, timeout=wait.drain + 2 * wait.closing
+        )
+
+    async def resumed(self, cancelled: bool | None) -> None:
+        if self.loop.goal is Goal.PARKED:
+            self.loop.aim(Goal.CONNECTED)
+        await self.loop.until_phase(
+            Phase.CONNECTED, Phase.CLOSED, timeout=self.loop.deadlines.connected
+        )
+
+    def poisoned(self) -> None:
+        self.loop.poison()
+
+    def filesystems(self) -> list[str]:
+        path = self.loop.frontend.os_path
+        return [path] if path else []
+
+    def in_flight(self) -> int:
+        return self.loop.frontend.in_flight()
+
+
+class Supervisor:
+    """Serves devices of one class until `stop`.
+
+    `wanted` says which ids are ours; with `hot_plug` new ones are taken as they appear, else
+    only those named at the start.
+    """
+
+    def __init__(
+        self,
+        store: Xenstore,
+        klass: DeviceClass,
+        wanted: Callable[[int], bool],
+        *,
+        named: Collection[int] = (),
+        hot_plug: bool = False,
+        force: bool = False,
+        home: str = "",
+        run_dir: Path = RUN_DIR,
+        suspend: Callable[[Callable[[], Collection[SuspendParticipant]]], Suspend] | None = None,
+    ) -> None:
+        self.store = store
+        self.klass = klass
+        self.wanted = wanted
+        self.named = sorted(named)
+        self.hot_plug = hot_plug
+        self.force = force
+        self.home = home
+        self.run_dir = run_dir
+        self.served: dict[int, Served] = {}
+        self.refused: dict[int, str] = {}
+        self._stop = asyncio.Event()
+        self._failure: PvfrontError | None = None
+        self._make_suspend = suspend
+        self._seen_ids: set[int] = set()
+
+    # -- life ------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Serves until `stop`; returns the exit status.
+
+        Raises PvfrontError if a device named on the command line cannot be served at all.
+        """
+        self.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        bus = Bus(self.store, self.klass.klass, home=self.home)
+        present = await bus.ids()
+        for devid in self.named:
+            if devid not in present:
+                raise NoSuchDevice(
+                    f"{self.klass.label(devid)}: no such {self.klass.klass} "
+                    f"(device/{self.klass.klass}/{devid} is not in the store)",
+                    hint=f"there are: {', '.join(map(self.klass.label, present)) or 'none'}",
+                )
+        background: list[asyncio.Task[None]] = []
+        if self.hot_plug:
+            self.klass.hold_hot_plug()
+        try:
+            async with self._answering():
+                if self.named:
+                    for devid in self.named:
+                        await self._begin(devid, strict=True)
+                background.append(asyncio.create_task(self._follow(bus), name="bus"))
+                if self._make_suspend is not None:
+                    suspend = self._make_suspend(self._participants)
+                    background.append(asyncio.create_task(suspend.run(), name="suspend"))
+                background.append(asyncio.create_task(self._announce(), name="announce"))
+                stop = asyncio.create_task(self._stop.wait(), name="stop")
+                done, _ = await asyncio.wait(
+                    {stop, *background[:-1]}, return_when=asyncio.FIRST_COMPLETED
+                )
+                if stop not in done:
+                    stop.cancel()
+                    for task in done:
+                        task.result()  # a background task that ends has failed
+                sd_notify("STOPPING=1")
+                await self._end(background)
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            if self.hot_plug:
+                self.klass.release_hot_plug()
+        return 1 if self._failure else 0
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def _announce(self) -> None:
+        """READY once every device has its first result, good or bad, or after a deadline."""
+        first = [s.loop for s in self.served.values()]
+        with contextlib.suppress(TimeoutError, PvfrontError):
+            await asyncio.gather(
+                *(
+                    loop.until_phase(
+                        Phase.CONNECTED, Phase.FAILED, Phase.CLOSED, timeout=READY_DEADLINE
+                    )
+                    for loop in first
+                )
+            )
+        good = sum(s.loop.phase is Phase.CONNECTED for s in self.served.values())
+        sd_notify("READY=1", f"STATUS=serving {good} of {len(self.served)} devices")
+        log.info("ready: serving %d of %d devices", good, len(self.served))
+
+    async def _end(self, background: Collection[asyncio.Task[None]]) -> None:
+        # Hot plug and suspend stop first: nothing new may begin while we close.
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await asyncio.gather(*(self._finish(devid) for devid in list(self.served)))
+
+    async def _finish(self, devid: int, *, even_if_busy: bool = False) -> str:
+        """Closes one device and gives it back, or leaves it to its worker if it is in use."""
+        served = self.served[devid]
+        loop = served.loop
+        name = self.klass.label(devid)
+        why = await asyncio.to_thread(loop.frontend.busy)
+        if why is not None and not even_if_busy:
+            served.task.cancel()
+            await asyncio.gather(served.task, return_exceptions=True)
+            text = f"{name}: still in use ({why}): its worker goes on serving it without us"
+            log.warning("%s", text)
+            return text
+        loop.aim(Goal.CLOSED)
+        await asyncio.wait({served.task}, timeout=STOP_DEADLINE)
+        if not served.task.done():
+            served.task.cancel()
+            text = f"{name}: not closed within {STOP_DEADLINE:.0f} s ({loop.reason or loop.phase})"
+            log.error("%s", text)
+            self._failure = PvfrontError(text)
+            return text
+        text = await self._given_back(devid)
+        log.info("%s", text)
+        return text
+
+    async def _given_back(self, devid: int) -> str:
+        try:
+            device = await XenbusDevice.open(self.store, self.klass.klass, devid, home=self.home)
+        except PvfrontError:
+            return f"{self.klass.label(devid)}: closed; the toolstack has removed it"
+        try:
+            return await self.klass.give_back(device)
+        except (PvfrontError, OSError) as error:
+            return f"{self.klass.label(devid)}: closed, but not given back: {error}"
+        finally:
+            await device.close()
+
+    # -- devices ---------------------------------------------------------------------------
+
+    async def _follow(self, bus: Bus) -> None:
+        async for ids in bus.changes():
+            new = set(ids) - self._seen_ids
+            self._seen_ids = set(ids)
+            for devid in sorted(new):
+                if devid in self.served and not self.served[devid].task.done():
+                    continue
+                if self.wanted(devid):
+                    await self._begin(devid, strict=False)
+                elif self.hot_plug:
+                    self.klass.pass_on(f"{self.klass.klass}-{devid}")
+
+    async def _begin(self, devid: int, *, strict: bool) -> None:
+        name = self.klass.label(devid)
+        try:
+            device = await XenbusDevice.open(self.store, self.klass.klass, devid, home=self.home)
+        except (PvfrontError, OSError) as error:
+            await self._cannot(devid, error, strict)
+            return
+        try:
+            await self.klass.take(device, force=self.force)
+        except (PvfrontError, OSError) as error:
+            await device.close()
+            await self._cannot(devid, error, strict)
+            return
+        self.refused.pop(devid, None)
+        self._seen_ids.add(devid)
+        loop = DeviceLoop(device, self.klass.frontend(device), on_change=self._phase_changed)
+        task = asyncio.create_task(self._serve(devid, loop), name=f"serve {name}")
+        self.served[devid] = Served(loop, task)
+
+    async def _cannot(self, devid: int, error: Exception, strict: bool) -> None:
+        if strict:
+            raise error
+        self.refused[devid] = str(error)
+        log.warning("%s: not served: %s", self.klass.label(devid), error)
+
+    async def _serve(self, devid: int, loop: DeviceLoop) -> None:
+        try:
+            await loop.run()
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("%s: the device loop failed", loop.device.name)
+            raise
+        finally:
+            await loop.device.close()
+        # The id may be back already, attached again before the list was read once more.
+        with contextlib.suppress(PvfrontError, OSError):
+            ids = await Bus(self.store, self.klass.klass, home=self.home).ids()
+            self._seen_ids &= set(ids) if loop.goal is Goal.CLOSED else set(ids) - {devid}
+        if not self._stop.is_set() and loop.goal is not Goal.CLOSED:
+            asyncio.get_running_loop().create_task(self._again(devid))
+
+    async def _again(self, devid: int) -> None:
+        """Serves an id again that was detached and is there once more."""
+        try:
+            path = f"{self.home}device/{self.klass.klass}/{devid}/state"
+            if self.wanted(devid) and await self.store.read_opt(path) == "1":
+                await self._begin(devid, strict=False)
+        except (PvfrontError, OSError) as error:
+            log.warning("%s: %s", self.klass.label(devid), error)
+
+    def _participants(self) -> Collection[SuspendParticipant]:
+        return [_Parker(s.loop) for s in self.served.values() if not s.task.done()]
+
+    def _phase_changed(self, loop: DeviceLoop) -> None:
+        sd_notify(
+            "STATUS="
+            + ", ".join(
+                f"{self.klass.label(devid)} {s.loop.phase.value}"
+                for devid, s in sorted(self.served.items())
+            )
+        )
+        save_state(self.run_dir, loop)
+
+    # -- questions -------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _answering(self) -> Any:
+        path = self.run_dir / f"supervisor-{self.klass.klass}.sock"
+        if path.exists():
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(path))
+                raise PvfrontError(
+                    f"another supervisor already serves {self.klass.klass} devices ({path})",
+                    hint="`pvfront list` shows what it serves",
+                )
+            path.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(self._answer, str(path))
+        path.chmod(0o600)
+        try:
+            yield
+        finally:
+            server.close()
+            path.unlink(missing_ok=True)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            line = await asyncio.wait_for(reader.readline(), 10)
+            try:
+                answer = await self._do(json.loads(line))
+            except (PvfrontError, OSError, ValueError, KeyError, TypeError) as error:
+                answer = {"ok": False, "error": str(error)}
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+        except (TimeoutError, OSError, ValueError):
+            pass  # the asker has gone, or never asked
+        finally:
+            writer.close()
+
+    async def _do(self, request: dict[str, Any]) -> dict[str, Any]:
+        verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
+            "list": self._do_list,
+            "release": self._do_release,
+        }
+        verb = verbs.get(str(request.get("verb")))
+        if verb is None:
+            raise PvfrontError(f"unknown request; known are: {', '.join(verbs)}")
+        return await verb(request)
+
+    async def _do_list(self, _: dict[str, Any]) -> dict[str, Any]:
+        devices = [state_of(s.loop) for s in self.served.values() if not s.task.done()]
+        return {"ok": True, "devices": devices, "refused": self.refused}
+
+    async def _do_release(self, request: dict[str, Any]) -> dict[str, Any]:
+        devid = int(request["id"])
+        served = self.served.get(devid)
+        if served is None or served.task.done():
+            raise NoSuchDevice(f"{self.klass.label(devid)}: not served by this supervisor")
+        why = await asyncio.to_thread(served.loop.frontend.busy)
+        if why is not None:
+            raise PvfrontError(
+                f"{self.klass.label(devid)}: in use: {why}", hint="end that use first"
+            )
+        text = await self._finish(devid)
+        self.served.pop(devid, None)
+        return {"ok": True, "text": text}
+
+
+def state_of(loop: DeviceLoop) -> dict[str, Any]:
+    """A device as ``list``, ``status`` and the state file show it."""
+    view = loop.device.view
+    return {
+        "name": loop.device.name,
+        "class": loop.device.klass,
+        "id": loop.device.devid,
+        "backend": loop.device.backend,
+        "backend_id": loop.device.backend_id,
+        "phase": loop.phase.value,
+        "reason": loop.reason,
+        "generation": loop.frontend.generation,
+        "reconnects": loop.reconnects,
+        "connected_since": loop.connected_since,
+        "frontend_state": view.frontend.label,
+        "backend_state": view.backend.label,
+        **loop.frontend.details(),
+    }
+
+
+def save_state(run_dir: Path, loop: DeviceLoop) -> None:
+    """Writes ``/run/pvfront/<name>.json``, whole or not at all; removes it once closed."""
+    path = run_dir / f"{loop.device.name}.json"
+    if loop.phase is Phase.CLOSED:
+        path.unlink(missing_ok=True)
+        return
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(state_of(loop), indent=1) + "\n")
+    new.replace(path)

@@ -1,0 +1,597 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Start, adopt and speak to one C worker: the supervisor's end of the control protocol.
+
+Theory of operation
+    A worker is a process of its own: it is started in a session of its own, outlives us, and is
+    found again by the path of its listening socket. Its process is followed by a pidfd, which
+    works the same for a child and for an adopted stranger and cannot mean another process.
+
+    Commands go one at a time; each has one answer (docs/architecture.md) and a deadline. What
+    arrives unasked goes to `on_event`, in order. Everything fails with `WorkerGone` once the
+    process or its connection has ended.
+
+    Nothing here ever waits for the worker to take a message: the socket is non-blocking, and a
+    worker that lets its queue fill up is treated as gone.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import enum
+import errno
+import logging
+import os
+import pwd
+import signal
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .abi import ffi, lib
+from .errors import PvfrontError
+
+log = logging.getLogger(__name__)
+
+USER = "pvfront"
+ANSWER_DEADLINE = 10.0
+HELLO_DEADLINE = 10.0
+CHROOT = "/run/pvfront/empty"
+
+
+class WorkerError(PvfrontError):
+    """The worker refused a command; `error` is its errno."""
+
+    def __init__(self, message: str, error: int) -> None:
+        super().__init__(message)
+        self.error = error
+
+
+class WorkerGone(PvfrontError):
+    """The worker's process or its control connection has ended."""
+
+
+class State(enum.IntEnum):
+    """enum pvf_worker_state."""
+
+    IDLE = lib.PVF_IDLE
+    ATTACHED = lib.PVF_ATTACHED
+    RUNNING = lib.PVF_RUNNING
+    DRAINING = lib.PVF_DRAINING
+    DRAINED = lib.PVF_DRAINED
+    BROKEN = lib.PVF_BROKEN
+    TARGET_LOST = lib.PVF_TARGET_LOST
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a worker says of itself to every new supervisor."""
+
+    state: State
+    generation: int
+    name: str
+    pid: int
+    in_flight: int
+    has_target: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The backend broke a rule of the ring."""
+
+    rule: int
+    field: str
+    value: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"the backend broke rule {self.rule}: {self.field}={self.value:#x}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetGone:
+    """The NBD socket ended (error 0) or broke its protocol."""
+
+    error: int
+    text: str
+
+    def __str__(self) -> str:
+        why = errno.errorcode.get(self.error, str(self.error)) if self.error else "closed"
+        return f"the NBD socket is gone ({why}{': ' + self.text if self.text else ''})"
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureOff:
+    """The backend answered EOPNOTSUPP: 'flush' or 'discard' is offered no more."""
+
+    feature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """No response for `seconds` with requests outstanding; 0: the stall has ended."""
+
+    seconds: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The process has ended, or closed its control connection."""
+
+    text: str
+
+
+Event = Broken | TargetGone | FeatureOff | Stalled | Exited
+
+_ANSWERS = {
+    lib.PVF_CTL_ATTACH: lib.PVF_CTL_ATTACHED,
+    lib.PVF_CTL_START: lib.PVF_CTL_STARTED,
+    lib.PVF_CTL_QUIESCE: lib.PVF_CTL_DRAINED,
+    lib.PVF_CTL_DETACH: lib.PVF_CTL_DETACHED,
+}
+_COMMANDS = {
+    lib.PVF_CTL_ATTACH: "ATTACH",
+    lib.PVF_CTL_START: "START",
+    lib.PVF_CTL_QUIESCE: "QUIESCE",
+    lib.PVF_CTL_DETACH: "DETACH",
+}
+_SYSLOG = {3: logging.ERROR, 4: logging.WARNING, 6: logging.INFO}
+
+
+def binary() -> Path:
+    """The worker's executable; PVFRONT_WORKER names another one."""
+    path = Path(os.environ.get("PVFRONT_WORKER") or str(resources.files(__package__)))
+    if path.is_dir():
+        path = path / "pvfront-worker"
+    if not os.access(path, os.X_OK):
+        raise PvfrontError(
+            f"the worker program {path} is missing or not executable",
+            hint="install the pvfront wheel anew",
+        )
+    return path
+
+
+def worker_ids() -> tuple[int, int]:
+    """uid and gid of the user that workers run as."""
+    try:
+        entry = pwd.getpwnam(USER)
+    except KeyError:
+        raise PvfrontError(
+            f"there is no user {USER!r} to run workers as",
+            hint=f"run `systemd-sysusers`, or `useradd --system --no-create-home {USER}`",
+        ) from None
+    return entry.pw_uid, entry.pw_gid
+
+
+class Worker:
+    """A running worker. Make one by `spawn` or `adopt`; `close` forgets it without ending it."""
+
+    def __init__(self, name: str, sock: socket.socket, pid: int, *, child: bool) -> None:
+        self.name = name
+        self.pid = pid
+        self.hello: Hello | None = None
+        self.stats_fd = -1
+        self.on_event: Callable[[Event], None] = lambda event: None
+        self._sock = sock
+        self._child = child
+        self._pidfd = os.pidfd_open(pid)
+        self._lock = asyncio.Lock()
+        self._answer: asyncio.Future[Any] | None = None
+        self._expected = 0
+        self._generation = 0
+        self._greeted: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
+        self._gone: str | None = None
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._sock, self._readable)
+        loop.add_reader(self._pidfd, self._exited)
+
+    # -- beginning and end -------------------------------------------------------------------
+
+    @classmethod
+    async def spawn(cls, name: str, run_dir: Path) -> Worker:
+        """Starts a worker listening at ``run_dir/<name>.sock`` and waits for its HELLO."""
+        path = run_dir / f"{name}.sock"
+        program = binary()
+        argv = [str(program), "--name", name]
+        if os.geteuid() == 0:
+            uid, gid = worker_ids()
+            root = run_dir / "empty"
+            root.mkdir(mode=0o555, exist_ok=True)
+            argv += ["--uid", str(uid), "--gid", str(gid), "--chroot", str(root)]
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(path))
+            path.chmod(0o600)
+            listener.listen(4)
+            env = {k: v for k, v in os.environ.items() if k.startswith(("ASAN_", "UBSAN_"))}
+            pid = os.posix_spawn(
+                str(program),
+                argv,
+                env,
+                file_actions=[(os.POSIX_SPAWN_DUP2, listener.fileno(), 3)],
+                setsid=True,
+                setsigdef=range(1, signal.NSIG - 1),
+                setsigmask=(),
+            )
+        try:
+            return await cls._greet(name, path, pid)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise
+
+    @classmethod
+    async def adopt(cls, name: str, run_dir: Path) -> Worker | None:
+        """Connects to a worker left by another supervisor; None if there is none alive."""
+        path = run_dir / f"{name}.sock"
+        if not path.exists():
+            return None
+        try:
+            return await cls._greet(name, path, None)
+        except (ConnectionError, FileNotFoundError, WorkerGone):
+            path.unlink(missing_ok=True)
+            return None
+
+    @classmethod
+    async def _greet(cls, name: str, path: Path, pid: int | None) -> Worker:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.setblocking(False)
+            # The backlog is never full: connecting to a unix socket does not wait.
+            sock.connect(str(path))
+            worker = cls(name, sock, pid or await _peer_pid(sock), child=pid is not None)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            async with asyncio.timeout(HELLO_DEADLINE):
+                await worker._greeted
+        except TimeoutError:
+            worker.close()
+            raise WorkerGone(f"{name}: the worker did not say HELLO in time") from None
+        except BaseException:
+            worker.close()
+            raise
+        return worker
+
+    def close(self) -> None:
+        """Forgets the worker, which goes on. Idempotent."""
+        self._end("the supervisor closed the connection", tell=False)
+
+    def kill(self) -> None:
+        """SIGKILL. Everything it held is released by the kernel."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    @property
+    def alive(self) -> bool:
+        return self._gone is None
+
+    # -- commands ------------------------------------------------------------------------------
+
+    async def attach(
+        self,
+        generation: int,
+        *,
+        device_class: int,
+        port: int,
+        ring_pages: int,
+        ring_offset: int,
+        pool_offset: int,
+        pool_grefs: Sequence[int],
+        scrub: bool,
+        fds: tuple[int, int],
+    ) -> None:
+        """ATTACH with the event channel's and gntalloc's descriptors; the caller closes its own."""
+        message = ffi.new("struct pvf_ctl_attach *", {"pool_grefs": list(pool_grefs)})
+        message.device_class = device_class
+        message.port = port
+        message.ring_pages = ring_pages
+        message.pool_pages = len(pool_grefs)
+        message.ring_offset = ring_offset
+        message.pool_offset = pool_offset
+        message.name = self.name.encode()
+        message.flags = lib.PVF_ATTACH_SCRUB if scrub else 0
+        size = ffi.sizeof("struct pvf_ctl_attach") + 4 * len(pool_grefs)
+        await self._command(lib.PVF_CTL_ATTACH, generation, message, size, fds)
+
+    async def start(
+        self,
+        generation: int,
+        *,
+        sectors: int,
+        sector_size: int,
+        flags: int,
+        max_segments: int,
+        discard_granularity: int,
+        discard_alignment: int,
+        vdev: int,
+        stall_seconds: int,
+        target_fd: int | None,
+    ) -> None:
+        """START; `target_fd` is the NBD socket, None keeps the present one."""
+        message = ffi.new("struct pvf_ctl_start *")
+        message.sectors = sectors
+        message.sector_size = sector_size
+        message.flags = flags
+        message.max_segments = max_segments
+        message.discard_granularity = discard_granularity
+        message.discard_alignment = discard_alignment
+        message.stall_seconds = stall_seconds
+        message.vdev = vdev
+        fds = () if target_fd is None else (target_fd,)
+        await self._command(lib.PVF_CTL_START, generation, message, None, fds)
+
+    async def quiesce(self, generation: int, timeout: float) -> bool:
+        """QUIESCE; False if the ring was not empty within `timeout` seconds."""
+        message = ffi.new("struct pvf_ctl_simple *")
+        try:
+            await self._command(lib.PVF_CTL_QUIESCE, generation, message, timeout=timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    async def detach(self, generation: int, *, keep_target: bool, park: bool = False) -> None:
+        """DETACH: everything of the generation is closed when this returns.
+
+        `park` keeps the event channel's descriptor open for ever (suspend.py: a port that was
+        bound while the domain slept must never be unbound).
+        """
+        message = ffi.new("struct pvf_ctl_detach *")
+        message.flags = (lib.PVF_DETACH_KEEP_TARGET if keep_target else 0) | (
+            lib.PVF_DETACH_PARK if park else 0
+        )
+        await self._command(lib.PVF_CTL_DETACH, generation, message)
+
+    async def exit(self) -> None:
+        """EXIT, and wait for the end; SIGKILL if it does not come."""
+        if self._gone is None:
+            message = ffi.new("struct pvf_ctl_simple *")
+            with contextlib.suppress(OSError, PvfrontError):
+                self._send(lib.PVF_CTL_EXIT, self._generation, message, None, ())
+        deadline = asyncio.get_running_loop().time() + ANSWER_DEADLINE
+        while self._gone is None and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        if self._gone is None:
+            log.warning("%s: the worker did not exit when asked; killing it", self.name)
+            self.kill()
+
+    async def _command(
+        self,
+        kind: int,
+        generation: int,
+        message: Any,
+        size: int | None = None,
+        fds: Sequence[int] = (),
+        timeout: float = ANSWER_DEADLINE,
+    ) -> None:
+        async with self._lock:
+            self._answer = asyncio.get_running_loop().create_future()
+            self._expected = _ANSWERS[kind]
+            self._generation = generation
+            try:
+                self._send(kind, generation, message, size, fds)
+                async with asyncio.timeout(timeout):
+                    await self._answer
+            except TimeoutError:
+                if kind == lib.PVF_CTL_QUIESCE:
+                    raise
+                raise WorkerGone(
+                    f"{self.name}: the worker (pid {self.pid}) did not answer "
+                    f"{_COMMANDS[kind]} within {timeout:.0f} s"
+                ) from None
+            finally:
+                self._answer = None
+
+    def _send(
+        self, kind: int, generation: int, message: Any, size: int | None, fds: Sequence[int]
+    ) -> None:
+        if self._gone is not None:
+            raise WorkerGone(f"{self.name}: {self._gone}")
+        size = size or ffi.sizeof(message[0])
+        message.hdr.magic = lib.PVF_CTL_MAGIC
+        message.hdr.version = lib.PVF_CTL_VERSION
+        message.hdr.type = kind
+        message.hdr.generation = generation
+        message.hdr.length = size
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._sock.sendmsg([ffi.buffer(message, size)], rights)
+        except OSError as error:
+            self._end(f"the control connection failed: {error.strerror}")
+            raise WorkerGone(f"{self.name}: {self._gone}") from None
+
+    # -- what arrives -------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        try:
+            data, fds, flags, _ = socket.recv_fds(
+                self._sock, lib.PVF_CTL_MAX, lib.PVF_CTL_MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(f"the control connection failed: {error.strerror}")
+            return
+        try:
+            if not data:
+                self._end("the worker closed the control connection")
+            elif flags & socket.MSG_TRUNC:
+                self._end("the worker sent a message that is too long")
+            else:
+                self._message(data, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _message(self, data: bytes, fds: list[int]) -> None:
+        if len(data) < ffi.sizeof("struct pvf_ctl_hdr"):
+            self._end("the worker sent a truncated message")
+            return
+        hdr = ffi.from_buffer("struct pvf_ctl_hdr *", data)
+        if (hdr.magic, hdr.version) != (lib.PVF_CTL_MAGIC, lib.PVF_CTL_VERSION):
+            self._end("the worker speaks another version of the control protocol")
+            return
+        name = _BODIES.get(hdr.type)
+        if name is None or len(data) < ffi.sizeof(f"struct {name}"):
+            self._end(f"the worker sent a message of unknown shape (type {hdr.type})")
+            return
+        body = ffi.from_buffer(f"struct {name} *", data)
+        kind, generation = int(hdr.type), int(hdr.generation)
+        if kind == lib.PVF_CTL_HELLO:
+            self._hello(body, generation, fds)
+        elif kind == lib.PVF_CTL_LOG:
+            level = _SYSLOG.get(int(body.level), logging.INFO)
+            log.log(level, "%s: worker: %s", self.name, _text(body.text))
+        elif kind == lib.PVF_CTL_ERROR:
+            self._refused(body)
+        elif kind in _ANSWERS.values():
+            # A DRAINED that comes after its QUIESCE has timed out finds nobody waiting.
+            answer = self._answer
+            if (
+                answer is not None
+                and kind == self._expected
+                and generation == self._generation
+                and not answer.done()
+            ):
+                answer.set_result(None)
+        else:
+            self._event(kind, body)
+
+    def _hello(self, body: Any, generation: int, fds: list[int]) -> None:
+        if fds and self.stats_fd < 0:
+            self.stats_fd = os.dup(fds[0])
+        self._generation = generation
+        self.hello = Hello(
+            state=State(body.state),
+            generation=generation,
+            name=_text(body.name),
+            pid=int(body.pid),
+            in_flight=int(body.in_flight),
+            has_target=bool(body.has_target),
+        )
+        if not self._greeted.done():
+            self._greeted.set_result(self.hello)
+
+    def _refused(self, body: Any) -> None:
+        command = _COMMANDS.get(int(body.in_reply_to), str(body.in_reply_to))
+        code = int(body.error)
+        error = WorkerError(
+            f"{self.name}: the worker refused {command}: {_text(body.text)} "
+            f"({errno.errorcode.get(code, code)})",
+            code,
+        )
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+        else:
+            log.warning("%s", error)
+
+    def _event(self, kind: int, body: Any) -> None:
+        event: Event
+        if kind == lib.PVF_CTL_BROKEN:
+            event = Broken(
+                int(body.rule), _text(body.field), int(body.value), _text(body.text)
+            )
+        elif kind == lib.PVF_CTL_TARGET_GONE:
+            event = TargetGone(int(body.error), _text(body.text))
+        elif kind == lib.PVF_CTL_FEATURE_OFF:
+            event = FeatureOff("flush" if body.feature == lib.PVF_BLK_FLUSH else "discard")
+        else:
+            event = Stalled(int(body.seconds), int(body.in_flight))
+        self.on_event(event)
+
+    def _exited(self) -> None:
+        text = f"the worker (pid {self.pid}) has ended"
+        if self._child:
+            with contextlib.suppress(ChildProcessError):
+                result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+                if result is not None:
+                    if result.si_code == os.CLD_EXITED:
+                        text += f" with status {result.si_status}"
+                    else:
+                        text += f" by {signal.Signals(result.si_status).name}"
+        self._end(text)
+
+    def _end(self, why: str, *, tell: bool = True) -> None:
+        if self._gone is not None:
+            return
+        self._gone = why
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._sock)
+        loop.remove_reader(self._pidfd)
+        self._sock.close()
+        if self._child and tell:
+            # Ended or not, a child is never left a zombie: killing the dead does no harm.
+            self.kill()
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        os.close(self._pidfd)
+        if self.stats_fd >= 0:
+            os.close(self.stats_fd)
+            self.stats_fd = -1
+        error = WorkerGone(f"{self.name}: {why}")
+        if not self._greeted.done():
+            self._greeted.set_exception(error)
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+        if tell:
+            self.on_event(Exited(why))
+
+
+_BODIES = {
+    lib.PVF_CTL_ATTACHED: "pvf_ctl_simple",
+    lib.PVF_CTL_STARTED: "pvf_ctl_simple",
+    lib.PVF_CTL_DRAINED: "pvf_ctl_simple",
+    lib.PVF_CTL_DETACHED: "pvf_ctl_simple",
+    lib.PVF_CTL_ERROR: "pvf_ctl_error",
+    lib.PVF_CTL_HELLO: "pvf_ctl_hello",
+    lib.PVF_CTL_BROKEN: "pvf_ctl_broken",
+    lib.PVF_CTL_TARGET_GONE: "pvf_ctl_target_gone",
+    lib.PVF_CTL_FEATURE_OFF: "pvf_ctl_feature_off",
+    lib.PVF_CTL_STALLED: "pvf_ctl_stalled",
+    lib.PVF_CTL_LOG: "pvf_ctl_log",
+}
+
+
+def _text(field: Any) -> str:
+    raw: bytes = ffi.string(field)
+    return raw.decode("utf-8", "replace")
+
+
+async def _peer_pid(sock: socket.socket) -> int:
+    """The pid in a waiting HELLO, by peeking: an adopted worker is no child of ours.
+
+    SO_PEERCRED would name whoever called listen(), a supervisor that may be long dead.
+    """
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, lambda: readable.done() or readable.set_result(None))
+    try:
+        async with asyncio.timeout(HELLO_DEADLINE):
+            await readable
+    except TimeoutError:
+        raise WorkerGone("the worker does not answer on its control socket") from None
+    finally:
+        loop.remove_reader(sock)
+    data = sock.recv(lib.PVF_CTL_MAX, socket.MSG_PEEK)
+    if len(data) < ffi.sizeof("struct pvf_ctl_hello"):
+        raise WorkerGone("the worker closed its control connection")
+    return int(ffi.from_buffer("struct pvf_ctl_hello *", data).pid)
+
+
+def stats_path(pid: int) -> Path | None:
+    """The worker's statistics page as a path that root can open; None if there is none."""
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                target = os.readlink(entry)
+                if target.startswith("/memfd:pvf-stats") and stat.S_ISREG(entry.stat().st_mode):
+                    return entry
+    return None
