@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Connections to the store: who asked what, and the two transports underneath.
+
+A *link* is one connection: it numbers requests, sends each as one message, and hands every reply
+to whoever asked, by request id. Requests of many tasks are in flight at once, up to a limit. When
+anything is wrong with the connection itself (an error of the device, end of file, a packet that
+cannot be), the link fails as a whole: every pending and every later call raises XenstoreLost with
+that one reason.
+
+A call can be given up at any time (timeout, cancellation). Its request id stays taken until the
+late reply comes, so that ids never collide and a late reply is no surprise; a late reply that
+created something (a transaction, a watch) is undone.
+
+/dev/xen/xenbus (drivers/xen/xenbus/xenbus_dev_frontend.c) has rules of its own:
+
+* One message per write(), 4096 bytes with its header. poll never says "writable"; a write does
+  not wait, except for WATCH and UNWATCH.
+* write() of WATCH or UNWATCH returns only when the store has answered, and holds the descriptor's
+  lock meanwhile. The kernel's one reader thread takes the same lock to deliver any other reply of
+  that descriptor. **A WATCH written while a request is pending on the same descriptor can hang the
+  store for the whole guest.** So each watch gets a descriptor of its own, on which nothing else is
+  ever asked, and a thread of its own for that one write.
+* UNWATCH also waits for the kernel's watch thread, which runs a suspend: it would block here, in
+  a state that cannot be frozen, and the suspend would fail. So it is never sent; a watch ends by
+  closing its descriptor, which the kernel finishes in the background.
+* The kernel queues events without limit until they are read: they are read at once, always, and
+  coalesced by the reader (Watch in xenstore.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pvfront.xswire import (
+    DEVICE_PAYLOAD_MAX,
+    PAYLOAD_MAX,
+    Op,
+    Packet,
+    Parser,
+    WireError,
+    XenstoreError,
+    decode,
+    encode,
+    error_from_reply,
+    next_request_id,
+    printable,
+)
+
+_log = logging.getLogger(__name__)
+
+IN_FLIGHT = 64
+"""Requests of one link that may wait for replies; further callers queue up."""
+
+_READ_SIZE = 65536
+
+Undo = Callable[[bytes], tuple[Op, int, bytes]]
+"""From the reply of a request, the (op, tx_id, payload) that takes back what it made."""
+
+Sink = Callable[[str | None], None]
+"""Takes the paths of a watch's events, in order; None when the link has failed."""
+
+
+class XenstoreTimeout(XenstoreError, TimeoutError):
+    """The store did not answer in time. A write may still happen later."""
+
+    def __init__(self, op: str, path: str, seconds: float) -> None:
+        super().__init__(errno.ETIMEDOUT, op, path, f"no answer within {seconds:g} s")
+
+
+class XenstoreLost(XenstoreError):
+    """The connection is closed or broken; nothing more can be done with this store object."""
+
+    def __init__(self, code: int, op: str, path: str, where: str, reason: str) -> None:
+        super().__init__(code, op, path, f"connection to {where} lost: {reason}")
+
+
+@dataclass(slots=True)
+class Failure:
+    """Why a link is dead. Each caller gets an exception of its own made from it."""
+
+    code: int
+    where: str
+    reason: str
+
+    def error(self, op: str, path: str) -> XenstoreLost:
+        return XenstoreLost(self.code, op, path, self.where, self.reason)
+
+
+@dataclass(slots=True)
+class Request:
+    op: Op
+    path: str
+    reply: asyncio.Future[bytes] | None
+    """None: nobody waits, the reply is only counted."""
+    undo: Undo | None = None
+    """What to send if the reply comes and nobody waits for it any more."""
+
+    @property
+    def name(self) -> str:
+        return self.op.name.lower()
+
+
+class Transport(Protocol):
+    payload_max: int
+    refused: frozenset[Op]
+    """Operations that must not be sent this way."""
+
+    def send(self, frame: bytes, req_id: int) -> None:
+        """Sends one message, now or soon. OSError: not sent, and the stream is still in step."""
+
+    async def close(self) -> None: ...
+
+
+class Link:
+    """One connection: request ids, replies, the events of its watches."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.transport: Transport | None = None
+        self.watches: dict[bytes, Sink] = {}
+        """By token, who takes the events."""
+        self.failure: Failure | None = None
+        self._parser = Parser()
+        self._requests: dict[int, Request] = {}
+        self._last_id = -1
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+
+    async def request(
+        self,
+        op: Op,
+        path: str,
+        payload: bytes,
+        tx_id: int = 0,
+        undo: Undo | None = None,
+    ) -> bytes:
+        """Sends a request and returns the reply's payload. The caller sets the timeout."""
+        self._check(op, path, payload)
+        await self._slots.acquire()
+        try:
+            # The link may have failed while this task stood in the queue.
+            self._check(op, path, payload)
+            reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+            self._send(Request(op, path, reply, undo), tx_id, payload)
+        except BaseException:
+            self._slots.release()
+            raise
+        try:
+            return await reply
+        except asyncio.CancelledError:
+            if undo is not None and not reply.cancelled() and reply.exception() is None:
+                # Cancelled in the instant between the reply and this task's turn.
+                self._undo(undo, reply.result())
+            raise
+
+    def post(self, op: Op, tx_id: int, payload: bytes) -> None:
+        """Sends a request whose outcome nobody needs, past the queue. Never fails, never waits."""
+        try:
+            self._check(op, "", payload)
+            self._send(Request(op, "", None), tx_id, payload)
+        except XenstoreError as exc:
+            _log.debug("not sent: %s", exc)
+
+    def feed(self, data: bytes) -> None:
+        """Takes what was read from the connection."""
+        try:
+            for packet in self._parser.feed(data):
+                if packet.op is Op.WATCH_EVENT:
+                    self._event(packet.payload)
+                else:
+                    self._reply(packet)
+        except WireError as exc:
+            self.fail(errno.EPROTO, f"protocol error: {exc}")
+
+    def end_of_file(self) -> None:
+        partial = self._parser.partial
+        self.fail(
+            errno.ECONNRESET,
+            "the store closed it"
+            + (f" in the middle of a packet ({partial} bytes)" * bool(partial)),
+        )
+
+    def fail(self, code: int, reason: str) -> None:
+        """Ends the link for everybody. Only the first reason counts."""
+        if self.failure is not None:
+            return
+        failure = self.failure = Failure(code, self.where, reason)
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            self._settle(request, failure.error(request.name, request.path))
+        for sink in self.watches.values():
+            sink(None)
+
+    def fail_request(self, req_id: int, exc: OSError) -> None:
+        """The transport could not send request `req_id` after all."""
+        request = self._requests.pop(req_id, None)
+        if request is not None:
+            code = exc.errno or errno.EIO
+            self._settle(request, XenstoreError(code, request.name, request.path))
+
+    async def close(self, reason: str = "closed by this process") -> None:
+        self.fail(errno.EBADF, reason)
+        if self.transport is not None:
+            await self.transport.close()
+
+    def _check(self, op: Op, path: str, payload: bytes) -> None:
+        if self.failure is not None:
+            raise self.failure.error(op.name.lower(), path)
+        assert self.transport is not None
+        if op in self.transport.refused:
+            raise ValueError(f"{op.name} must not be sent on this descriptor of {self.where}")
+        limit = self.transport.payload_max
+        if len(payload) > limit:
+            raise XenstoreError(
+                errno.E2BIG,
+                op.name.lower(),
+                path,
+                f"E2BIG (a message of {len(payload)} bytes, {self.where} takes {limit})",
+            )
+
+    def _send(self, request: Request, tx_id: int, payload: bytes) -> None:
+        assert self.transport is not None
+        req_id = self._last_id = next_request_id(self._last_id, self._requests)
+        try:
+            self.transport.send(encode(request.op, req_id, tx_id, payload), req_id)
+        except OSError as exc:
+            if self.failure is not None:
+                raise self.failure.error(request.name, request.path) from exc
+            raise XenstoreError(exc.errno or errno.EIO, request.name, request.path) from exc
+        # Only now: a send that failed may have failed the link, which settles all that is pending.
+        self._requests[req_id] = request
+
+    def _settle(self, request: Request, outcome: bytes | XenstoreError) -> None:
+        waiting = request.reply is not None and not request.reply.done()
+        if not waiting and request.undo is not None and isinstance(outcome, bytes):
+            self._undo(request.undo, outcome)
+        if request.reply is None:
+            return
+        self._slots.release()
+        if not waiting:
+            return
+        if isinstance(outcome, bytes):
+            request.reply.set_result(outcome)
+        else:
+            request.reply.set_exception(outcome)
+
+    def _undo(self, undo: Undo, reply: bytes) -> None:
+        try:
+            self.post(*undo(reply))
+        except XenstoreError as exc:  # a reply that makes no sense made nothing to be taken back
+            _log.debug("%s", exc)
+
+    def _reply(self, packet: Packet) -> None:
+        request = self._requests.get(packet.req_id)
+        if request is None:
+            raise WireError(f"a reply to request {packet.req_id}, which is not pending")
+        if packet.op not in (request.op, Op.ERROR):
+            raise WireError(f"{packet.op.name} as the reply to {request.op.name}")
+        del self._requests[packet.req_id]
+        if packet.op is Op.ERROR:
+            self._settle(request, error_from_reply(request.name, request.path, packet.payload))
+        else:
+            self._settle(request, packet.payload)
+
+    def _event(self, payload: bytes) -> None:
+        # Only the payload counts: the kernel leaves req_id and tx_id of events uninitialised.
+        path, nul, rest = payload.partition(b"\0")
+        token, end, _ = rest.partition(b"\0")
+        if not (nul and end):
+            raise WireError("a watch event without path and token")
+        sink = self.watches.get(token)
+        if sink is not None:
+            sink(decode(path))
+        elif not token.isdigit():
+            raise WireError(f"an event for a watch that was never set: {printable(decode(token))}")
+        # else: an event that was on its way when its watch ended
+
+
+class SocketTransport(asyncio.Protocol):
+    """A Unix socket: asyncio does the buffering."""
+
+    payload_max = PAYLOAD_MAX
+    refused: frozenset[Op] = frozenset()
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._transport: asyncio.Transport | None = None
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        link.transport = self
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._link.feed(data)
+        if self._link.failure is not None and self._transport is not None:
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, OSError) and exc.errno:
+            self._link.fail(exc.errno, os.strerror(exc.errno))
+        else:
+            self._link.end_of_file()
+        if not self._lost.done():
+            self._lost.set_result(None)
+
+    def send(self, frame: bytes, req_id: int) -> None:
+        assert self._transport is not None
+        self._transport.write(frame)
+
+    async def close(self) -> None:
+        if self._transport is not None:
+            # abort, not close: whatever is not sent yet has no one waiting for it any more.
+            self._transport.abort()
+            await asyncio.shield(self._lost)
+
+
+class Device:
+    """The system calls on /dev/xen/xenbus."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self, size: int) -> bytes:
+        return os.read(self._fd, size)
+
+    def write(self, frame: bytes) -> int:
+        return os.write(self._fd, frame)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+_FATAL = {errno.EIO, errno.ENODEV, errno.ENXIO, errno.EBADF, errno.EPIPE, errno.EAGAIN}
+"""Errors of write() on the device after which nothing can be expected from it.
+
+All others concern the one message, which the kernel has then dropped as a whole. EAGAIN never
+comes from this device, and must not be taken for the conflict of a transaction.
+"""
+
+
+class DeviceTransport:
+    """A descriptor of /dev/xen/xenbus for everything but watches."""
+
+    payload_max = DEVICE_PAYLOAD_MAX
+    refused = frozenset({Op.WATCH, Op.UNWATCH})
+
+    def __init__(self, link: Link, device: Device) -> None:
+        self._link = link
+        self._device: Device | None = device
+        self._loop = asyncio.get_running_loop()
+        link.transport = self
+        self._loop.add_reader(device.fileno(), self._readable)
+
+    def send(self, frame: bytes, req_id: int) -> None:
+        if self._device is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        try:
+            self._check_written(self._device.write(frame), frame)
+        except OSError as exc:
+            self._fatal(exc)
+            raise
+
+    async def close(self) -> None:
+        device = self._detach()
+        if device is not None:
+            device.close()
+
+    def _readable(self) -> None:
+        assert self._device is not None
+        try:
+            data = self._device.read(_READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self._link.fail(exc.errno or errno.EIO, f"read: {_describe(exc)}")
+        else:
+            if data:
+                self._link.feed(data)
+            else:
+                self._link.end_of_file()
+        if self._link.failure is not None:
+            # A dead device stays readable for ever.
+            self._loop.remove_reader(self._device.fileno())
+
+    def _check_written(self, written: int, frame: bytes) -> None:
+        if written != len(frame):
+            self._link.fail(errno.EIO, f"short write ({written} of {len(frame)} bytes)")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def _fatal(self, exc: OSError) -> None:
+        if exc.errno in _FATAL:
+            self._link.fail(exc.errno or errno.EIO, f"write: {_describe(exc)}")
+
+    def _detach(self) -> Device | None:
+        device, self._device = self._device, None
+        if device is not None:
+            self._loop.remove_reader(device.fileno())
+        return device
+
+
+class DeviceWatchTransport(DeviceTransport):
+    """The descriptor of one watch: its WATCH is written by a thread, because that write waits.
+
+    While the thread is inside write(), the descriptor is its own: closing it here would let the
+    number be reused under the thread.
+    """
+
+    refused = frozenset(Op) - {Op.WATCH}
+    _writing = False
+
+    def send(self, frame: bytes, req_id: int) -> None:
+        device = self._device
+        if device is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        self._writing = True
+
+        def run() -> None:
+            error: OSError | None = None
+            try:
+                written = device.write(frame)
+                if written != len(frame):
+                    error = OSError(errno.EIO, f"short write ({written} bytes)")
+            except OSError as exc:
+                error = exc
+            try:
+                self._loop.call_soon_threadsafe(self._written, device, req_id, error)
+            except RuntimeError:  # the loop is closed, and with it everybody who could close this
+                device.close()
+
+        # A daemon: a store that never answers must not keep the process from ending.
+        threading.Thread(target=run, name="xenstore-watch", daemon=True).start()
+
+    async def close(self) -> None:
+        device = self._detach()
+        if device is not None and not self._writing:
+            device.close()
+
+    def _written(self, device: Device, req_id: int, error: OSError | None) -> None:
+        self._writing = False
+        if self._device is None:
+            device.close()
+        elif error is not None:
+            self._link.fail_request(req_id, error)
+
+
+def _describe(exc: OSError) -> str:
+    code = exc.errno or errno.EIO
+    return f"{errno.errorcode.get(code, str(code))} ({os.strerror(code)})"
