@@ -514,7 +514,7 @@ def _is_device(where: str) -> bool:
 
 def _find_store() -> str:
     named = os.environ.get("XENSTORED_PATH")
-    candidates = [DEVICE_PATH, *([named] if named else SOCKET_PATHS)]
+    candidates: list[str] = [DEVICE_PATH, *([named] if named else SOCKET_PATHS)]
     for path in candidates:
         if Path(path).exists():
             return path

@@ -81,8 +81,15 @@ class XenstoreError(PvfrontError, OSError):
     """A store operation failed.
 
     `errno` and `path` say what and where, `op` names the operation in lower case. The text reads
-    `xenstore: read device/vbd/51728/state: ENOENT (No such file or directory)`.
+    `xenstore: read device/vbd/51728/state: ENOENT (No such file or directory)`. As with OSError
+    itself, ENOENT, EEXIST and EACCES or EPERM are also FileNotFoundError, FileExistsError and
+    PermissionError.
     """
+
+    def __new__(cls, *args: object, **kwargs: object) -> XenstoreError:
+        if cls is XenstoreError and args and isinstance(args[0], int):
+            cls = _BY_ERRNO.get(args[0], cls)
+        return super().__new__(cls)
 
     def __init__(
         self, code: int, op: str, path: str, detail: str | None = None, *, hint: str | None = None
@@ -92,13 +99,35 @@ class XenstoreError(PvfrontError, OSError):
             detail = f"{name} ({os.strerror(code)})"
         text = f"xenstore: {op} {printable(path)}: {detail}"
         PvfrontError.__init__(self, text, hint=hint)
-        OSError.__init__(self, code, text)
+        # OSError takes its fields from the arguments of __new__, which are not these.
+        self.errno = code
+        self.strerror = os.strerror(code)
         self.op = op
         self.path = path
         self._text = text
 
     def __str__(self) -> str:
         return self._text
+
+
+class XenstoreNotFound(XenstoreError, FileNotFoundError):
+    """ENOENT: no such node."""
+
+
+class XenstoreExists(XenstoreError, FileExistsError):
+    """EEXIST."""
+
+
+class XenstoreDenied(XenstoreError, PermissionError):
+    """EACCES, EPERM: the node is not this domain's to read or write."""
+
+
+_BY_ERRNO: dict[int, type[XenstoreError]] = {
+    errno.ENOENT: XenstoreNotFound,
+    errno.EEXIST: XenstoreExists,
+    errno.EACCES: XenstoreDenied,
+    errno.EPERM: XenstoreDenied,
+}
 
 
 def encode(op: Op, req_id: int, tx_id: int, payload: bytes) -> bytes:
