@@ -37,18 +37,18 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+from . import states
 from .errors import PvfrontError
-from .states import XenbusState
+from .states import Step, XenbusState, next_step
 from .xenbus import DeviceGone, HandshakeTimeout, View, XenbusDevice
 
 log = logging.getLogger(__name__)
 
+MOST_STEPS = 40  # of one walk; from any states to Connected takes 12
 RETRY_FIRST = 0.5
 RETRY_LAST = 10.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,8 @@ class DeviceLoop:
         self.reason = ""
         self.reconnects = 0
         self.connected_since: float | None = None
-        self._attached = False
+        self._attached = False  # the frontend holds ports and grants
+        self._published = False  # the keys in the store are those of what is held
         self._poisoned = False
         self._on_change = on_change
         self._poked = asyncio.Event()
@@ -256,7 +257,7 @@ class DeviceLoop:
     async def _run(self) -> None:
         pause = RETRY_FIRST
         if await self.frontend.adopt(self.device):
-            self._attached = True
+            self._attached = self._published = True
             await self._enter(Phase.CONNECTED, "adopted")
         while True:
             match self.goal:
@@ -279,6 +280,7 @@ class DeviceLoop:
                     await self._enter(Phase.CONNECTED)
                 if await self._serve():
                     return
+                self._published = False
             except DeviceGone:
                 raise
             except (PvfrontError, OSError) as error:
@@ -322,47 +324,107 @@ class DeviceLoop:
     # -- the walk --------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        device, wait = self.device, self.deadlines
-        view = await device.refresh()
+        view = await self.device.refresh()
         if view.moved or self._poisoned:
             await self._moved()
+        await asyncio.to_thread(self.frontend.stolen)
+        await self._walk(states.Goal.CONNECTED)
+
+    async def _disconnect(self, *, drained: bool) -> None:
+        """Walks to Closed and lets go of everything towards the backend, whatever it does.
+
+        Raises HandshakeTimeout if the backend is stuck; nothing is held then either, because an
+        unplug must not wait for a backend that does not answer (rule 28).
+        """
+        try:
+            await self._walk(states.Goal.CLOSED, drained=drained)
+        except (DeviceGone, HandshakeTimeout, Refused) as error:
+            await self._let_go(keep_target=drained)
+            if (await self.device.refresh()).present:
+                # A toolstack must not find a frontend that still claims to be connected.
+                await self.device.write_state(XenbusState.CLOSED)
+            if not isinstance(error, DeviceGone):
+                raise
+
+    async def _walk(self, goal: states.Goal, *, drained: bool = False) -> None:
+        """Does one step of the table (states.py) after another until `goal` is reached.
+
+        `drained`: nothing is in flight, so the OS device can keep its socket.
+        """
+        device = self.device
+        for _ in range(MOST_STEPS):
             view = await device.refresh()
-        if not view.present:
-            raise DeviceGone(f"{device.name}: removed")
-        if self.frontend.stolen():
-            view = await device.refresh()
-        if self._attached or view.frontend is not XenbusState.INITIALISING or view.backend not in (
-            XenbusState.UNKNOWN,
-            XenbusState.INITIALISING,
-            XenbusState.INIT_WAIT,
-        ):
-            await self._disconnect(drained=False)
-            await device.write_state(XenbusState.INITIALISING)
-        await device.until(
-            lambda v: v.backend is XenbusState.INIT_WAIT,
-            what="backend InitWait",
-            timeout=wait.init_wait,
-        )
-        self._attached = True
-        keys = await self.frontend.attach(device)
-        await device.publish(dict(keys), XenbusState.INITIALISED)
-        view = await device.until(
-            lambda v: v.backend
-            in (XenbusState.CONNECTED, XenbusState.CLOSING, XenbusState.CLOSED),
-            what="backend Connected",
-            timeout=wait.connected,
-        )
-        if view.backend is not XenbusState.CONNECTED:
-            raise Refused(
-                f"{device.name}: the backend went to {view.backend.label} instead of Connected"
-                + await self._backend_error()
+            if not view.present:
+                raise DeviceGone(f"{device.name}: removed")
+            decision = next_step(
+                view.frontend,
+                view.backend,
+                online=view.online,
+                goal=goal,
+                published=self._published,
             )
-        await self.frontend.start(device)
-        await device.write_state(XenbusState.CONNECTED)
+            log.debug("%s: %s: %s", device.name, decision.step.name, decision.reason)
+            match decision.step:
+                case Step.WRITE_CLOSING:
+                    await device.write_state(XenbusState.CLOSING)
+                case Step.WRITE_CLOSED:
+                    await device.write_state(XenbusState.CLOSED)
+                case Step.RESTART:
+                    await self._let_go(keep_target=drained)
+                    await device.write_state(XenbusState.INITIALISING)
+                case Step.ALLOCATE_AND_PUBLISH:
+                    await self._let_go(keep_target=drained)
+                    self._attached = True
+                    keys = await self.frontend.attach(device)
+                    await device.publish(dict(keys), XenbusState.INITIALISED)
+                    self._published = True
+                case Step.CONNECT:
+                    await self.frontend.start(device)
+                    await device.write_state(XenbusState.CONNECTED)
+                case Step.PAUSE_THEN_WRITE_CLOSING:
+                    self._published = False
+                    raise Refused(f"{device.name}: {decision.reason}" + await self._backend_error())
+                case Step.DONE:
+                    if goal is states.Goal.CLOSED:
+                        await self._let_go(keep_target=drained)
+                    return
+                case Step.DETACHED:
+                    await self._let_go(keep_target=drained)
+                    raise DeviceGone(f"{device.name}: {decision.reason}")
+                case step:
+                    await self._wait(step, view)
+        raise Refused(f"{device.name}: the backend changes its state without end")
+
+    async def _wait(self, step: Step, view: View) -> None:
+        wait = self.deadlines
+        seconds, what = {
+            Step.WAIT_INIT_WAIT: (wait.init_wait, "backend InitWait"),
+            Step.WAIT_CONNECTED: (wait.connected, "backend Connected"),
+            Step.WAIT_BACKEND_CLOSING: (wait.closing, "backend Closing"),
+            Step.WAIT_BACKEND_CLOSED: (wait.closing, "backend Closed"),
+        }[step]
+        if step is Step.WAIT_INIT_WAIT and view.backend is XenbusState.CLOSED:
+            # The backend reacts to the write, not to the value: it may have missed the first.
+            await self.device.write_state(XenbusState.INITIALISING, again=True)
+        await self.device.until(
+            lambda v: v.backend is not view.backend or v.online is not view.online,
+            what=what,
+            timeout=seconds,
+        )
+
+    async def _let_go(self, *, keep_target: bool) -> None:
+        """Frees what the generation held, and removes its keys. After the backend has let go."""
+        self._published = False
+        if self._attached:
+            await self.frontend.detach(keep_target=keep_target)
+            self._attached = False
+        if self.device.view.present:
+            await self.device.remove_keys(self.frontend.stale_key)
 
     async def _moved(self) -> None:
         """The domain is another one than at the attach: nothing of before may be unbound."""
         self._poisoned = False
+        self._published = False
         if self._attached:
             await self.frontend.poisoned()
             self._attached = False
@@ -371,52 +433,11 @@ class DeviceLoop:
     async def _backend_error(self) -> str:
         """What xenbus_dev_error left in the store, as a clause; '' if nothing."""
         with contextlib.suppress(OSError):
-            path = self.device.backend.partition("/backend/")
-            text = await self.device.store.read_opt(f"{path[0]}/error/backend/{path[2]}/error")
+            head, _, tail = self.device.backend.partition("/backend/")
+            text = await self.device.store.read_opt(f"{head}/error/backend/{tail}/error")
             if text:
-                return f": {text[:200]!r}"
+                return f" (the backend says {text[:200]!r})"
         return ""
-
-    async def _disconnect(self, *, drained: bool) -> None:
-        """The close cycle: 5 → backend 5 or 6 → 6 → backend 6 → nothing held, keys removed.
-
-        The grants are freed last, after the backend has let go of them or its deadline has
-        passed: a backend that is stuck must not keep an unplug from ending (rule 28).
-        """
-        device, wait = self.device, self.deadlines
-        stuck: HandshakeTimeout | None = None
-        try:
-            view = await device.refresh()
-            if view.present:
-                closing = (XenbusState.CLOSING, XenbusState.CLOSED)
-                if view.frontend not in closing:
-                    await device.write_state(XenbusState.CLOSING)
-                if view.frontend is not XenbusState.CLOSED:
-                    await device.until(
-                        lambda v: v.backend in closing,
-                        what="backend Closing",
-                        timeout=wait.closing,
-                    )
-                    await device.write_state(XenbusState.CLOSED)
-                await device.until(
-                    lambda v: v.backend is XenbusState.CLOSED,
-                    what="backend Closed",
-                    timeout=wait.closing,
-                )
-        except DeviceGone:
-            pass
-        except HandshakeTimeout as error:
-            stuck = error
-        await self.frontend.detach(keep_target=drained)
-        self._attached = False
-        if (await device.refresh()).present:
-            await device.remove_keys(self.frontend.stale_key)
-            if stuck is not None:
-                # Closed is written all the same: a toolstack that gave up on the backend must
-                # not find a frontend that still claims to be connected.
-                await device.write_state(XenbusState.CLOSED)
-        if stuck is not None:
-            raise stuck
 
     async def _serve(self) -> bool:
         """Stays Connected. True: the device was detached for good; False: walk again."""
@@ -450,7 +471,7 @@ class DeviceLoop:
                 return False
             if view.frontend is not XenbusState.CONNECTED:
                 why = f"someone else wrote the frontend's state: {view.frontend.label}"
-                if frontend.stolen():
+                if await asyncio.to_thread(frontend.stolen):
                     why = "the kernel's frontend had taken the device back"
                 log.warning("%s: reconnecting: %s", device.name, why)
                 await self._enter(Phase.RECONNECTING, why)
@@ -544,12 +565,9 @@ class DeviceLoop:
             return
         if phase is Phase.CONNECTED and self.phase is not Phase.CONNECTED:
             self.connected_since = time.time()
-        log.info(
-            "%s: %s%s", self.device.name, phase.value, f" ({reason})" if reason else ""
-        )
+        log.info("%s: %s%s", self.device.name, phase.value, f" ({reason})" if reason else "")
         async with self._phase_changed:
             self.phase, self.reason = phase, reason
             self._phase_changed.notify_all()
         if self._on_change is not None:
             self._on_change(self)
-

@@ -37,18 +37,19 @@ class _DroppingHandler(logging.handlers.QueueHandler):
 
     def __init__(self, records: queue.Queue[logging.LogRecord]) -> None:
         super().__init__(records)
+        self.records = records
         self.dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
-            self.queue.put_nowait(record)
+            self.records.put_nowait(record)
         except queue.Full:
             self.dropped += 1
             return
-        if self.dropped and self.queue.qsize() < _LOG_QUEUE // 2:
+        if self.dropped and self.records.qsize() < _LOG_QUEUE // 2:
             lost, self.dropped = self.dropped, 0
             with contextlib.suppress(queue.Full):
-                self.queue.put_nowait(
+                self.records.put_nowait(
                     logging.makeLogRecord(
                         {
                             "name": __name__,

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 from .device import DeviceLoop, Frontend, Goal, Phase
 from .errors import PvfrontError
 from .suspend import Suspend, SuspendParticipant
-from .xenbus import Bus, DeviceGone, XenbusDevice
+from .xenbus import Bus, XenbusDevice
 from .xenstore import Xenstore
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,11 @@ def sd_notify(*lines: str) -> None:
     if not where:
         return
     address = "\0" + where[1:] if where.startswith("@") else where
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-        with contextlib.suppress(OSError):
-            sock.sendto("\n".join(lines).encode(), address)
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock,
+    ):
+        sock.sendto("\n".join(lines).encode(), address)
 
 
 class DeviceClass(Protocol):

@@ -187,6 +187,7 @@ class Worker:
         self._generation = 0
         self._greeted: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
         self._gone: str | None = None
+        self._ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sock, self._readable)
         loop.add_reader(self._pidfd, self._exited)
@@ -210,7 +211,7 @@ class Worker:
             path.chmod(0o600)
             listener.listen(4)
             env = {k: v for k, v in os.environ.items() if k.startswith(("ASAN_", "UBSAN_"))}
-            pid = os.posix_spawn(
+            pid = os.posix_spawn(  # noqa: ASYNC221 - returns at once, unlike what it starts
                 str(program),
                 argv,
                 env,
@@ -222,9 +223,7 @@ class Worker:
         try:
             return await cls._greet(name, path, pid)
         except BaseException:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+            _kill_and_reap(pid)
             raise
 
     @classmethod
@@ -356,12 +355,16 @@ class Worker:
             message = ffi.new("struct pvf_ctl_simple *")
             with contextlib.suppress(OSError, PvfrontError):
                 self._send(lib.PVF_CTL_EXIT, self._generation, message, None, ())
-        deadline = asyncio.get_running_loop().time() + ANSWER_DEADLINE
-        while self._gone is None and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-        if self._gone is None:
+        if not await self.ended(ANSWER_DEADLINE):
             log.warning("%s: the worker did not exit when asked; killing it", self.name)
             self.kill()
+            await self.ended(ANSWER_DEADLINE)
+
+    async def ended(self, timeout: float) -> bool:
+        """Waits for the end of the process or its connection; False if it did not come."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), timeout)
+        return self._ended.is_set()
 
     async def _command(
         self,
@@ -496,9 +499,7 @@ class Worker:
     def _event(self, kind: int, body: Any) -> None:
         event: Event
         if kind == lib.PVF_CTL_BROKEN:
-            event = Broken(
-                int(body.rule), _text(body.field), int(body.value), _text(body.text)
-            )
+            event = Broken(int(body.rule), _text(body.field), int(body.value), _text(body.text))
         elif kind == lib.PVF_CTL_TARGET_GONE:
             event = TargetGone(int(body.error), _text(body.text))
         elif kind == lib.PVF_CTL_FEATURE_OFF:
@@ -528,11 +529,11 @@ class Worker:
         loop.remove_reader(self._pidfd)
         self._sock.close()
         if self._child and tell:
-            # Ended or not, a child is never left a zombie: killing the dead does no harm.
-            self.kill()
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            # A worker whose connection broke serves nobody we could reach: it ends, and is
+            # never left a zombie.
+            _kill_and_reap(self.pid)
         os.close(self._pidfd)
+        self._ended.set()
         if self.stats_fd >= 0:
             os.close(self.stats_fd)
             self.stats_fd = -1
@@ -560,6 +561,13 @@ _BODIES = {
 }
 
 
+def _kill_and_reap(pid: int) -> None:
+    """Ends our child `pid`, which SIGKILL cannot fail to do; nothing if it is reaped already."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def _text(field: Any) -> str:
     raw: bytes = ffi.string(field)
     return raw.decode("utf-8", "replace")
@@ -572,14 +580,18 @@ async def _peer_pid(sock: socket.socket) -> int:
     """
     loop = asyncio.get_running_loop()
     readable: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sock, lambda: readable.done() or readable.set_result(None))
+
+    def arrived() -> None:
+        loop.remove_reader(sock)
+        readable.set_result(None)
+
+    loop.add_reader(sock, arrived)
     try:
         async with asyncio.timeout(HELLO_DEADLINE):
             await readable
     except TimeoutError:
-        raise WorkerGone("the worker does not answer on its control socket") from None
-    finally:
         loop.remove_reader(sock)
+        raise WorkerGone("the worker does not answer on its control socket") from None
     data = sock.recv(lib.PVF_CTL_MAX, socket.MSG_PEEK)
     if len(data) < ffi.sizeof("struct pvf_ctl_hello"):
         raise WorkerGone("the worker closed its control connection")
@@ -591,7 +603,7 @@ def stats_path(pid: int) -> Path | None:
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                target = os.readlink(entry)
+                target = str(entry.readlink())
                 if target.startswith("/memfd:pvf-stats") and stat.S_ISREG(entry.stat().st_mode):
                     return entry
     return None

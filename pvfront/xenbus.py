@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from .errors import PvfrontError
 from .negotiate import parse_uint
 from .states import XenbusState, parse_state
-from .xenstore import Transaction, Xenstore
+from .xenstore import Xenstore
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +165,7 @@ class XenbusDevice:
             await self._changed.wait_for(lambda: self.view.serial > since.serial)
             return self.view
 
-    async def until(
-        self, wanted: Callable[[View], bool], *, what: str, timeout: float
-    ) -> View:
+    async def until(self, wanted: Callable[[View], bool], *, what: str, timeout: float) -> View:
         """Waits for a view that `wanted` accepts.
 
         Raises HandshakeTimeout after `timeout` seconds, naming `what` never came and both
@@ -191,24 +189,19 @@ class XenbusDevice:
                 f"{self.backend_id} and at its kernel log",
             ) from None
 
-    async def write_state(
-        self, state: XenbusState, txn: Transaction | None = None
-    ) -> None:
-        """Writes the frontend's state; outside a transaction only if it differs.
+    async def write_state(self, state: XenbusState, *, again: bool = False) -> None:
+        """Writes the frontend's state if it differs, or in any case with `again`.
 
         A state is never created where the toolstack has removed the node: writing into a
         vanished directory would leave a ghost that no toolstack cleans up.
         """
         path = f"{self.path}/state"
-        if txn is not None:
-            await txn.write(path, str(int(state)))
-            return
         async for attempt in self.store.transaction():
             async with attempt as t:
                 now = await t.read_opt(path)
                 if now is None:
                     raise DeviceGone(f"{self.name}: {path} vanished")
-                if now != str(int(state)):
+                if again or now != str(int(state)):
                     await t.write(path, str(int(state)))
         await self.refresh()
 
@@ -220,7 +213,7 @@ class XenbusDevice:
                     raise DeviceGone(f"{self.name}: {self.path}/state vanished")
                 for key, value in keys.items():
                     await t.write(f"{self.path}/{key}", value)
-                await self.write_state(state, t)
+                await t.write(f"{self.path}/state", str(int(state)))
         await self.refresh()
 
     async def remove_keys(self, keys: Callable[[str], bool]) -> list[str]:

@@ -20,7 +20,6 @@ Limits
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -176,7 +175,10 @@ class DiskFrontend:
         ):
             log.warning(
                 "%s: found a worker (pid %d, %s) that cannot be adopted as it is (%s)",
-                self.name, worker.pid, hello.state.name, view,
+                self.name,
+                worker.pid,
+                hello.state.name,
+                view,
             )
             self._has_socket = hello.has_target
             return False
@@ -290,7 +292,8 @@ class DiskFrontend:
         for feature in self._wanted_off:
             log.warning(
                 "%s: the backend does not support %s after all; offered no more",
-                self.name, feature,
+                self.name,
+                feature,
             )
             self.off.add(feature)
             await self.target.feature_off("flush" if feature == "flush" else "discard")
@@ -299,7 +302,9 @@ class DiskFrontend:
         if self.geometry is not None and geometry.sectors != self.geometry.sectors:
             log.info(
                 "%s: resized from %d to %d sectors",
-                self.name, self.geometry.sectors, geometry.sectors,
+                self.name,
+                self.geometry.sectors,
+                geometry.sectors,
             )
             self.geometry = geometry
             await self._start_worker(None)
@@ -325,8 +330,7 @@ class DiskFrontend:
                 # A worker that cannot say that it has let go is ended: the kernel lets go for it.
                 log.warning("%s; ending the worker", error)
                 worker.kill()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._ended(), SETTLE)
+                await worker.ended(SETTLE)
                 self._forget()
                 keep = False
         else:
@@ -367,7 +371,8 @@ class DiskFrontend:
             log.error(
                 "%s: worker %d is parked with an event channel that was bound during a suspend; "
                 "it must not be ended before the guest is",
-                self.name, worker.pid,
+                self.name,
+                worker.pid,
             )
             worker.close()
         self._trouble = "the domain was suspended while connected"
@@ -395,10 +400,6 @@ class DiskFrontend:
             self._worker.close()
             self._worker = None
 
-    async def _ended(self) -> None:
-        while self._worker is not None and self._worker.alive:
-            await asyncio.sleep(0.02)
-
     def _on_event(self, event: Event) -> None:
         match event:
             case Broken():
@@ -418,7 +419,9 @@ class DiskFrontend:
                 if event.seconds:
                     log.warning(
                         "%s: the backend has not answered for %d s, %d requests outstanding",
-                        self.name, event.seconds, event.in_flight,
+                        self.name,
+                        event.seconds,
+                        event.in_flight,
                     )
                 else:
                     log.info("%s: the backend answers again", self.name)

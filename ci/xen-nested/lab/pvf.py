@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""pvfront in a guest, as a scenario drives it: the service, its status, disks it serves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .guest import Guest
+from .scenario import BackingDisk, Lab, wait_until
+
+UNIT = "pvfront-vbd"
+VDEV = {"xvdb": 51728, "xvdc": 51744, "xvdd": 51760, "xvde": 51776}
+
+
+@dataclass
+class Pvfront:
+    """The disk service of one guest."""
+
+    lab: Lab
+    guest: Guest
+
+    # -- the service -------------------------------------------------------------------------
+
+    def start(self, disks: str = "--all") -> None:
+        """Starts the service for these disks (as on its command line), if it does not run so."""
+        now = self.guest.run("cat /etc/default/pvfront-vbd", check=False).stdout
+        wanted = f"PVFRONT_DISKS={disks}\n"
+        if now == wanted and self.running():
+            return
+        self.guest.run(f"printf '%s' '{wanted}' >/etc/default/pvfront-vbd")
+        self.guest.run(f"systemctl reset-failed {UNIT}; systemctl restart {UNIT}", timeout=180)
+
+    def stop(self) -> None:
+        self.guest.run(f"systemctl stop {UNIT}", timeout=180)
+
+    def running(self) -> bool:
+        return self.guest.run(f"systemctl is-active -q {UNIT}", check=False).ok
+
+    def pid(self) -> int:
+        """The supervisor's."""
+        return int(self.guest.output(f"systemctl show -p MainPID --value {UNIT}"))
+
+    def log(self) -> str:
+        return self.guest.journal(UNIT)
+
+    # -- questions -----------------------------------------------------------------------------
+
+    def status(self, name: str = "xvdb") -> dict[str, Any]:
+        """`pvfront status --json`, {} if there is none."""
+        result = self.guest.run(["pvfront", "status", name, "--json"], check=False)
+        if not result.ok:
+            return {}
+        answer: dict[str, Any] = json.loads(result.stdout)
+        return answer
+
+    def list(self) -> list[dict[str, Any]]:
+        """`pvfront list --json`."""
+        answer: list[dict[str, Any]] = json.loads(self.guest.output("pvfront list --json"))
+        return answer
+
+    def served(self, name: str = "xvdb") -> bool:
+        """The disk is there under its link, and both ends are Connected."""
+        return (
+            self.guest.run(f"test -b /dev/pvfront/{name}", check=False).ok
+            and self.status(name).get("phase") == "connected"
+        )
+
+    def wait_served(self, name: str = "xvdb", deadline: float = 60.0) -> None:
+        wait_until(f"/dev/pvfront/{name} served by pvfront", lambda: self.served(name), deadline)
+
+    def worker(self, name: str = "xvdb") -> int:
+        """The pid of the disk's worker."""
+        return int(self.status(name)["worker_pid"])
+
+    # -- disks ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def disk(
+        self, backing: BackingDisk | None = None, name: str = "xvdb", mode: str = "w"
+    ) -> Iterator[BackingDisk]:
+        """Attaches a disk, waits until it is served; detaches it at the end."""
+        backing = backing or self.lab.loop_disk(64)
+        try:
+            self.guest.block_attach(backing.spec(name, mode))
+            try:
+                self.wait_served(name)
+                yield backing
+            finally:
+                self.guest.run(
+                    f"umount -q /mnt/{name}; pkill -x fio; true", check=False, timeout=60
+                )
+                self.detach(name)
+        finally:
+            backing.remove()
+
+    def detach(self, name: str = "xvdb") -> None:
+        self.guest.block_detach(name)
+        wait_until(
+            f"{name} gone from dom0's store",
+            lambda: self.lab.vbd_state(self.guest, VDEV[name]) == (None, None),
+        )
+
+    def sha256(self, name: str = "xvdb") -> str:
+        """Of the whole disk as the guest reads it, past the page cache."""
+        return self.guest.output(
+            f"dd if=/dev/pvfront/{name} bs=1M iflag=direct status=none | sha256sum", timeout=300
+        ).split()[0]
+
+
+def fio(
+    name: str = "xvdb",
+    *,
+    rw: str = "randwrite",
+    bs: str = "4k",
+    depth: int = 8,
+    size: str = "16M",
+    extra: str = "",
+) -> str:
+    """A fio command that writes, reads back and verifies by checksum."""
+    return (
+        f"fio --name=verify --filename=/dev/pvfront/{name} --rw={rw} --bs={bs} "
+        f"--iodepth={depth} --ioengine=libaio --direct=1 --size={size} --verify=crc32c "
+        f"--verify_fatal=1 --randrepeat=0 --output-format=terse {extra}"
+    )
