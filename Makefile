@@ -73,7 +73,7 @@ xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
 	@$(LAB) shell --guest $(GUEST)
 
 bench-xen: build setup-lab ## pvfront beside the kernel's blkfront, same guest and run: build/bench-xen.json
-	@$(LAB) bench --guest $(GUEST)
+	@PYTHONPATH=ci/xen-nested $(BIN)/python bench/xen.py --guest $(GUEST)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/python tools/test.py lint
