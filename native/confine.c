@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+#include "confine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <sched.h>
+#include <seccomp.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <linux/capability.h>
+#include <xen/xen.h>
+#include <xen/sys/evtchn.h>
+
+#ifndef PR_SET_IO_FLUSHER
+#define PR_SET_IO_FLUSHER 57
+#endif
+
+static void note(struct pvf_confine *c, const char *what)
+{
+	size_t used = strlen(c->notes);
+
+	snprintf(c->notes + used, sizeof(c->notes) - used, "%s%s: %s", used ? "; " : "refused ",
+		 what, strerror(errno));
+}
+
+void pvf_confine_start(struct pvf_confine *c)
+{
+	struct rlimit none = {0, 0}, unlimited = {RLIM_INFINITY, RLIM_INFINITY};
+
+	c->notes[0] = 0;
+	signal(SIGTERM, SIG_IGN);
+	signal(SIGINT, SIG_IGN);
+	signal(SIGHUP, SIG_IGN);
+	signal(SIGPIPE, SIG_IGN);
+	setrlimit(RLIMIT_CORE, &none);
+	umask(077);
+	if (setrlimit(RLIMIT_MEMLOCK, &unlimited))
+		note(c, "RLIMIT_MEMLOCK");
+	if (mlockall(MCL_CURRENT | MCL_FUTURE))
+		note(c, "mlockall");
+	if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0))
+		note(c, "PR_SET_IO_FLUSHER");
+	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0 || write(fd, "-1000", 5) != 5)
+		note(c, "oom_score_adj");
+	if (fd >= 0)
+		close(fd);
+	if (unshare(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS))
+		note(c, "namespaces");
+}
+
+int pvf_confine_user(struct pvf_confine *c, const char **why)
+{
+	*why = "chroot";
+	if (c->root && (chroot(c->root) || chdir("/")))
+		return -errno;
+	if (c->change_user) {
+		for (int cap = 0; cap < 64; cap++)
+			if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) && errno == EINVAL)
+				break; /* past the last that this kernel knows */
+		*why = "setgroups";
+		if (setgroups(0, NULL))
+			return -errno;
+		*why = "setresgid";
+		if (setresgid(c->gid, c->gid, c->gid))
+			return -errno;
+		*why = "setresuid";
+		if (setresuid(c->uid, c->uid, c->uid))
+			return -errno;
+		/* Leaving uid 0 has emptied the permitted and ambient sets; make sure. */
+		*why = "the kernel let us become root again";
+		if (c->uid && !setresuid(0, 0, 0))
+			return -EPERM;
+	}
+	*why = "PR_SET_NO_NEW_PRIVS";
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		return -errno;
+	*why = "PR_SET_DUMPABLE";
+	return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) ? -errno : 0;
+}
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || \
+	__has_feature(memory_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+
+#ifdef SANITIZED
+int pvf_confine_calls(struct pvf_confine *c, const char **why)
+{
+	errno = ENOTSUP; /* a sanitizer's runtime makes calls of its own */
+	note(c, "system call filter in a sanitizer build");
+	*why = NULL;
+	return 0;
+}
+#else
+/* The calls of the event loop, and who makes them. */
+static const int plain_calls[] = {
+	SCMP_SYS(epoll_wait), SCMP_SYS(epoll_pwait), SCMP_SYS(epoll_ctl), /* worker, queue */
+	SCMP_SYS(read), SCMP_SYS(write),                  /* port_xen, timers, PVF_ASSERT */
+	SCMP_SYS(recvfrom), SCMP_SYS(sendto),             /* port_embedded */
+	SCMP_SYS(recvmsg), SCMP_SYS(sendmsg),             /* target, ctl */
+	SCMP_SYS(accept4), SCMP_SYS(close), SCMP_SYS(munmap), SCMP_SYS(madvise),
+	SCMP_SYS(fstat), SCMP_SYS(newfstatat), SCMP_SYS(getsockopt), /* port_open, worker */
+	SCMP_SYS(timerfd_settime), SCMP_SYS(clock_gettime), SCMP_SYS(restart_syscall),
+	SCMP_SYS(rt_sigreturn), SCMP_SYS(exit), SCMP_SYS(exit_group),
+};
+
+int pvf_confine_calls(struct pvf_confine *c, const char **why)
+{
+	scmp_filter_ctx filter = seccomp_init(SCMP_ACT_KILL_PROCESS);
+	int rc = 0;
+
+	(void)c;
+	*why = "seccomp";
+	if (!filter)
+		return -ENOMEM;
+	for (size_t i = 0; !rc && i < sizeof(plain_calls) / sizeof(*plain_calls); i++)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, plain_calls[i], 0);
+	/* Shared data only: nothing is ever executable, nothing is mapped over something else. */
+	if (!rc)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(mmap), 2,
+				      SCMP_A2(SCMP_CMP_EQ, PROT_READ | PROT_WRITE),
+				      SCMP_A3(SCMP_CMP_EQ, MAP_SHARED));
+	if (!rc)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(ioctl), 1,
+				      SCMP_A1(SCMP_CMP_MASKED_EQ, UINT32_MAX, IOCTL_EVTCHN_NOTIFY));
+	if (!rc)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
+				      SCMP_A1(SCMP_CMP_EQ, F_GETFL));
+	if (!rc)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
+				      SCMP_A1(SCMP_CMP_EQ, F_SETFL));
+	if (!rc)
+		rc = seccomp_load(filter);
+	seccomp_release(filter);
+	return rc;
+}
+#endif

@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * pvfront-worker --name NAME [--uid U --gid G] [--chroot DIR]
+ *
+ * One device's data path. Descriptor 3 is a listening AF_UNIX SOCK_SEQPACKET socket; everything
+ * else comes through it (pvf_ctl.h). Status 0: told to exit; 1: could not start; 2: wrong usage.
+ * Losing its parent or its supervisor does not end a worker.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "confine.h"
+#include "worker.h"
+
+#define LISTEN_FD 3
+
+static struct pvf_worker worker;
+
+static int usage(const char *what)
+{
+	fprintf(stderr,
+		"pvfront-worker: %s\n"
+		"usage: pvfront-worker --name NAME [--uid U --gid G] [--chroot DIR]\n"
+		"descriptor 3 must be a listening AF_UNIX SOCK_SEQPACKET socket; "
+		"pvfront starts workers, not people\n",
+		what);
+	return 2;
+}
+
+static bool parse_id(const char *text, uint32_t *id)
+{
+	char *end;
+
+	errno = 0;
+	unsigned long value = strtoul(text, &end, 10);
+
+	if (errno || end == text || *end || *text == '-' || value >= UINT32_MAX)
+		return false;
+	*id = (uint32_t)value;
+	return true;
+}
+
+static bool is_listener(int fd)
+{
+	int type = 0, domain = 0, listening = 0;
+	socklen_t len = sizeof(int);
+
+	return !getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) && domain == AF_UNIX &&
+	       !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) && type == SOCK_SEQPACKET &&
+	       !getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) && listening;
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{"name", required_argument, NULL, 'n'},
+		{"uid", required_argument, NULL, 'u'},
+		{"gid", required_argument, NULL, 'g'},
+		{"chroot", required_argument, NULL, 'c'},
+		{0},
+	};
+	struct pvf_confine confine = {0};
+	const char *name = NULL, *why = NULL;
+	bool uid = false, gid = false;
+	int opt, rc;
+
+	while ((opt = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		switch (opt) {
+		case 'n':
+			name = optarg;
+			break;
+		case 'u':
+			uid = parse_id(optarg, &confine.uid);
+			if (!uid)
+				return usage("--uid wants a number");
+			break;
+		case 'g':
+			gid = parse_id(optarg, &confine.gid);
+			if (!gid)
+				return usage("--gid wants a number");
+			break;
+		case 'c':
+			confine.root = optarg;
+			break;
+		default:
+			return usage("unknown option");
+		}
+	}
+	if (optind != argc || !name || !*name || strlen(name) >= PVF_NAME_MAX)
+		return usage("--name wants 1 to 63 characters, and nothing follows the options");
+	if (uid != gid)
+		return usage("--uid and --gid belong together");
+	if (!is_listener(LISTEN_FD))
+		return usage("descriptor 3 is no listening SEQPACKET socket");
+	confine.change_user = uid;
+	fcntl(LISTEN_FD, F_SETFD, FD_CLOEXEC);
+	fcntl(LISTEN_FD, F_SETFL, fcntl(LISTEN_FD, F_GETFL) | O_NONBLOCK);
+
+	pvf_confine_start(&confine);
+	rc = pvf_worker_init(&worker, LISTEN_FD, name, &why);
+	if (!rc)
+		rc = pvf_confine_user(&confine, &why);
+	if (!rc)
+		rc = pvf_confine_calls(&confine, &why);
+	if (rc) {
+		fprintf(stderr, "pvfront-worker %s: cannot start: %s: %s\n", name, why,
+			strerror(-rc));
+		return 1;
+	}
+	if (confine.notes[0])
+		snprintf(worker.start_notes, sizeof(worker.start_notes), "%s", confine.notes);
+	return pvf_worker_run(&worker);
+}

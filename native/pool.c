@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+#include "pool.h"
+
+#include <string.h>
+
+void pvf_pool_init(struct pvf_pool *pool, void *base, uint32_t pages, const uint32_t *grefs,
+		   bool scrub)
+{
+	PVF_ASSERT(pages && pages <= PVF_MAX_POOL_PAGES);
+	memset(pool, 0, sizeof(*pool));
+	pool->base = base;
+	pool->pages = pool->free = pool->free_low = pages;
+	pool->scrub = scrub;
+	memcpy(pool->gref, grefs, pages * sizeof(*grefs));
+	for (uint32_t i = 0; i < pages; i++)
+		pool->stack[i] = (uint16_t)(pages - 1 - i); /* page 0 first: neighbours merge */
+}
+
+unsigned char *pvf_pool_page(const struct pvf_pool *pool, uint16_t page)
+{
+	return pool->base + (size_t)page * PVF_PAGE_SIZE;
+}
+
+uint32_t pvf_pool_available(const struct pvf_pool *pool)
+{
+	return pool->quarantined ? 0 : pool->free;
+}
+
+uint16_t pvf_pool_take(struct pvf_pool *pool, uint32_t bytes, bool overwritten)
+{
+	PVF_ASSERT(pvf_pool_available(pool) && bytes && bytes <= PVF_PAGE_SIZE);
+	uint16_t page = pool->stack[--pool->free];
+	uint32_t keep = overwritten ? bytes : 0;
+
+	PVF_ASSERT(pool->state[page] == PVF_PAGE_FREE);
+	pool->state[page] = PVF_PAGE_USED;
+	if (pool->free < pool->free_low)
+		pool->free_low = pool->free;
+	if (pool->scrub)
+		memset(pvf_pool_page(pool, page), 0, PVF_PAGE_SIZE);
+	else if (pool->dirty[page] > keep)
+		memset(pvf_pool_page(pool, page) + keep, 0, pool->dirty[page] - keep);
+	pool->dirty[page] = (uint16_t)bytes;
+	return page;
+}
+
+void pvf_pool_give(struct pvf_pool *pool, uint16_t page)
+{
+	PVF_ASSERT(page < pool->pages && pool->state[page] == PVF_PAGE_USED);
+	pool->state[page] = PVF_PAGE_FREE;
+	pool->stack[pool->free++] = page;
+}

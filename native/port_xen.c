@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * /dev/xen/evtchn (xen/evtchn.h, drivers/xen/evtchn.c): read() gives ports, which stay masked until
+ * write() gives them back. One port is bound on the descriptor, so its ring of 64 entries cannot
+ * overflow: EFBIG means that the descriptor is not what the supervisor said, and IOCTL_EVTCHN_RESET
+ * would only hide that.
+ */
+#include "port.h"
+
+#include <errno.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <xen/xen.h>
+#include <xen/sys/evtchn.h>
+
+static int xen_read(struct pvf_port *port)
+{
+	uint32_t ports[16];
+	ssize_t n = read(port->event_fd, ports, sizeof(ports));
+
+	if (n < 0)
+		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+	for (size_t i = 0; i < (size_t)n / sizeof(*ports); i++)
+		if (ports[i] == port->port)
+			return 1;
+	return 0; /* other ports stay masked: nothing of ours */
+}
+
+static int xen_unmask(struct pvf_port *port)
+{
+	ssize_t n = write(port->event_fd, &port->port, sizeof(port->port));
+
+	return n == sizeof(port->port) ? 0 : n < 0 ? -errno : -EIO;
+}
+
+static int xen_notify(struct pvf_port *port)
+{
+	struct ioctl_evtchn_notify notify = {.port = port->port};
+
+	return ioctl(port->event_fd, IOCTL_EVTCHN_NOTIFY, &notify) ? -errno : 0;
+}
+
+const struct pvf_port_ops pvf_port_xen = {
+	.name = "xen",
+	.read = xen_read,
+	.unmask = xen_unmask,
+	.notify = xen_notify,
+};

@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * One queue: a ring, its pool, its event channel, its NBD socket and its two timers, served by one
+ * thread. Several queues will be several of these, each with its own thread and epoll.
+ *
+ * Theory of operation
+ *
+ *   A delivered event leaves the port masked: masked means that the ring has our attention. One
+ *   pvf_queue_service() does a bounded amount of each (rule 8): drain the ring, send replies,
+ *   receive and issue, publish with at most one notify. Then the final check: more responses, and
+ *   the port stays masked for another round; none, and it is unmasked, because from there on every
+ *   response brings an event.
+ *
+ *   An event with no response behind it is spurious (rule 23). A few can be honest races; from the
+ *   fifth in a row the unmask is put off, 1 ms at first, doubled each time up to 1 s. A response, or
+ *   two quiet seconds, forgive.
+ *
+ *   Events can be lost (rule 24): while requests are outstanding, and only then, a timer looks at
+ *   the ring. A response that lay there for a whole tick without an event counts as a hit.
+ *
+ *   A broken rule stops the ring for good: it is not read, written, notified or unmasked any more,
+ *   and the pool hands out nothing (rule 21), until the connection is detached.
+ */
+#ifndef PVF_QUEUE_H
+#define PVF_QUEUE_H
+
+#include "blk.h"
+#include "port.h"
+#include "target.h"
+
+enum pvf_queue_tag { /* low bits of the epoll data, below the worker's own */
+	PVF_TAG_EVENT = 1,
+	PVF_TAG_TARGET = 2,
+	PVF_TAG_UNMASK = 3,
+	PVF_TAG_WATCHDOG = 4,
+};
+
+/* What has happened since the worker last looked; it clears what it has told. */
+enum pvf_queue_note {
+	PVF_NOTE_BROKEN = 1,
+	PVF_NOTE_TARGET_GONE = 2,
+	PVF_NOTE_FEATURE_OFF = 4,
+	PVF_NOTE_STALL = 8, /* begun or ended: see `stalled` */
+};
+
+struct pvf_queue {
+	int epoll_fd;
+	int unmask_timer, watchdog_timer;
+	struct pvf_blk blk;
+	struct pvf_port port;
+	struct pvf_target target;
+	bool attached;      /* ring and port are there */
+	bool serving;       /* intake is wanted */
+	bool no_new;        /* draining: no new request */
+	bool again;         /* more to do: do not sleep */
+	bool masked;        /* the port was delivered and not given back */
+	bool delayed;       /* the unmask waits for its timer */
+	bool notify_owed;   /* the host could not take it */
+	bool watching;      /* the watchdog is armed */
+	bool stalled;
+	uint32_t spurious_run;
+	uint32_t responses_since_event;
+	uint64_t spurious_at;  /* ns, CLOCK_MONOTONIC */
+	uint64_t progress_at;  /* last response, or the ring's last leaving emptiness */
+	uint32_t stall_for;    /* seconds, while stalled */
+	uint32_t unseen_at;    /* rsp_cons when the watchdog first saw an unannounced response */
+	bool unseen;
+	uint32_t features_told;
+	uint32_t notes;        /* enum pvf_queue_note */
+};
+
+/* Once: makes the timers and watches them. 0 or -errno. */
+int pvf_queue_init(struct pvf_queue *queue, int epoll_fd);
+
+/* Opens the port and lays out the ring. As pvf_port_open() on failure. */
+int pvf_queue_attach(struct pvf_queue *queue, int event_fd, int grant_fd,
+		     const struct pvf_ctl_attach *attach, const char **why);
+
+/* Leaves the connection; the target is closed too unless `keep` and nothing of it is lost. */
+void pvf_queue_detach(struct pvf_queue *queue, bool keep);
+
+/* Before a detach: the event channel's descriptor is forgotten instead of closed. It stays open,
+ * and its port bound, as long as the process lives. */
+void pvf_queue_park(struct pvf_queue *queue);
+
+/* Takes a new NBD socket. 0 or -errno (the descriptor is the caller's then). */
+int pvf_queue_target(struct pvf_queue *queue, int fd);
+void pvf_queue_drop_target(struct pvf_queue *queue);
+
+void pvf_queue_event(struct pvf_queue *queue, uint32_t tag, uint32_t events);
+void pvf_queue_service(struct pvf_queue *queue);
+
+/* True: no request is in the ring, and none can come there without the client doing something. */
+bool pvf_queue_drained(const struct pvf_queue *queue);
+
+#endif

@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+#include "stats.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010
+#endif
+
+#define FIRST offsetof(struct pvf_blk_stats, state)
+
+_Static_assert(sizeof(struct pvf_blk_stats) <= PVF_STATS_SIZE, "one page");
+_Static_assert(FIRST % 4 == 0 && sizeof(struct pvf_blk_stats) % 4 == 0, "copied in words");
+
+int pvf_stats_open(struct pvf_stats_page *page)
+{
+	char path[32];
+	int fd = memfd_create("pvfront-stats", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	if (fd < 0)
+		return -errno;
+	if (ftruncate(fd, PVF_STATS_SIZE))
+		goto fail;
+	page->shared = mmap(NULL, PVF_STATS_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (page->shared == MAP_FAILED)
+		goto fail;
+	if (fcntl(fd, F_ADD_SEALS,
+		  F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL))
+		goto fail;
+	/* The seals are what counts; a descriptor open for reading only says so on top. */
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	page->fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (page->fd < 0)
+		page->fd = fd;
+	else
+		close(fd);
+	page->shared->magic = PVF_STATS_MAGIC;
+	page->shared->version = PVF_STATS_VERSION;
+	return 0;
+fail:;
+	int error = errno;
+
+	close(fd);
+	return -error;
+}
+
+void pvf_stats_publish(struct pvf_stats_page *page, const struct pvf_blk_stats *now)
+{
+	const uint32_t *from = (const uint32_t *)((const char *)now + FIRST);
+	uint32_t *to = (uint32_t *)((char *)page->shared + FIRST);
+	uint32_t *sequence = &page->shared->sequence;
+	uint32_t odd = *sequence + 1;
+
+	/* Acquire on the read-modify-write: no store below may be seen before it. */
+	__atomic_exchange_n(sequence, odd, __ATOMIC_ACQ_REL);
+	for (size_t i = 0; i < (sizeof(*now) - FIRST) / 4; i++)
+		__atomic_store_n(&to[i], from[i], __ATOMIC_RELAXED);
+	__atomic_store_n(sequence, odd + 1, __ATOMIC_RELEASE);
+}

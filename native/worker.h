@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * The worker's state machine: control messages on one side, the queue on the other.
+ * docs/architecture.md, "Control protocol", is its specification.
+ */
+#ifndef PVF_WORKER_H
+#define PVF_WORKER_H
+
+#include "ctl.h"
+#include "queue.h"
+#include "stats.h"
+
+struct pvf_worker {
+	char name[PVF_NAME_MAX];
+	uint32_t pid;
+	uint32_t generation; /* of the last ATTACH; 0: none yet */
+	uint32_t state;      /* enum pvf_worker_state */
+	uint32_t device_class;
+	bool quiesce_asked; /* a DRAINED is owed */
+	bool parked;        /* an event channel must stay open for ever */
+	bool exiting;
+	char start_notes[PVF_TEXT_MAX]; /* what the kernel refused at start; logged once */
+	int epoll_fd, listen_fd;
+	struct pvf_fault fault;                   /* of BROKEN, to be told again */
+	struct pvf_ctl ctl;
+	struct pvf_queue queue;
+	struct pvf_stats_page stats;
+};
+
+/* Opens everything the worker needs of its own and listens. 0 or -errno with `*why`. */
+int pvf_worker_init(struct pvf_worker *worker, int listen_fd, const char *name, const char **why);
+
+/* Serves until EXIT. Returns the exit status. */
+int pvf_worker_run(struct pvf_worker *worker);
+
+/* Tells the supervisor's log, now or never. level: syslog's. */
+void pvf_worker_log(struct pvf_worker *worker, uint32_t level, const char *text);
+
+#endif

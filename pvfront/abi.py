@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The structures shared with C: the control protocol, the statistics page, the ring.
+
+``ffi`` and ``lib`` come from the compiled extension, which takes every layout from the C headers
+(native/abi_build.py). The ring functions are here for tests against an independent model; the data
+path never runs in Python.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from dataclasses import dataclass, field
+
+from pvfront._abi import ffi, lib
+
+__all__ = ["BlkOpStats", "BlkStats", "StatsUnreadable", "ffi", "lib", "read_stats"]
+
+
+class StatsUnreadable(ValueError):
+    """The page is no statistics page of this build, or its writer died while writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlkOpStats:
+    """struct pvf_blk_op_stats."""
+
+    requests: int = 0
+    bytes: int = 0
+    errors: int = 0
+    ring_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlkStats:
+    """struct pvf_blk_stats: a consistent copy. Counters only grow over a worker's life."""
+
+    state: int
+    generation: int
+    in_flight: int
+    in_flight_peak: int
+    pool_pages: int
+    pool_free: int
+    pool_free_low: int
+    ring_slots: int
+    nbd_pending: int
+    segments: int
+    notifies: int
+    events: int
+    events_spurious: int
+    watchdog_hits: int
+    wakeups: int
+    ring_full: int
+    pool_empty: int
+    target_blocked: int
+    rejected: int
+    read: BlkOpStats = field(default_factory=BlkOpStats)
+    write: BlkOpStats = field(default_factory=BlkOpStats)
+    flush: BlkOpStats = field(default_factory=BlkOpStats)
+    discard: BlkOpStats = field(default_factory=BlkOpStats)
+
+
+_OPS = ("read", "write", "flush", "discard")
+_PLAIN = tuple(n for n in BlkStats.__dataclass_fields__ if n not in _OPS)
+
+
+def read_stats(fd: int, attempts: int = 1000) -> BlkStats:
+    """A consistent snapshot of the statistics memfd that HELLO carried.
+
+    Raises StatsUnreadable for another magic or version, or if no quiet moment was found (a writer
+    that was killed inside an update leaves the sequence odd for ever), OSError if it cannot be
+    mapped.
+    """
+    size = ffi.sizeof("struct pvf_blk_stats")
+    if os.fstat(fd).st_size < size:
+        raise StatsUnreadable("the statistics page is too short")
+    with mmap.mmap(fd, lib.PVF_PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ) as page:
+        for attempt in range(attempts):
+            before = page[8:12]
+            copy = page[:size]
+            if before == page[8:12] and not before[0] & 1:
+                break
+            if attempt > 100:
+                time.sleep(0.0001)
+        else:
+            raise StatsUnreadable("the statistics never stood still: did the worker die?")
+    s = ffi.new("struct pvf_blk_stats *")
+    ffi.memmove(s, copy, size)
+    if (s.magic, s.version) != (lib.PVF_STATS_MAGIC, lib.PVF_STATS_VERSION):
+        raise StatsUnreadable("not a statistics page of this version of pvfront")
+    ops = {}
+    for name in _OPS:
+        op = getattr(s, name)
+        ops[name] = BlkOpStats(
+            int(op.requests), int(op.bytes), int(op.errors), int(op.ring_requests)
+        )
+    return BlkStats(**{name: int(getattr(s, name)) for name in _PLAIN}, **ops)

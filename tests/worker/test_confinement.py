@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What a worker gives up, seen from outside: its /proc entry."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from embedded import serving
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving up privileges needs some: run as root")
+sanitized = pytest.mark.skipif(
+    "PVFRONT_SANITIZED" in os.environ, reason="a sanitizer's build has no system call filter"
+)
+
+
+def status(pid: int) -> dict[str, list[str]]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: rest.split() for key, _, rest in (line.partition(":") for line in lines)}
+
+
+@needs_root
+def test_a_worker_that_serves_is_an_unprivileged_user_without_capabilities(tmp_path: Path) -> None:
+    args = ["--uid", "65534", "--gid", "65533", "--chroot", str(tmp_path)]
+    with serving(args=args) as host:
+        host.nbd().write(0, b"x" * 4096)
+        found = status(host.process.pid)
+        assert found["Uid"] == ["65534"] * 4
+        assert found["Gid"] == ["65533"] * 4
+        assert found["Groups"] == []
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(found[kind][0], 16) == 0, kind
+        assert found["NoNewPrivs"] == ["1"]
+        assert os.readlink(f"/proc/{host.process.pid}/root") == str(tmp_path)
+
+
+@sanitized
+def test_a_worker_that_serves_has_a_system_call_filter() -> None:
+    with serving() as host:
+        assert status(host.process.pid)["Seccomp"] == ["2"]
