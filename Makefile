@@ -42,7 +42,7 @@ $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
 	@touch $@
 
 demo: build setup-lab ## the main job at once: a disk from an xl config, served in a real Xen guest
-	@$(LAB) demo
+	@$(LAB).demo
 
 test: ## everything: lint, unit and native tests, sanitizers, the lab in all guest types
 	@$(MAKE) --no-print-directory build setup-lab
