@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GUEST ?= hvm
 K ?=
-SOURCES := $(shell git ls-files pvfront native meson.build meson_options.txt pyproject.toml 2>/dev/null)
+SOURCES := $(shell git ls-files -co --exclude-standard pvfront native meson.build meson_options.txt pyproject.toml 2>/dev/null)
 LAB := PYTHONPATH=ci/xen-nested $(BIN)/python -m lab
 
 .PHONY: help setup setup-lab build demo test test-fast test-xen soak xen-shell bench-xen lint clean \

@@ -82,9 +82,8 @@ def main() -> int:
     except (LabError, CommandFailed, DeadlineExceeded) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    say(
-        f"done in {time.monotonic() - begin:.0f} s; `make xen-shell` gives you a shell in such a guest"
-    )
+    spent = time.monotonic() - begin
+    say(f"done in {spent:.0f} s; `make xen-shell` gives you a shell in such a guest")
     return 0 if good else 1
 
 
