@@ -407,7 +407,7 @@ def _hung_up(end: socket.socket) -> bool:
 async def _within(seconds: float, wanted: Callable[[], bool]) -> bool:
     """Polls what the kernel has no event for; False if it did not come true in time."""
     until = time.monotonic() + seconds
-    while not (came := wanted()) and time.monotonic() < until:
+    while not (came := wanted()) and time.monotonic() < until:  # noqa: ASYNC110
         await asyncio.sleep(_POLL)
     return came
 
