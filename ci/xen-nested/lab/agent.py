@@ -137,7 +137,7 @@ class Agent:
                 cgroup = str(group)
             env = {"PATH": PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8",
                    "TERM": "dumb", **request.get("env", {})}  # fmt: skip
-            self.ended[job.name] = threading.Event()
+            ended = self.ended[job.name] = threading.Event()
             fresh.rename(job)
             process = subprocess.Popen(
                 ["/bin/sh", "-c", WRAPPER, str(job), cgroup, *argv],
@@ -145,17 +145,19 @@ class Agent:
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             (job / "pid").write_text(str(process.pid))
-        threading.Thread(target=self._reap, args=(job, process, cgroup), daemon=True).start()
+        threading.Thread(target=self._reap, args=(job, process, cgroup, ended)).start()
         return {"pid": process.pid}, b""
 
-    def _reap(self, job: Path, process: subprocess.Popen[bytes], cgroup: str) -> None:
+    def _reap(
+        self, job: Path, process: subprocess.Popen[bytes], cgroup: str, ended: threading.Event
+    ) -> None:
         code = process.wait()
         if not (job / "rc").exists() and job.exists():  # the wrapper itself was killed
             (job / "rc").write_text(f"{128 - code if code < 0 else code}\n")
-        self.ended[job.name].set()
+        ended.set()
         if cgroup:
             with contextlib.suppress(OSError):  # busy: the job left children
-                os.rmdir(cgroup)
+                Path(cgroup).rmdir()
 
     def op_poll(self, request: Header, _body: bytes) -> tuple[Header, bytes]:
         """{id, out, err, wait}: wait at most `wait` s for the end; the output past the offsets.
@@ -173,7 +175,7 @@ class Agent:
             rc = 255  # the agent was restarted and the job died unseen
         parts, more = [], False
         for name in ("out", "err"):
-            with open(job / name, "rb") as file:
+            with (job / name).open("rb") as file:
                 file.seek(int(request.get(name, 0)))
                 parts.append(file.read(CHUNK))
                 more = more or bool(file.read(1))
@@ -222,13 +224,13 @@ class Agent:
         finally:
             os.close(fd)
         if request["last"]:
-            os.chmod(partial, int(request["mode"]))
-            os.rename(partial, path)
+            partial.chmod(int(request["mode"]))
+            partial.rename(path)
         return {}, b""
 
     def op_get(self, request: Header, _body: bytes) -> tuple[Header, bytes]:
         """{path, offset}: up to CHUNK bytes; `end` once there is no more."""
-        with open(request["path"], "rb") as file:
+        with Path(request["path"]).open("rb") as file:
             file.seek(int(request["offset"]))
             data = file.read(CHUNK)
             return {"end": len(data) < CHUNK, "mode": os.fstat(file.fileno()).st_mode & 0o777}, data
@@ -266,8 +268,8 @@ def shell(sock: socket.socket, request: Header) -> None:
     fcntl.ioctl(master, termios.TIOCSWINSZ, size)
     try:
         while True:
-            ready, _, _ = select.select([sock, master], [], [])
-            if sock in ready:
+            ready, _, _ = select.select([sock.fileno(), master], [], [])
+            if sock.fileno() in ready:
                 data = sock.recv(65536)
                 if not data:
                     break

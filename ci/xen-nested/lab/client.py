@@ -238,15 +238,15 @@ class Machine:
         """Copy a host file (or a directory, recursively) there; `target` is the new name."""
         source = Path(source)
         if source.is_dir():
-            for file in sorted(source.rglob("*")):
-                if file.is_file() and "__pycache__" not in file.parts:
-                    self.push(file, f"{target}/{file.relative_to(source)}")
+            for path in sorted(source.rglob("*")):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    self.push(path, f"{target}/{path.relative_to(source)}")
             return
         token = secrets.token_hex(4)
         mode = source.stat().st_mode & 0o777
         size = source.stat().st_size
         offset = 0
-        with open(source, "rb") as file:
+        with source.open("rb") as file:
             while True:
                 piece = file.read(CHUNK)
                 last = offset + len(piece) >= size
@@ -262,14 +262,14 @@ class Machine:
     def pull(self, source: str, target: str | Path) -> None:
         """Copy a file from there to the host."""
         offset = 0
-        with open(target, "wb") as file:
+        with Path(target).open("wb") as file:
             while True:
                 answer, data = self.request({"op": "get", "path": source, "offset": offset})
                 file.write(data)
                 offset += len(data)
                 if answer["end"]:
                     break
-        os.chmod(target, answer["mode"])
+        Path(target).chmod(answer["mode"])
 
     def shell(self) -> int:
         """An interactive shell on this terminal, until it ends."""

@@ -140,13 +140,21 @@ def build(name: str) -> Image:
     """The image `name` ("dom0" or "guest"), from the cache or built now. Raises LabError(image)."""
     directory = paths.cache() / f"{name}-{fingerprint(name)}"
     if not (directory / "about.json").exists():
-        with open(paths.cache() / f"{name}.build-lock", "w") as lock:
+        with (paths.cache() / f"{name}.build-lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (directory / "about.json").exists():
                 _require_host_tools()
                 with step(f"building the {name} image (minutes; then cached as {directory})"):
                     _build(name, directory)
+                _forget_old(name)
     return Image(name, directory)
+
+
+def _forget_old(name: str) -> None:
+    """Keep the two newest images of a name."""
+    built = [p for p in paths.cache().glob(f"{name}-*") if (p / "about.json").exists()]
+    for path in sorted(built, key=lambda path: path.stat().st_mtime)[:-2]:
+        shutil.rmtree(path)
 
 
 def _require_host_tools() -> None:
@@ -161,7 +169,7 @@ def _require_host_tools() -> None:
 
 def _run(argv: list[str], log: Path, **environment: str) -> None:
     """Run a build tool with its output in `log`, which an error quotes."""
-    with open(log, "ab") as out:
+    with log.open("ab") as out:
         code = subprocess.run(
             argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env={**os.environ, **environment}, check=False,
@@ -193,9 +201,8 @@ def apt_sources() -> str:
     lines: list[str] = []
     for file in [apt / "sources.list", *sorted(apt.glob("sources.list.d/*.list"))]:
         if file.exists():
-            lines += [
-                ln for ln in file.read_text().splitlines() if re.match(rf"deb\s.*\s{SUITE}\S*\s", ln)
-            ]
+            ours = re.compile(rf"deb\s.*\s{SUITE}\S*\s")
+            lines += [line for line in file.read_text().splitlines() if ours.match(line)]
     if not lines:
         raise LabError(
             "image",
@@ -242,10 +249,12 @@ def _build(name: str, directory: Path) -> None:
                   "-E", "lazy_itable_init=1,lazy_journal_init=1", "-d", str(tree),
                   str(out / "root.img"), DISK_SIZE[name]], log)  # fmt: skip
         status = subprocess.run(
-            ["dpkg-query", f"--admindir={tree}/var/lib/dpkg", "-W", "-f", "${Package} ${Version}\n"],
+            ["dpkg-query", f"--admindir={tree}/var/lib/dpkg", "-W",
+             "-f", "${Package} ${Version}\n"],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        about = {"kernel": release, "packages": dict(ln.split(" ", 1) for ln in status.splitlines())}
+        versions = dict(line.split(" ", 1) for line in status.splitlines())
+        about = {"kernel": release, "packages": versions}
         (out / "about.json").write_text(json.dumps(about, indent=1))
         shutil.rmtree(directory, ignore_errors=True)
         out.rename(directory)

@@ -7,9 +7,11 @@ import argparse
 import os
 import sys
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from pathlib import Path
 
-from . import image
+from . import image, paths, payload
 from .client import Machine
 from .errors import CommandFailed, DeadlineExceeded, LabError
 from .guest import KINDS
@@ -26,10 +28,26 @@ def _machine(lab: Lab, name: str) -> Machine:
     raise SystemExit(f"no machine {name!r}: dom0, hvm, pvh or pv")
 
 
+def _payload(options: argparse.Namespace) -> Path | None:
+    """The payload image that the options ask for; none with --no-payload."""
+    if options.no_payload:
+        return None
+    return payload.build(Path(options.wheel) if options.wheel else None)
+
+
+def _install(options: argparse.Namespace) -> int:
+    lab = Lab.attach()
+    for kind in options.kinds or KINDS:
+        if lab.guest(kind).running():
+            payload.install(lab.guest(kind), Path(options.wheel) if options.wheel else None)
+    return 0
+
+
 def _up(options: argparse.Namespace) -> int:
     state = State.load()
     if state is None:
-        lab = Lab.up(None, owner=f"up, started by pid {os.getpid()}", keep=True, wait=options.wait)
+        owner = f"up, started by pid {os.getpid()}"
+        lab = Lab.up(_payload(options), owner=owner, keep=True, wait=options.wait)
     else:
         say(f"already up: {state.owner}")
         lab = Lab.attach()
@@ -112,6 +130,40 @@ def _destroy(options: argparse.Namespace) -> int:
     return 0
 
 
+def _test(options: argparse.Namespace) -> int:
+    """Run tests/lab; the last line is `N passed, N failed, N skipped`."""
+    import pytest
+
+    junit = Path(options.junit or paths.PROJECT / f"build/junit/lab-{options.guest}.xml")
+    junit.parent.mkdir(parents=True, exist_ok=True)
+    junit.unlink(missing_ok=True)
+    arguments = [str(paths.PROJECT / "tests/lab"), "--guest", options.guest]
+    arguments += [f"--junit-xml={junit}", "-v", "--rootdir", str(paths.PROJECT)]
+    arguments += ["-m", options.k] if options.k else []
+    arguments += ["--lab-attach"] if options.lab_attach else []
+    arguments += ["--no-payload"] if options.no_payload else []
+    status = int(pytest.main([*arguments, *options.pytest]))
+    counts = _count(junit) if junit.exists() else (0, 0, 0)
+    if status and not counts[1]:
+        reason = {5: "no test matches"}.get(status, f"pytest ended with {status}")
+        print(f"lab: {reason}; counted as one failure", file=sys.stderr)
+        counts = (counts[0], 1, counts[2])
+    print("{} passed, {} failed, {} skipped".format(*counts))
+    return 1 if counts[1] else 0
+
+
+def _count(junit: Path) -> tuple[int, int, int]:
+    """(passed, failed, skipped) of a JUnit file."""
+    passed = failed = skipped = 0
+    for suite in ET.parse(junit).getroot().iter("testsuite"):
+        bad = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        left_out = int(suite.get("skipped", 0))
+        passed += int(suite.get("tests", 0)) - bad - left_out
+        failed += bad
+        skipped += left_out
+    return passed, failed, skipped
+
+
 def _image(_options: argparse.Namespace) -> int:
     for name in ("dom0", "guest"):
         print(image.build(name).directory)
@@ -131,7 +183,13 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("up", help="boot a lab and leave it running")
     verb.add_argument("--guest", action="append", choices=KINDS, help="also start this guest")
     verb.add_argument("--wait", type=float, default=0, help="seconds to wait for another lab's end")
+    verb.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
+    verb.add_argument("--no-payload", action="store_true", help="guests without pvfront")
     verb.set_defaults(call=_up)
+    verb = verbs.add_parser("install", help="put a new build into running guests")
+    verb.add_argument("kinds", nargs="*", metavar="GUEST", help="default: all that run")
+    verb.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
+    verb.set_defaults(call=_install)
     for name, call, text in (
         ("down", _down, "end the running lab"),
         ("status", _status, "what runs"),
@@ -140,7 +198,15 @@ def _parser() -> argparse.ArgumentParser:
     ):
         verb = verbs.add_parser(name, help=text)
         verb.set_defaults(call=call)
-    verb = verbs.add_parser("exec", help="run a command: exec hvm -- ls -l; one word goes to bash -c")
+    verb = verbs.add_parser("test", help="run tests/lab in a lab of its own")
+    verb.add_argument("--guest", choices=KINDS, default=os.environ.get("GUEST", "hvm"))
+    verb.add_argument("-k", metavar="MARKERS", help="marker expression: disk, 'core and not net'")
+    verb.add_argument("--junit", help="default: build/junit/lab-GUEST.xml")
+    verb.add_argument("--lab-attach", action="store_true", help="use the running lab")
+    verb.add_argument("--no-payload", action="store_true", help="guests without pvfront")
+    verb.add_argument("pytest", nargs="*", help="further pytest arguments, after --")
+    verb.set_defaults(call=_test)
+    verb = verbs.add_parser("exec", help="run a command; one word goes to bash -c")
     verb.add_argument("--unit", help="run it in a systemd scope of this name (guests)")
     verb.add_argument("--stdin", action="store_true", help="pass our standard input on")
     verb.add_argument("--timeout", type=float, default=0, help="kill it after so many seconds")
@@ -150,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("shell", help="an interactive shell")
     verb.add_argument("machine", choices=machines)
     verb.set_defaults(call=_shell)
-    for name, call, text in (
+    for name, copy, text in (
         ("push", _push, "copy a file or directory there: push hvm SOURCE TARGET"),
         ("pull", _pull, "copy a file from there: pull hvm SOURCE TARGET"),
     ):
@@ -158,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("machine", choices=machines)
         verb.add_argument("source")
         verb.add_argument("target")
-        verb.set_defaults(call=call)
+        verb.set_defaults(call=copy)
     verb = verbs.add_parser("create", help="(re)start a guest of the running lab")
     verb.add_argument("kind", choices=KINDS)
     verb.add_argument("--disk", action="append", help="phy:/dev/ram0,xvdb,w")

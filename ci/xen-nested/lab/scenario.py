@@ -135,6 +135,9 @@ class DelayedDisk(BackingDisk):
         self.below.remove()
 
 
+D = TypeVar("D", bound=BackingDisk)
+
+
 # -- the lab --------------------------------------------------------------------------------
 
 
@@ -203,6 +206,7 @@ class Lab:
         self.has_payload = payload
         self._guests: dict[Kind, Guest] = {}
         self._disks: dict[str, str] = {}
+        self._made: list[BackingDisk] = []
         self._counter = int(time.time() * 10) % 10**7
 
     # -- life -------------------------------------------------------------------------------
@@ -263,7 +267,8 @@ class Lab:
     def disk_device(self, serial: str) -> str:
         """dom0's device of one of the virtual machine's disks."""
         if not self._disks:
-            listing = self.dom0.output("cd /sys/block; for d in vd*; do echo $d $(cat $d/serial); done")
+            command = "cd /sys/block; for d in vd*; do echo $d $(cat $d/serial); done"
+            listing = self.dom0.output(command)
             self._disks = {ln.split()[1]: f"/dev/{ln.split()[0]}" for ln in listing.splitlines()}
         return self._disks[serial]
 
@@ -304,27 +309,42 @@ class Lab:
         """A disk in dom0's memory (brd under dm-linear): flush, no discard."""
         name = self._unique("ram")
         self.dom0.run("test -b /dev/ram0 || modprobe brd rd_nr=8 rd_size=524288")
-        free = "for r in /dev/ram?; do [ -z \"$(ls /sys/block/${r#/dev/}/holders)\" ] && echo $r && break; done"
+        free = (
+            'cd /sys/block; for r in ram?; do [ -n "$(ls $r/holders)" ] || { echo /dev/$r; break; }; '
+            "done"
+        )
         ram = self.dom0.output(free)
         if not ram:
             raise LabError("dom0", "all 8 RAM disks are in use: remove() some")
         table = f"0 {mib * 2048} linear {ram} 0"
         self.dom0.run(f"dmsetup create --noudevsync {name} --table {shlex.quote(table)}")
-        return BackingDisk(
-            self.dom0, f"/dev/mapper/{name}",
-            [f"dmsetup remove --noudevsync {name}", f"blockdev --flushbufs {ram}"],
-        )  # fmt: skip
+        undo = [f"dmsetup remove --noudevsync {name}", f"blockdev --flushbufs {ram}"]
+        return self._keep(BackingDisk(self.dom0, f"/dev/mapper/{name}", undo))
 
     def loop_disk(self, mib: int = 64) -> BackingDisk:
         """A loop device over a sparse file in dom0's memory: flush and discard."""
         path = f"/tmp/{self._unique('loop')}.img"
         command = f"truncate -s {mib}M {path} && losetup --show -f {path}"
         device = self.dom0.output(command)
-        return BackingDisk(self.dom0, device, [f"losetup -d {device}", f"rm -f {path}"])
+        undo = [f"losetup -d {device}", f"rm -f {path}"]
+        return self._keep(BackingDisk(self.dom0, device, undo))
 
     def delayed_disk(self, mib: int = 64) -> DelayedDisk:
         """A loop_disk under dm-delay, without delay at first."""
-        return DelayedDisk(self.dom0, self._unique("delay"), self.loop_disk(mib))
+        below = self.loop_disk(mib)
+        self._made.remove(below)
+        return self._keep(DelayedDisk(self.dom0, self._unique("delay"), below))
+
+    def _keep(self, disk: D) -> D:
+        self._made.append(disk)
+        return disk
+
+    def remove_disks(self) -> None:
+        """Remove the disks that nothing uses any more; the others are tried again next time."""
+        for disk in list(self._made):
+            with suppress(CommandFailed, DeadlineExceeded):
+                disk.remove()
+                self._made.remove(disk)
 
     # -- evidence ---------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ class ConsoleLog:
         """What was logged after `position`."""
         if not self.path.exists():
             return ""
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             file.seek(position)
             return file.read().decode(errors="replace").replace("\r", "")
 
@@ -149,7 +149,7 @@ class Outer:
             argv += cls._disk(run, disk)
         if die_with_us:
             argv = ["setpriv", "--pdeathsig", "KILL", *argv]
-        with open(run / "qemu.log", "wb") as log:
+        with (run / "qemu.log").open("wb") as log:
             process = subprocess.Popen(
                 argv, cwd=run, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 pass_fds=(lock,), start_new_session=True,

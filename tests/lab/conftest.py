@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""One boot of the lab for all tests of a run; a healthy guest for each test.
+
+`lab` is the machine with Xen, booted once. `guest` is a running guest of the kind that --guest
+names (or $GUEST, or hvm). It is the same domain from test to test, and is started afresh only
+after a test that failed, left it silent or gone, or gave it a configuration of its own.
+HVM runs every test, PVH and PV those marked `core`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci" / "xen-nested"))
+
+from lab import payload
+from lab.errors import LabError
+from lab.guest import KINDS, Guest, Kind
+from lab.progress import say
+from lab.scenario import LOCK_DEADLINE, Lab
+
+TEST_DEADLINE = 1200
+"""Seconds for a test that names none; the boot of the lab counts for the first test."""
+
+MARKERS = (
+    "disk: disks (XENVBD)",
+    "net: network interfaces (XENVIF)",
+    "services: store, agent, packages (XENBUS, XENIFACE)",
+    "console: consoles (XENCONS)",
+    "survive: save/restore, restart, crash, backend loss",
+    "core: runs in every guest type; the rest runs in HVM",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lab")
+    group.addoption(
+        "--guest", choices=KINDS, default=os.environ.get("GUEST", "hvm"), help="guest type"
+    )
+    group.addoption(
+        "--lab-attach", action="store_true", help="use the lab that `python -m lab up` left running"
+    )
+    group.addoption(
+        "--lab-wait", type=float, default=LOCK_DEADLINE, help="seconds to wait for another lab"
+    )
+    group.addoption("--no-payload", action="store_true", help="guests without pvfront")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    ours = [item for item in items if here in item.path.parents]
+    for item in ours:
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(TEST_DEADLINE))
+    if config.getoption("--guest") != "hvm":
+        others = [item for item in ours if not item.get_closest_marker("core")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(scope="session")
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """Xen and dom0, booted; the package under test waits on the guests' payload disk."""
+    option = request.config.getoption
+    if option("--lab-attach"):
+        lab = Lab.attach()
+        request.config.stash[LAB] = lab
+        yield lab
+        return
+    image = None if option("--no-payload") else payload.build()
+    lab = Lab.up(image, owner=f"tests, pid {os.getpid()}", wait=option("--lab-wait"))
+    request.config.stash[LAB] = lab
+    try:
+        yield lab
+    finally:
+        lab.down()
+
+
+@pytest.fixture
+def guest(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A running, answering guest in the standard configuration."""
+    kind: Kind = request.config.getoption("--guest")
+    guest = lab.guest(kind)
+    if not lab.outer.alive():
+        raise LabError("qemu", f"ended before this test; see {lab.run}")
+    if guest.dirty or not (guest.alive() or (guest.running() and _answers(guest))):
+        guest.destroy()
+        guest.create()
+    if not request.config.stash.get(CURRENT, False):
+        request.config.stash[CURRENT] = True
+        option = request.config.getoption
+        if option("--lab-attach") and not option("--no-payload"):
+            payload.install_if_other(guest)
+    yield guest
+    report = request.node.stash.get(REPORT, None)
+    if report is not None and report.failed:
+        guest.dirty = True
+    elif not guest.dirty:
+        guest.detach_extras()
+    lab.remove_disks()
+
+
+def _answers(guest: Guest) -> bool:
+    try:
+        guest.wait_agent(30)
+    except LabError as error:
+        say(f"{guest.kind}: started afresh: {error}")
+        return False
+    return True
+
+
+LAB = pytest.StashKey[Lab]()
+CURRENT = pytest.StashKey[bool]()
+REPORT = pytest.StashKey[pytest.TestReport]()
+BEGIN = time.monotonic()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+    """On a failure, keep what can be had before anything is cleaned up."""
+    report: pytest.TestReport = yield
+    if report.failed:
+        lab = item.config.stash.get(LAB, None)
+        if report.when == "call":
+            item.stash[REPORT] = report
+        if lab is not None:
+            name = re.sub(r"[^\w.-]+", "_", item.name)[:80]
+            where = lab.run / "failures" / f"{name}-{report.when}"
+            lab.keep_evidence(where, item.config.getoption("--guest"))
+            report.sections.append(("lab", f"evidence in {where}"))
+    return report
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """One line for the guest."""
+    counts = {
+        name: len(terminalreporter.stats.get(name, []))
+        for name in ("passed", "failed", "error", "skipped", "rerun")
+    }
+    lab = config.stash.get(LAB, None)
+    kind: Kind = config.getoption("--guest")
+    notes = [f"{time.monotonic() - BEGIN:.0f} s"]
+    if lab is not None:
+        boot = lab.guest(kind).create_seconds
+        notes += [f"guest boot {boot:.0f} s"] if boot else []
+        faults = lab.tally.triple_faults
+        notes += [f"{len(faults)} emulator triple faults repeated: {', '.join(faults) or 'none'}"]
+        notes += [f"logs in {lab.run}"]
+    failed = counts["failed"] + counts["error"]
+    terminalreporter.write_line(
+        f"{kind} guest: {counts['passed']} passed, {failed} failed, {counts['skipped']} skipped "
+        f"({'; '.join(notes)})"
+    )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The lab before anything of ours: a real Xen, a real guest, real backends, stock frontends."""
+
+from __future__ import annotations
+
+import pytest
+from lab.errors import CommandFailed, DeadlineExceeded
+from lab.guest import Guest
+from lab.scenario import Lab, wait_until
+
+
+@pytest.mark.core
+def test_dom0_and_guest_run_commands_on_a_real_xen(lab: Lab, guest: Guest) -> None:
+    assert lab.dom0.output(["cat", "/proc/xen/capabilities"]).split(",")[0] == "control_d"
+    assert guest.output(["cat", "/sys/hypervisor/type"]) == "xen"
+    expected = {"hvm": "HVM", "pvh": "PVH", "pv": "PV"}[guest.kind]
+    assert guest.output(["cat", "/sys/hypervisor/guest_type"]) == expected
+
+
+@pytest.mark.core
+def test_the_status_and_both_outputs_of_a_command_arrive(guest: Guest) -> None:
+    result = guest.run("echo out; echo err >&2; exit 7", check=False)
+    assert (result.code, result.stdout, result.stderr) == (7, "out\n", "err\n")
+    with pytest.raises(CommandFailed, match="ended with 7"):
+        guest.run("exit 7")
+
+
+@pytest.mark.core
+def test_a_command_past_its_deadline_is_killed_with_its_children(guest: Guest) -> None:
+    with pytest.raises(DeadlineExceeded, match="did not end within 2 s"):
+        guest.run("sleep 4242 & sleep 4242", timeout=2)
+    wait_until(
+        "the end of both sleeps",
+        lambda: not guest.run("pgrep -f '^sleep 4242'", check=False).ok,
+        deadline=10,
+    )
+
+
+@pytest.mark.core
+def test_the_store_is_one_store_seen_from_both_sides(lab: Lab, guest: Guest) -> None:
+    domid = guest.domid()
+    assert guest.xenstore_read("domid") == str(domid)
+    guest.run(["xenstore-write", "data/lab", "from the guest"])
+    assert lab.xenstore_read(f"/local/domain/{domid}/data/lab") == "from the guest"
+    lab.xenstore_write(f"/local/domain/{domid}/data/lab", "from dom0")
+    assert guest.xenstore_read("data/lab") == "from dom0"
+    assert guest.xenstore_read("data/absent") is None
+
+
+@pytest.mark.core
+@pytest.mark.disk
+def test_an_attached_disk_appears_through_the_kernels_blkfront(lab: Lab, guest: Guest) -> None:
+    disk = lab.ram_disk(32)
+    guest.block_attach(disk.spec("xvdb"))
+    wait_until("xvdb in the guest", lambda: guest.run("test -b /dev/xvdb", check=False).ok)
+    assert guest.output(["blockdev", "--getsize64", "/dev/xvdb"]) == str(32 << 20)
+    guest.run("dd if=/dev/urandom of=/dev/xvdb bs=1M oflag=direct status=none")
+    assert lab.vbd_state(guest) == ("4", "4")
+    seen = guest.output("sha256sum /dev/xvdb", timeout=120).split()[0]
+    guest.block_detach("xvdb")
+    wait_until("no xvdb in the guest", lambda: guest.run("! test -e /dev/xvdb", check=False).ok)
+    assert disk.sha256() == seen
+
+
+@pytest.mark.disk
+def test_a_delayed_disk_holds_requests_until_let_go(lab: Lab, guest: Guest) -> None:
+    disk = lab.delayed_disk(32)
+    guest.block_attach(disk.spec("xvdc"))
+    wait_until("xvdc in the guest", lambda: guest.run("test -b /dev/xvdc", check=False).ok)
+    disk.set_delay(600_000)
+    job = guest.start("dd if=/dev/zero of=/dev/xvdc bs=4k count=1 oflag=direct")
+    wait_until("a request held in dom0", lambda: disk.in_flight() > 0)
+    assert job.running
+    disk.clear_delay()
+    assert job.wait(30).ok
+
+
+@pytest.mark.survive
+def test_a_job_runs_in_a_scope_that_can_be_frozen_without_the_agent(guest: Guest) -> None:
+    count = "while sleep 0.2; do echo tick; done"
+    job = guest.start(count, unit="frozen-client")
+    wait_until("the first tick", lambda: job.running and "tick" in job.stdout)
+    guest.run(["systemctl", "freeze", "frozen-client.scope"])
+    guest.run("sleep 1")
+    assert job.running
+    ticks = job.stdout.count("tick")
+    guest.run("sleep 2")
+    assert job.running
+    assert job.stdout.count("tick") == ticks
+    guest.run(["systemctl", "thaw", "frozen-client.scope"])
+    wait_until("a tick after the thaw", lambda: job.running and job.stdout.count("tick") > ticks)
+    job.kill()
+
+
+@pytest.mark.survive
+@pytest.mark.core
+def test_save_and_restore_keep_the_guest_and_its_jobs(lab: Lab, guest: Guest) -> None:
+    boot, domid = guest.boot_id(), guest.domid()
+    job = guest.start("i=0; while sleep 0.5; do i=$((i+1)); echo $i; done")
+    wait_until("output before the save", lambda: job.running and "2\n" in job.stdout)
+    guest.save()
+    assert not guest.running()
+    before = job.stdout
+    guest.restore()
+    assert guest.boot_id() == boot
+    assert guest.domid() != domid
+    wait_until(
+        "output after the restore", lambda: job.running and len(job.stdout) > len(before) + 4
+    )
+    numbers = [int(line) for line in job.stdout.split()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    job.kill()
