@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def describe(uses: list[Use]) -> str:
 
 
 def in_use(name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> str | None:
-    """Why the whole disk `name` is in use, or None. May block while a dead disk is opened."""
+    """Why the whole disk `name` is in use, or None. May take `claim_probe`'s deadline."""
     uses = find(name, roots)
     if not uses:
         claimed = claim_probe(name, roots)
@@ -85,16 +86,34 @@ def find(name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> list[Use]:
     return uses
 
 
-def claim_probe(name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> Use | None:
-    """The kernel's own word: an exclusive open of the whole disk."""
-    try:
-        fd = os.open(roots.dev / name, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            return Use(name, "claimed by the kernel or another program (EBUSY)")
-        return None  # no node, no medium, no device any more: nobody uses it through this name
-    os.close(fd)
-    return None
+def claim_probe(
+    name: str, roots: sysfs.Roots = sysfs.SYSTEM, *, deadline: float = 5.0
+) -> Use | None:
+    """The kernel's own word: an exclusive open of the whole disk.
+
+    Whoever has a claim makes it fail at once. Without one, an open may read the partition table,
+    and wait as long as the disk does not answer: after `deadline` seconds that counts as use,
+    since nothing is known. The open then goes on in a daemon thread.
+    """
+    answer: list[Use | None] = []
+
+    def probe() -> None:
+        flags = os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            os.close(os.open(roots.dev / name, flags))
+        except OSError as error:
+            # Any other error: no node, no medium, no device any more. Nobody uses it by this name.
+            if error.errno == errno.EBUSY:
+                answer.append(Use(name, "claimed by the kernel or another program (EBUSY)"))
+                return
+        answer.append(None)
+
+    thread = threading.Thread(target=probe, name=f"open {name}", daemon=True)
+    thread.start()
+    thread.join(deadline)
+    if answer:
+        return answer[0]
+    return Use(name, f"not answering: an open did not end within {deadline:.0f} s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,10 @@ restarted backend left unfinished, and its users notice nothing but a pause. Eac
   (nbd_xmit_timeout compares socket cookies): within `io_timeout_ms` plus up to two seconds of timer
   rounding. With NBD_ATTR_TIMEOUT=0 the same timer only logs "Possible stuck request" for a slow
   server. Requests that were waiting to be sent go out at once.
-- A size of 0 makes the kernel refuse new requests to the whole disk at submission. It does not
-  reach partitions: their size is checked against their own end. `close` therefore waits for
-  requests in flight only up to its deadline.
+- A size of 0 makes the kernel refuse new requests to the whole disk: EIO to file systems, ENOSPC
+  and end of file to programs. It does not reach partitions, whose requests are checked against
+  their own end: an open partition goes on. `close` therefore waits for requests in flight only
+  up to its deadline.
 - nbd keeps the flags of its first connect. A feature that the backend loses is taken away
   through sysfs; one that it gains later appears only on a new device.
 
@@ -172,7 +173,16 @@ class NbdTarget:
     # -- life ------------------------------------------------------------------------------
 
     async def adopt(self) -> bool:
-        found = [d for d in nbd.devices(self._roots) if d.backend == self.identifier]
+        """Also ends what is left of our devices that were never published, or are closed already.
+
+        A closed device that a program still has open keeps its identifier. It has no size.
+        """
+        ours = [d for d in nbd.devices(self._roots) if d.backend == self.identifier]
+        found = [d for d in ours if sysfs.read_int(self._roots.block(d.name) / "size")]
+        for remains in ours:
+            if remains not in found:
+                with contextlib.suppress(PvfrontError):
+                    await self._disconnect(remains.index)
         if not found:
             return False
         # More than one: someone disconnected ours under its users, and a new one was made. The
@@ -317,10 +327,6 @@ class NbdTarget:
             with nbd.NbdControl(self._roots) as control:
                 control.reconfigure(index, identifier=self.identifier, size=0)
 
-        def disconnect() -> None:
-            with nbd.NbdControl(self._roots) as control:
-                control.disconnect(index)
-
         with contextlib.suppress(nbd.NbdError):  # not connected any more: nothing to drain
             await in_thread(refuse_requests, _COMMAND_DEADLINE, "nbd resize")
         if not await _within(drain, lambda: self.in_flight() == 0):
@@ -331,7 +337,7 @@ class NbdTarget:
                 drain,
             )
         try:
-            await in_thread(disconnect, _COMMAND_DEADLINE, "nbd disconnect")
+            await self._disconnect(index)
         except nbd.NbdError as error:
             log.warning("%s", error)
         # The device goes once its last opener has gone; nobody needs to wait for that one.
@@ -342,6 +348,13 @@ class NbdTarget:
         self._off.clear()
 
     # -- steps -----------------------------------------------------------------------------
+
+    async def _disconnect(self, index: int) -> None:
+        def disconnect() -> None:
+            with nbd.NbdControl(self._roots) as control:
+                control.disconnect(index)
+
+        await in_thread(disconnect, _COMMAND_DEADLINE, "nbd disconnect")
 
     def _pair(self) -> tuple[socket.socket, socket.socket]:
         ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
