@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""``pvfront list``: the guest's PV devices and whose they are."""
+
+from __future__ import annotations
+
+import click
+
+from ..inventory import devices
+from .output import as_json as json_option
+from .output import print_json, print_table, with_store
+
+HEADER = ("CLASS", "ID", "NAME", "BACKEND", "FRONTEND STATE", "BACKEND STATE", "OWNER", "OS DEVICE")
+
+
+@click.command("list")
+@json_option
+def list_command(as_json: bool) -> None:
+    """List every PV device: class, id, name, backend domain, states, owner, OS device.
+
+    The owner is kernel, pvfront or none.
+    """
+    found = with_store(devices)
+    if as_json:
+        print_json([device.as_json() for device in found])
+        return
+    print_table(
+        HEADER,
+        [
+            (
+                device.klass,
+                device.id,
+                device.name,
+                device.backend_domain,
+                device.frontend_state,
+                device.backend_state,
+                device.owner,
+                device.os_device,
+            )
+            for device in found
+        ],
+    )

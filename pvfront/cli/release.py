@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""``pvfront release``: give a device back."""
+
+from __future__ import annotations
+
+import click
+
+from .. import inventory
+from ..errors import PvfrontError
+from ..xenstore import Xenstore
+from .output import with_store
+
+
+@click.command()
+@click.argument("klass", metavar="CLASS")
+@click.argument("device")
+def release(klass: str, device: str) -> None:
+    """Close a served DEVICE of CLASS (vbd) and give it back to the kernel, if it can have it.
+
+    A device in use is not released.
+    """
+
+    async def work(store: Xenstore) -> str:
+        found = await inventory.find(store, device)
+        if found.klass != klass:
+            raise PvfrontError(
+                f"{device} is a {found.klass}, not a {klass}",
+                hint=f"pvfront release {found.klass} {device}",
+            )
+        return await inventory.release(found)
+
+    click.echo(with_store(work))

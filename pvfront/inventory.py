@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Which PV devices this guest has, whose they are, and what they are called. No output here.
+
+Everything is read from the store, from sysfs and from what supervisors leave under /run/pvfront;
+nothing is changed, and no process is needed to answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import sysfs
+from .abi import StatsUnreadable, read_stats
+from .blkfront.vdev import parse_name, vdev_name
+from .claim import Claims
+from .errors import PvfrontError
+from .states import parse_state
+from .worker import stats_path
+from .xenstore import Xenstore
+
+KERNEL = "kernel"
+PVFRONT = "pvfront"
+NONE = "none"
+
+_ANSWER_DEADLINE = 180.0  # a release may drain, close and hand over
+_MAX_ID_DIGITS = 10
+
+
+class NotAGuest(PvfrontError):
+    """There is no Xen under this system."""
+
+
+class NoSuchDevice(PvfrontError):
+    """A device was named that the store does not know; the hint lists those that it does."""
+
+
+class NotServed(PvfrontError):
+    """No supervisor serves the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device as `pvfront list` shows it."""
+
+    klass: str  # "vbd"
+    id: int  # 51728
+    name: str  # "xvdb"; "vif-0" where a class has no names of its own
+    backend_domain: int | None
+    frontend_state: str  # "Connected (4)"
+    backend_state: str
+    owner: str  # KERNEL, PVFRONT or NONE
+    os_device: str  # "xvdb", "eth0", "/dev/nbd0"; "" if there is none
+
+    @property
+    def bus_name(self) -> str:
+        """The kernel's name on the xen bus: "vbd-51728"."""
+        return f"{self.klass}-{self.id}"
+
+    def as_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["class"] = found.pop("klass")
+        return found
+
+
+def require_guest(roots: sysfs.Roots = sysfs.SYSTEM) -> None:
+    """Raises NotAGuest unless this kernel runs on Xen, and PvfrontError unless root asks."""
+    kind = sysfs.read(roots.sys / "hypervisor" / "type")
+    if kind != "xen" and not (roots.proc / "xen").exists():
+        raise NotAGuest(
+            "this is not a Xen guest (/sys/hypervisor/type does not say xen)",
+            hint="run it inside a guest of Xen",
+        )
+    if os.geteuid() != 0:
+        raise PvfrontError(
+            "only root may use the store and the devices", hint="run it again with sudo"
+        )
+
+
+async def devices(store: Xenstore, roots: sysfs.Roots = sysfs.SYSTEM) -> list[Device]:
+    """Every device below `device/`, by class and id."""
+    claims = Claims(roots)
+    found = []
+    for klass in sorted(await _directory(store, "device")):
+        for name in await _directory(store, f"device/{klass}"):
+            # device/suspend/event-channel and the like are no devices.
+            if name.isascii() and name.isdigit() and len(name) <= _MAX_ID_DIGITS:
+                found.append(await _device(store, claims, klass, int(name), roots))
+    return sorted(found, key=lambda device: (device.klass, device.id))
+
+
+async def find(store: Xenstore, text: str, roots: sysfs.Roots = sysfs.SYSTEM) -> Device:
+    """The device that `text` means: xvdb, /dev/xvdb, 51728, vbd-51728, vif/0, or its OS device.
+
+    Raises NoSuchDevice, also for a number that several classes have.
+    """
+    all_of_them = await devices(store, roots)
+    wanted = text.replace("/", "-") if not text.startswith("/") else text
+    matches = [
+        device
+        for device in all_of_them
+        if wanted in (device.name, device.bus_name, str(device.id))
+        or (device.os_device and text.removeprefix("/dev/") == _short(device.os_device))
+    ]
+    if not matches:
+        number = parse_name(text)
+        matches = [d for d in all_of_them if d.klass == "vbd" and d.id == number]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise NoSuchDevice(
+            f"{text!r} is more than one device",
+            hint=f"say which: {', '.join(d.bus_name for d in matches)}",
+        )
+    there = ", ".join(d.name for d in all_of_them) or "none"
+    raise NoSuchDevice(f"there is no device {text!r}", hint=f"there are: {there}")
+
+
+async def status(store: Xenstore, text: str, roots: sysfs.Roots = sysfs.SYSTEM) -> dict[str, Any]:
+    """One device in full: its line of the list, its supervisor's state, its worker's counters."""
+    device = await find(store, text, roots)
+    found: dict[str, Any] = {}
+    state = read_state(device.bus_name, roots)
+    if state is not None:
+        found.update(state)
+        found["statistics"] = statistics(state.get("worker_pid"))
+    found.update(device.as_json())
+    claim = Claims(roots).taken(device.bus_name)
+    if claim is not None:
+        found["kernel_had_bound"] = claim.kernel_had_bound
+    return found
+
+
+def read_state(bus_name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> dict[str, Any] | None:
+    """What the supervisor last wrote about a device; None if it serves none of that name."""
+    text = sysfs.read(roots.run / f"{bus_name}.json")
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        state = json.loads(text)
+        if isinstance(state, dict):
+            return state
+    return None
+
+
+def statistics(pid: object) -> dict[str, Any] | None:
+    """The counters of a worker, read from its page; None if there is no such worker."""
+    path = stats_path(pid) if isinstance(pid, int) and pid > 0 else None
+    if path is None:
+        return None
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return asdict(read_stats(fd))
+    except StatsUnreadable:
+        return None
+    finally:
+        os.close(fd)
+
+
+async def release(device: Device, roots: sysfs.Roots = sysfs.SYSTEM) -> str:
+    """Has the device's supervisor close it and give it back; returns what became of it.
+
+    Raises NotServed if no supervisor runs, PvfrontError with the supervisor's reason.
+    """
+    path = roots.run / f"supervisor-{device.klass}.sock"
+    try:
+        answer = await asyncio.wait_for(
+            _ask(path, {"verb": "release", "id": device.id}), _ANSWER_DEADLINE
+        )
+    except (FileNotFoundError, ConnectionRefusedError):
+        return await _release_unserved(device, roots)
+    except TimeoutError:
+        raise PvfrontError(
+            f"{device.name}: the supervisor did not answer within {_ANSWER_DEADLINE:.0f} s",
+            hint="see its log: journalctl -u pvfront-vbd",
+        ) from None
+    if not answer.get("ok"):
+        hint = answer.get("hint")
+        raise PvfrontError(
+            str(answer.get("error", "the supervisor gave no reason")),
+            hint=str(hint) if hint else None,
+        )
+    return str(answer.get("text", f"{device.name}: released"))
+
+
+async def _release_unserved(device: Device, roots: sysfs.Roots) -> str:
+    """Nobody serves it: an old claim can end here, a living worker cannot."""
+    state = read_state(device.bus_name, roots)
+    pid = state.get("worker_pid") if state is not None else None
+    if isinstance(pid, int) and (roots.proc / str(pid)).exists():
+        raise NotServed(
+            f"{device.name}: its worker (pid {pid}) runs, but no supervisor",
+            hint="start one, it adopts the worker: systemctl start pvfront-vbd; then release",
+        )
+    claims = Claims(roots)
+    if claims.taken(device.bus_name) is None:
+        raise NotServed(
+            f"{device.name}: pvfront does not have it (its owner: {device.owner})",
+            hint="`pvfront list` shows who has what",
+        )
+    return await asyncio.to_thread(claims.give_back, device.bus_name)
+
+
+async def _ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """One question to a supervisor: a JSON object a line each way."""
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    try:
+        writer.write(json.dumps(request).encode() + b"\n")
+        await writer.drain()
+        line = await reader.readline()
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        raise PvfrontError(f"the supervisor at {path} ended without an answer") from None
+    if not isinstance(answer, dict):
+        raise PvfrontError(f"the supervisor at {path} answered nonsense")
+    return answer
+
+
+async def _device(
+    store: Xenstore, claims: Claims, klass: str, devid: int, roots: sysfs.Roots
+) -> Device:
+    path = f"device/{klass}/{devid}"
+    backend = await store.read_opt(f"{path}/backend")
+    domain = await store.read_opt(f"{path}/backend-id")
+    backend_state = await store.read_opt(f"{backend}/state") if backend else None
+    bus_name = f"{klass}-{devid}"
+    os_device = claims.os_device(bus_name)
+    owner = NONE
+    state = read_state(bus_name, roots)
+    if claims.driver_of(bus_name) is not None:
+        owner = KERNEL
+    elif state is not None:
+        owner = PVFRONT
+        os_device = str(state.get("os_device") or "")
+    elif claims.taken(bus_name) is not None:
+        owner = PVFRONT
+    return Device(
+        klass=klass,
+        id=devid,
+        name=vdev_name(devid) if klass == "vbd" else bus_name,
+        backend_domain=int(domain) if domain and domain.isdigit() and len(domain) < 6 else None,
+        frontend_state=parse_state(await store.read_opt(f"{path}/state")).label,
+        backend_state=parse_state(backend_state).label,
+        owner=owner,
+        os_device=os_device,
+    )
+
+
+async def _directory(store: Xenstore, path: str) -> list[str]:
+    try:
+        return await store.directory(path)
+    except FileNotFoundError:
+        return []
+
+
+def _short(os_device: str) -> str:
+    return os_device.removeprefix("/dev/")
