@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Real event channels, both ends in this domain."""
+
+import asyncio
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pvfront.errors import ClosedError
+from pvfront.evtchn import EventChannels
+
+pytestmark = [pytest.mark.core, pytest.mark.services]
+
+
+async def taken(channels, seconds=20.0):
+    return await asyncio.wait_for(channels.wait(), seconds)
+
+
+@pytest.fixture
+async def pair(channels, domid):
+    """Two ends of one channel on one descriptor, both quiet and unmasked."""
+    near = channels.bind_unbound(domid)
+    far = channels.bind_interdomain(domid, near)
+    # Binding fires the far end once (and may fire the near one): take that away.
+    while channels.read():
+        pass
+    await asyncio.sleep(0.2)
+    channels.read()
+    channels.unmask(near, far)
+    return near, far
+
+
+async def test_an_event_arrives_at_the_other_end_only(channels, pair):
+    near, far = pair
+    channels.notify(near)
+    assert await taken(channels) == [far]
+    channels.notify(far)
+    assert await taken(channels) == [near]
+    assert channels.read() == []
+
+
+async def test_a_port_that_fired_is_masked_until_it_is_unmasked(channels, pair):
+    near, far = pair
+    channels.notify(near)
+    assert await taken(channels) == [far]
+    channels.notify(near)
+    with pytest.raises(TimeoutError):
+        await taken(channels, 0.5)
+    channels.unmask(far)
+    assert await taken(channels) == [far], "the event that came while masked is lost"
+
+
+async def test_the_other_port_is_not_masked_with_it(channels, pair):
+    near, far = pair
+    channels.notify(near)
+    assert await taken(channels) == [far]
+    channels.notify(far)
+    assert await taken(channels) == [near]
+
+
+async def test_many_events_in_turn_are_all_delivered(channels, pair):
+    near, far = pair
+    for _ in range(500):
+        channels.notify(near)
+        assert await taken(channels) == [far]
+        channels.unmask(far)
+
+
+async def test_a_handle_of_its_own_may_hold_each_end(channels, domid):
+    with EventChannels.open() as other:
+        near = channels.bind_unbound(domid)
+        far = other.bind_interdomain(domid, near)
+        assert await taken(other) == [far]
+        other.unmask(far)
+        channels.notify(near)
+        assert await taken(other) == [far]
+        with pytest.raises(ClosedError):
+            other.notify(near)
+
+
+async def test_unbinding_frees_the_other_end_to_notice_nothing(channels, pair):
+    near, far = pair
+    channels.unbind(far)
+    channels.notify(near)
+    assert channels.ports == {near}
+    with pytest.raises(ClosedError):
+        channels.notify(far)
+
+
+def test_binding_to_a_port_that_does_not_exist_is_an_error(channels, domid):
+    with pytest.raises(OSError, match="Invalid argument"):
+        channels.bind_interdomain(domid, 1000)
+    assert channels.ports == frozenset()
+
+
+def test_closing_releases_the_ports(domid):
+    """More ports than a domain has in all, a few at a time."""
+    highest = 0
+    for _ in range(60):
+        with EventChannels.open() as channels:
+            highest = max(highest, *(channels.bind_unbound(domid) for _ in range(40)))
+    assert highest < 1023
+
+
+def test_unbinding_releases_the_port(channels, domid):
+    ports = set()
+    for _ in range(1200):
+        port = channels.bind_unbound(domid)
+        ports.add(port)
+        channels.unbind(port)
+    assert len(ports) < 1023
+
+
+def test_a_process_that_is_killed_releases_its_ports(channels, domid):
+    program = (
+        "import os, signal\n"
+        "from pvfront.evtchn import EventChannels\n"
+        f"c = EventChannels.open(); p = c.bind_unbound({domid})\n"
+        "print(p, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == -9
+    with pytest.raises(OSError, match="Invalid argument"):
+        channels.bind_interdomain(domid, int(run.stdout))
+
+
+async def test_use_after_close_never_reaches_the_device(domid):
+    channels = EventChannels.open()
+    port = channels.bind_unbound(domid)
+    channels.close()
+    with EventChannels.open() as new:
+        # The kernel gives the same numbers out again: that is why the old handle must refuse.
+        again = new.bind_unbound(domid)
+        for use in (
+            lambda: channels.notify(port),
+            lambda: channels.unmask(port),
+            lambda: channels.unbind(port),
+            channels.read,
+            channels.fileno,
+        ):
+            with pytest.raises(ClosedError):
+                use()
+        with pytest.raises(ClosedError):
+            await channels.wait()
+        assert new.ports == {again}
+
+
+async def test_a_given_descriptor_carries_its_ports_along(channels, domid):
+    giver = EventChannels.open()
+    port = giver.bind_unbound(domid)
+    fd = giver.give()
+    far = channels.bind_interdomain(domid, port)
+    assert await taken(channels) == [far]
+    os.close(fd)
