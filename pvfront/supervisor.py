@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 from .device import DeviceLoop, Frontend, Goal, Phase
 from .errors import PvfrontError
+from .states import XenbusState
 from .suspend import Suspend, SuspendParticipant
 from .xenbus import Bus, XenbusDevice
 from .xenstore import Xenstore
@@ -40,10 +41,6 @@ log = logging.getLogger(__name__)
 RUN_DIR = Path("/run/pvfront")
 STOP_DEADLINE = 60.0
 READY_DEADLINE = 30.0
-
-
-class NoSuchDevice(PvfrontError):
-    """A device was named that the store does not know; the message lists those it does."""
 
 
 def sd_notify(*lines: str) -> None:
@@ -76,6 +73,10 @@ class DeviceClass(Protocol):
 
     async def give_back(self, device: XenbusDevice) -> str:
         """Gives a closed device back to the kernel; returns what became of it, for people."""
+        ...
+
+    def forget(self, name: str) -> None:
+        """The toolstack has removed the device: nothing of the claim is to be kept."""
         ...
 
     def hold_hot_plug(self) -> None:
@@ -176,14 +177,6 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         bus = Bus(self.store, self.klass.klass, home=self.home)
-        present = await bus.ids()
-        for devid in self.named:
-            if devid not in present:
-                raise NoSuchDevice(
-                    f"{self.klass.label(devid)}: no such {self.klass.klass} "
-                    f"(device/{self.klass.klass}/{devid} is not in the store)",
-                    hint=f"there are: {', '.join(map(self.klass.label, present)) or 'none'}",
-                )
         background: list[asyncio.Task[None]] = []
         if self.hot_plug:
             self.klass.hold_hot_plug()
@@ -269,6 +262,7 @@ class Supervisor:
         try:
             device = await XenbusDevice.open(self.store, self.klass.klass, devid, home=self.home)
         except PvfrontError:
+            self.klass.forget(f"{self.klass.klass}-{devid}")
             return f"{self.klass.label(devid)}: closed; the toolstack has removed it"
         try:
             return await self.klass.give_back(device)
@@ -326,6 +320,8 @@ class Supervisor:
             raise
         finally:
             await loop.device.close()
+        if loop.device.view.frontend is XenbusState.UNKNOWN:
+            self.klass.forget(loop.device.name)
         # The id may be back already, attached again before the list was read once more.
         with contextlib.suppress(PvfrontError, OSError):
             ids = await Bus(self.store, self.klass.klass, home=self.home).ids()
@@ -408,7 +404,7 @@ class Supervisor:
         devid = int(request["id"])
         served = self.served.get(devid)
         if served is None or served.task.done():
-            raise NoSuchDevice(f"{self.klass.label(devid)}: not served by this supervisor")
+            raise PvfrontError(f"{self.klass.label(devid)}: not served by this supervisor")
         why = await asyncio.to_thread(served.loop.frontend.busy)
         if why is not None:
             raise PvfrontError(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..claim import Claims
 from ..errors import PvfrontError
+from ..inventory import NoSuchDevice, require_guest
 from ..states import XenbusState
-from ..supervisor import RUN_DIR, NoSuchDevice, Supervisor
+from ..supervisor import RUN_DIR, Supervisor
 from ..suspend import Suspend
 from ..xenbus import Bus, XenbusDevice
 from ..xenstore import Xenstore
@@ -61,14 +62,20 @@ class Disks:
         return True
 
     async def give_back(self, device: XenbusDevice) -> str:
-        # The kernel can bind a vbd only from a fresh start of both ends.
-        await device.write_state(XenbusState.INITIALISING)
-        await device.until(
-            lambda v: v.backend is XenbusState.INIT_WAIT,
-            what="backend InitWait",
-            timeout=GIVE_BACK_DEADLINE,
-        )
+        claim = self.claims.taken(device.name)
+        if claim is not None and not claim.kernel_had_bound:
+            # The kernel can bind a vbd only from a fresh start of both ends. One that it cannot
+            # have any more stays Closed: that is what a later detach is answered from.
+            await device.write_state(XenbusState.INITIALISING)
+            await device.until(
+                lambda v: v.backend is XenbusState.INIT_WAIT,
+                what="backend InitWait",
+                timeout=GIVE_BACK_DEADLINE,
+            )
         return await asyncio.to_thread(self.claims.give_back, device.name)
+
+    def forget(self, name: str) -> None:
+        self.claims.forget(name)
 
     def hold_hot_plug(self) -> None:
         self.claims.hold_autoprobe()
@@ -82,6 +89,7 @@ class Disks:
 
 async def serve(names: Collection[str], *, everything: bool, force: bool) -> int:
     """Serves the named disks, or every disk, until SIGTERM; returns the exit status."""
+    require_guest()
     store = await Xenstore.connect()
     try:
         present = await Bus(store, "vbd").ids()
@@ -90,7 +98,7 @@ async def serve(names: Collection[str], *, everything: bool, force: bool) -> int
             devid = int(name) if name.isdigit() else parse_name(name)
             if devid is None or devid not in present:
                 raise NoSuchDevice(
-                    f"{name}: no such disk",
+                    f"there is no disk {name!r}",
                     hint=f"there are: {', '.join(map(vdev_name, present)) or 'none'}",
                 )
             named.append(devid)

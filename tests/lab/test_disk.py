@@ -130,7 +130,7 @@ def test_the_root_disk_and_a_mounted_one_are_never_taken(pvf: Pvfront, guest: Gu
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("pvfront vbd serve xvdq", "no such disk"),
+        ("pvfront vbd serve xvdq", "there is no disk"),
         ("pvfront status xvdq", "xvdq"),
         ("pvfront release vbd xvdq", "xvdq"),
         ("pvfront store read no/such/key", "ENOENT"),
@@ -221,7 +221,7 @@ def test_a_killed_supervisor_costs_no_io_and_the_next_adopts_the_worker(
     with pvf.disk():
         worker, supervisor = pvf.worker(), pvf.pid()
         load = guest.start(fio(depth=16, extra="--time_based --runtime=25 --verify_backlog=64"))
-        wait_until("I/O", lambda: pvf.status()["stats"]["write"]["requests"] > 50)
+        wait_until("I/O", lambda: pvf.status()["statistics"]["write"]["requests"] > 50)
         guest.run(f"kill -KILL {supervisor}")
         wait_until(
             "systemd's new supervisor", lambda: pvf.running() and pvf.pid() not in (0, supervisor)
@@ -240,7 +240,7 @@ def test_a_worker_killed_with_16_requests_in_flight_loses_nothing(
         load = guest.start(
             fio(depth=32, size="8M", extra="--time_based --runtime=30 --verify_backlog=128")
         )
-        wait_until("I/O", lambda: pvf.status()["stats"]["write"]["requests"] > 50)
+        wait_until("I/O", lambda: pvf.status()["statistics"]["write"]["requests"] > 50)
         backing.set_delay(3000)
         wait_until("16 requests held by dom0", lambda: backing.in_flight() >= 16)
         old = pvf.worker()
@@ -282,7 +282,7 @@ def test_an_idle_disk_costs_no_cpu_and_no_events(pvf: Pvfront, guest: Guest) -> 
         cpu = f"for p in {pids}; do cut -d' ' -f14,15 /proc/$p/stat; done"
 
         def events() -> int:
-            return int(pvf.status()["stats"]["events"])
+            return int(pvf.status()["statistics"]["events"])
 
         before = guest.output(f"{cpu}; sleep 10; {cpu}", timeout=60).split("\n")
         ticks = [sum(map(int, line.split())) for line in before]
