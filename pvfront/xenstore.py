@@ -38,6 +38,7 @@ from pvfront.xslink import (
     XenstoreTimeout,
 )
 from pvfront.xswire import (
+    SOCKET_REPLY_MAX,
     Op,
     Permission,
     XenstoreError,
@@ -206,9 +207,9 @@ class Xenstore(_Operations):
         Raises XenstoreError; its hint says what to do.
         """
         where = _find_store() if path is None else path
-        link = Link(where)
         try:
             device = _is_device(where)
+            link = Link(where) if device else Link(where, SOCKET_REPLY_MAX)
             if device:
                 DeviceTransport(link, _open_device(where))
             else:

@@ -121,13 +121,13 @@ class Transport(Protocol):
 class Link:
     """One connection: request ids, replies, the events of its watches."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, reply_max: int = PAYLOAD_MAX) -> None:
         self.where = where
         self.transport: Transport | None = None
         self.watches: dict[bytes, Sink] = {}
         """By token, who takes the events."""
         self.failure: Failure | None = None
-        self._parser = Parser()
+        self._parser = Parser(reply_max)
         self._requests: dict[int, Request] = {}
         self._last_id = -1
         self._slots = asyncio.Semaphore(IN_FLIGHT)

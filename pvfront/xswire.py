@@ -34,6 +34,8 @@ PAYLOAD_MAX = 4096
 """Largest payload of the protocol, XENSTORE_PAYLOAD_MAX; exceeding it costs the connection."""
 DEVICE_PAYLOAD_MAX = PAYLOAD_MAX - HEADER_SIZE
 """Largest payload that /dev/xen/xenbus takes: its buffer of 4096 bytes holds the header too."""
+SOCKET_REPLY_MAX = 1 << 20
+"""Largest reply taken from a socket: oxenstored sends a large directory there in one packet."""
 REL_PATH_MAX = 2048
 """Longest relative path, XENSTORE_REL_PATH_MAX."""
 
@@ -145,9 +147,10 @@ def encode(op: Op, req_id: int, tx_id: int, payload: bytes) -> bytes:
 
 
 class Parser:
-    """Cuts a byte stream into packets, however it arrives."""
+    """Cuts a byte stream into packets, however it arrives; none has more than `payload_max`."""
 
-    def __init__(self) -> None:
+    def __init__(self, payload_max: int = PAYLOAD_MAX) -> None:
+        self._payload_max = payload_max
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Packet]:
@@ -155,8 +158,8 @@ class Parser:
         self._buffer += data
         while len(self._buffer) >= HEADER_SIZE:
             number, req_id, tx_id, length = _HEADER.unpack_from(self._buffer)
-            if length > PAYLOAD_MAX:
-                raise WireError(f"a packet claims {length} bytes, more than {PAYLOAD_MAX}")
+            if length > self._payload_max:
+                raise WireError(f"a packet claims {length} bytes, more than {self._payload_max}")
             try:
                 op = Op(number)
             except ValueError:
