@@ -652,8 +652,12 @@ void pvf_blk_start(struct pvf_blk *blk, const struct pvf_geometry *geo)
 		fail_current(blk, error);
 }
 
-bool pvf_blk_portable(const struct pvf_blk *blk)
+bool pvf_blk_portable(struct pvf_blk *blk)
 {
+	if (blk->filling != PVF_NONE && !blk->filled) {
+		free_piece(blk, blk->filling);
+		blk->filling = PVF_NONE;
+	}
 	return !blk->in_flight && blk->pool.free == blk->pool.pages;
 }
 

@@ -132,8 +132,9 @@ void pvf_blk_attach(struct pvf_blk *blk, void *ring, size_t ring_bytes, void *po
 /* Takes the disk's numbers; a current request that no longer fits them fails. */
 void pvf_blk_start(struct pvf_blk *blk, const struct pvf_geometry *geo);
 
-/* True: no page and no slot is held, the connection can be left and the target kept. */
-bool pvf_blk_portable(const struct pvf_blk *blk);
+/* True: no page and no slot is held, the connection can be left and the target kept. Gives back
+ * pages that wait for payload of which nothing has come. */
+bool pvf_blk_portable(struct pvf_blk *blk);
 
 /* Forgets every request: the target is gone. Those in the ring are waited for, without replies. */
 void pvf_blk_drop_target(struct pvf_blk *blk);

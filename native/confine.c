@@ -132,17 +132,17 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 	/* Shared data only: nothing is ever executable, nothing is mapped over something else. */
 	if (!rc)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(mmap), 2,
-				      SCMP_A2(SCMP_CMP_EQ, PROT_READ | PROT_WRITE),
-				      SCMP_A3(SCMP_CMP_EQ, MAP_SHARED));
+				      SCMP_A2(SCMP_CMP_EQ, PROT_READ | PROT_WRITE, 0),
+				      SCMP_A3(SCMP_CMP_EQ, MAP_SHARED, 0));
 	if (!rc)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(ioctl), 1,
 				      SCMP_A1(SCMP_CMP_MASKED_EQ, UINT32_MAX, IOCTL_EVTCHN_NOTIFY));
 	if (!rc)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
-				      SCMP_A1(SCMP_CMP_EQ, F_GETFL));
+				      SCMP_A1(SCMP_CMP_EQ, F_GETFL, 0));
 	if (!rc)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
-				      SCMP_A1(SCMP_CMP_EQ, F_SETFL));
+				      SCMP_A1(SCMP_CMP_EQ, F_SETFL, 0));
 	if (!rc)
 		rc = seccomp_load(filter);
 	seccomp_release(filter);

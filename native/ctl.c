@@ -33,6 +33,7 @@ void pvf_ctl_drop(struct pvf_ctl *ctl)
 		close(ctl->fd);
 	ctl->fd = -1;
 	ctl->head = ctl->count = 0;
+	ctl->blocked = false;
 }
 
 /* Checking */
@@ -104,7 +105,7 @@ const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nf
 		return "length is not the packet's";
 	switch (m->hdr.type) {
 	case PVF_CTL_ATTACH:
-		return check_attach(&m->attach, bytes, nfds);
+		return check_attach(pvf_ctl_attach(m), bytes, nfds);
 	case PVF_CTL_START:
 		return check_start(&m->start, bytes, nfds);
 	case PVF_CTL_DETACH:
@@ -258,6 +259,10 @@ void pvf_ctl_send(struct pvf_ctl *ctl, void *message, uint16_t type, uint32_t ge
 	if (ctl->fd < 0)
 		return;
 	*hdr = (struct pvf_ctl_hdr){PVF_CTL_MAGIC, PVF_CTL_VERSION, type, generation, length};
+	if (ctl->count == PVF_CTL_QUEUE)
+		pvf_ctl_flush(ctl);
+	if (ctl->fd < 0)
+		return;
 	if (ctl->count == PVF_CTL_QUEUE && !drop_log(ctl)) {
 		pvf_ctl_drop(ctl);
 		return;
@@ -267,7 +272,6 @@ void pvf_ctl_send(struct pvf_ctl *ctl, void *message, uint16_t type, uint32_t ge
 	p->length = length;
 	p->fd = fd;
 	memcpy(p->bytes, message, length);
-	pvf_ctl_flush(ctl);
 }
 
 void pvf_ctl_flush(struct pvf_ctl *ctl)
@@ -280,12 +284,16 @@ void pvf_ctl_flush(struct pvf_ctl *ctl)
 			return;
 		}
 		if (!rc) {
-			watch(ctl, EPOLL_CTL_MOD, true);
+			if (!ctl->blocked)
+				watch(ctl, EPOLL_CTL_MOD, true);
+			ctl->blocked = true;
 			return;
 		}
 		ctl->head = (ctl->head + 1) % PVF_CTL_QUEUE;
 		ctl->count--;
-		if (!ctl->count)
-			watch(ctl, EPOLL_CTL_MOD, false);
+	}
+	if (ctl->fd >= 0 && ctl->blocked) {
+		ctl->blocked = false;
+		watch(ctl, EPOLL_CTL_MOD, false);
 	}
 }

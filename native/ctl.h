@@ -16,12 +16,17 @@
 
 union pvf_ctl_down { /* any message from a supervisor */
 	struct pvf_ctl_hdr hdr;
-	struct pvf_ctl_attach attach;
 	struct pvf_ctl_start start;
 	struct pvf_ctl_detach detach;
 	struct pvf_ctl_simple simple;
 	uint8_t bytes[PVF_CTL_MAX];
 };
+
+/* ATTACH ends in a flexible array, so it cannot be a member. */
+static inline const struct pvf_ctl_attach *pvf_ctl_attach(const union pvf_ctl_down *message)
+{
+	return (const struct pvf_ctl_attach *)(const void *)message->bytes;
+}
 
 struct pvf_ctl_packet {
 	uint32_t length;
@@ -36,6 +41,7 @@ struct pvf_ctl {
 	int fd; /* -1: no connection */
 	int epoll_fd;
 	uint64_t tag;
+	bool blocked; /* EPOLLOUT is asked for */
 	uint32_t head, count;
 	struct pvf_ctl_packet queue[PVF_CTL_QUEUE];
 	union pvf_ctl_down in;
@@ -59,11 +65,11 @@ void pvf_ctl_release(struct pvf_ctl *ctl);
  * the numbers of every message, but nothing that depends on the worker's state. */
 const char *pvf_ctl_check(const union pvf_ctl_down *message, size_t bytes, uint32_t nfds);
 
-/* Sends or queues; without a connection the message is dropped. Fills in magic and version. */
+/* Queues a message for pvf_ctl_flush(); without a connection the message is dropped. Fills in magic and version. */
 void pvf_ctl_send(struct pvf_ctl *ctl, void *message, uint16_t type, uint32_t generation,
 		  uint32_t length, int fd);
 
-/* The socket takes more. */
+/* Sends what is queued, as far as the socket takes it. */
 void pvf_ctl_flush(struct pvf_ctl *ctl);
 
 #endif

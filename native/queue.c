@@ -14,6 +14,7 @@
 #define SPURIOUS_FORGET (2 * SECOND)
 #define UNMASK_CAP SECOND
 #define WATCHDOG_TICK (250 * MS)
+#define PATIENCE SECOND
 
 static uint64_t now_ns(void)
 {
@@ -102,6 +103,8 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 	q->serving = q->no_new = false;
 	/* An event from before may be waiting; the ring is new, so begin as if one had come. */
 	q->masked = q->delayed = q->notify_owed = q->stalled = q->unseen = false;
+	q->idle = true;
+	q->patience = 0;
 	q->spurious_run = 0;
 	q->features_told = 0;
 	q->notes &= PVF_NOTE_TARGET_GONE;
@@ -219,12 +222,28 @@ static void notify(struct pvf_queue *q)
 
 static void watch_ring(struct pvf_queue *q)
 {
-	if (!q->blk.in_flight || q->watching)
+	bool idle = q->idle;
+
+	q->idle = !q->blk.in_flight;
+	if (q->idle)
+		return;
+	if (idle)
+		q->progress_at = now_ns();
+	if (q->watching)
 		return;
 	q->watching = true;
 	q->unseen = false;
-	q->progress_at = now_ns();
 	arm(q->watchdog_timer, WATCHDOG_TICK);
+}
+
+void pvf_queue_quiesce(struct pvf_queue *q)
+{
+	q->no_new = true;
+	q->patience = now_ns() + PATIENCE;
+	if (!q->watching) {
+		q->watching = true;
+		arm(q->watchdog_timer, WATCHDOG_TICK);
+	}
 }
 
 static void drain(struct pvf_queue *q)
@@ -263,10 +282,17 @@ static void watchdog(struct pvf_queue *q)
 		notify(q);
 	if (!q->masked)
 		take_event(q); /* it may just not have had its turn */
-	if (blk->fault.rule || !blk->in_flight)
+	if (blk->fault.rule)
 		return;
-	uint64_t silent = now_ns() - q->progress_at;
+	uint64_t now = now_ns(), silent = now - q->progress_at;
 
+	if (!blk->in_flight) {
+		if (now < q->patience) {
+			q->watching = true;
+			arm(q->watchdog_timer, WATCHDOG_TICK);
+		}
+		return;
+	}
 	if (q->delayed) {
 		drain(q);
 	} else if (!q->masked && pvf_ring_poll(&blk->ring, &fault) && !fault.rule) {
@@ -381,5 +407,5 @@ bool pvf_queue_drained(const struct pvf_queue *q)
 		return false;
 	if (blk->current == PVF_NONE && !blk->skip)
 		return true;
-	return !t->rx_ready || !t->tx_ready;
+	return (!t->rx_ready || !t->tx_ready) && now_ns() >= q->patience;
 }

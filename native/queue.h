@@ -57,6 +57,7 @@ struct pvf_queue {
 	bool delayed;       /* the unmask waits for its timer */
 	bool notify_owed;   /* the host could not take it */
 	bool watching;      /* the watchdog is armed */
+	bool idle;          /* the ring was empty when last seen */
 	bool stalled;
 	uint32_t spurious_run;
 	uint32_t responses_since_event;
@@ -65,6 +66,7 @@ struct pvf_queue {
 	uint32_t stall_for;    /* seconds, while stalled */
 	uint32_t unseen_at;    /* rsp_cons when the watchdog first saw an unannounced response */
 	bool unseen;
+	uint64_t patience;     /* draining: until when a request cut in the middle is waited for */
 	uint32_t features_told;
 	uint32_t notes;        /* enum pvf_queue_note */
 };
@@ -86,6 +88,10 @@ void pvf_queue_park(struct pvf_queue *queue);
 /* Takes a new NBD socket. 0 or -errno (the descriptor is the caller's then). */
 int pvf_queue_target(struct pvf_queue *queue, int fd);
 void pvf_queue_drop_target(struct pvf_queue *queue);
+
+/* Begins to drain: the request at intake is finished as far as its client delivers it (a client that
+ * stops in the middle of one is given a second), no other is begun. */
+void pvf_queue_quiesce(struct pvf_queue *queue);
 
 void pvf_queue_event(struct pvf_queue *queue, uint32_t tag, uint32_t events);
 void pvf_queue_service(struct pvf_queue *queue);

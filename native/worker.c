@@ -147,7 +147,7 @@ static void settle(struct pvf_worker *w)
 
 static void handle_attach(struct pvf_worker *w)
 {
-	const struct pvf_ctl_attach *m = &w->ctl.in.attach;
+	const struct pvf_ctl_attach *m = pvf_ctl_attach(&w->ctl.in);
 	const char *why = NULL;
 
 	if (w->parked)
@@ -227,7 +227,7 @@ static void handle_quiesce(struct pvf_worker *w)
 	case PVF_RUNNING:
 	case PVF_DRAINING:
 		w->state = PVF_DRAINING;
-		w->queue.no_new = true;
+		pvf_queue_quiesce(&w->queue);
 		w->quiesce_asked = true;
 		return; /* settle() answers */
 	case PVF_TARGET_LOST:
@@ -284,8 +284,6 @@ static void handle(struct pvf_worker *w)
 
 static void control(struct pvf_worker *w, uint32_t events)
 {
-	if (events & EPOLLOUT)
-		pvf_ctl_flush(&w->ctl);
 	if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)))
 		return;
 	for (int i = 0; i < CONTROL_MESSAGES && w->ctl.fd >= 0 && !w->exiting; i++) {
@@ -380,7 +378,9 @@ int pvf_worker_run(struct pvf_worker *w)
 		}
 		pvf_queue_service(&w->queue);
 		settle(w);
+		/* Who gets an answer finds the statistics that go with it. */
 		publish(w);
+		pvf_ctl_flush(&w->ctl);
 	}
 	return 0;
 }

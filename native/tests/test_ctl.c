@@ -8,19 +8,20 @@
 #include "ctl.h"
 
 static union pvf_ctl_down m;
+#define a (*(struct pvf_ctl_attach *)(void *)m.bytes)
 
 static size_t attach(uint32_t pages)
 {
 	memset(&m, 0, sizeof(m));
-	m.attach.device_class = PVF_CLASS_BLK;
-	m.attach.ring_pages = 1;
-	m.attach.pool_pages = pages;
-	m.attach.ring_offset = 4096;
-	m.attach.pool_offset = 8192;
-	strcpy(m.attach.name, "vbd-1");
+	a.device_class = PVF_CLASS_BLK;
+	a.ring_pages = 1;
+	a.pool_pages = pages;
+	a.ring_offset = 4096;
+	a.pool_offset = 8192;
+	strcpy(a.name, "vbd-1");
 	for (uint32_t i = 0; i < pages && i < PVF_MAX_POOL_PAGES; i++)
-		m.attach.pool_grefs[i] = 10 + i;
-	size_t size = sizeof(m.attach) + (size_t)pages * 4;
+		a.pool_grefs[i] = 10 + i;
+	size_t size = sizeof(a) + (size_t)pages * 4;
 
 	m.hdr = (struct pvf_ctl_hdr){PVF_CTL_MAGIC, PVF_CTL_VERSION, PVF_CTL_ATTACH, 1,
 				     (uint32_t)size};
@@ -62,31 +63,31 @@ static void attaches(void)
 	CHECK(!pvf_ctl_check(&m, size, 2));
 	CHECK(pvf_ctl_check(&m, size, 1));
 	CHECK(pvf_ctl_check(&m, size, 3));
-	m.attach.pool_pages = 353;
+	a.pool_pages = 353;
 	CHECK(pvf_ctl_check(&m, size, 2));
-	m.attach.pool_pages = 0xffffffff;
+	a.pool_pages = 0xffffffff;
 	CHECK(pvf_ctl_check(&m, size, 2));
 	size = attach(1);
 	CHECK(pvf_ctl_check(&m, size, 2));
 	size = attach(PVF_MAX_POOL_PAGES);
 	CHECK(!pvf_ctl_check(&m, size, 2));
-	m.attach.pool_grefs[1055] = m.attach.pool_grefs[3];
+	a.pool_grefs[1055] = a.pool_grefs[3];
 	CHECK(pvf_ctl_check(&m, size, 2));
 	size = attach(4);
-	m.attach.ring_pages = 3;
+	a.ring_pages = 3;
 	CHECK(pvf_ctl_check(&m, size, 2));
-	m.attach.ring_pages = 32;
-	CHECK(pvf_ctl_check(&m, size, 2));
-	size = attach(4);
-	m.attach.ring_offset = 4097;
-	CHECK(pvf_ctl_check(&m, size, 2));
-	m.attach.ring_offset = UINT64_MAX - 4095;
+	a.ring_pages = 32;
 	CHECK(pvf_ctl_check(&m, size, 2));
 	size = attach(4);
-	memset(m.attach.name, 'x', sizeof(m.attach.name));
+	a.ring_offset = 4097;
+	CHECK(pvf_ctl_check(&m, size, 2));
+	a.ring_offset = UINT64_MAX - 4095;
 	CHECK(pvf_ctl_check(&m, size, 2));
 	size = attach(4);
-	m.attach.device_class = PVF_CLASS_NET;
+	memset(a.name, 'x', sizeof(a.name));
+	CHECK(pvf_ctl_check(&m, size, 2));
+	size = attach(4);
+	a.device_class = PVF_CLASS_NET;
 	CHECK(pvf_ctl_check(&m, size, 2));
 }
 
@@ -169,6 +170,7 @@ static void never_blocks(void)
 	CHECK_EQ(ctl.count, PVF_CTL_QUEUE);
 	for (int i = 0; i < 5; i++) /* these take the place of log lines */
 		pvf_ctl_send(&ctl, &drained, PVF_CTL_DRAINED, 1, sizeof(drained), -1);
+	pvf_ctl_flush(&ctl);
 	CHECK(ctl.fd >= 0);
 	CHECK_EQ(ctl.count, PVF_CTL_QUEUE);
 	while (ctl.count) {
