@@ -94,8 +94,7 @@ def guest(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Guest]:
     """A running, answering guest in the standard configuration."""
     kind: Kind = request.config.getoption("--guest")
     guest = lab.guest(kind)
-    if not lab.outer.alive():
-        raise LabError("qemu", f"ended before this test; see {lab.run}")
+    lab.check_services()
     if guest.dirty or not (guest.alive() or (guest.running() and _answers(guest))):
         guest.destroy()
         guest.create()

@@ -235,6 +235,7 @@ class Lab:
                 outer.wait_booted()
                 outer.dom0.push(guest.kernel, f"{FILES}/vmlinuz")
                 outer.dom0.push(guest.initrd, f"{FILES}/initrd.img")
+                outer.dom0.push(guest.grub, f"{FILES}/grub.lnx")
         except BaseException:
             outer.stop()
             raise
@@ -299,6 +300,14 @@ class Lab:
         back = self.xenstore_read(f"/local/domain/0/backend/vbd/{domid}/{vdev}/state")
         return front, back
 
+    def check_services(self) -> None:
+        """Raise LabError(services) if one of Xen's daemons in dom0 has died."""
+        if not self.outer.alive():
+            raise LabError("qemu", f"ended; see {self.run}")
+        for daemon in ("xenstored", "xenconsoled"):
+            if not self.dom0.run(["pgrep", "-x", daemon], check=False).ok:
+                raise LabError("services", f"{daemon} died in dom0; see {self.run}/consoles")
+
     # -- disks ------------------------------------------------------------------------------
 
     def _unique(self, prefix: str) -> str:
@@ -310,8 +319,8 @@ class Lab:
         name = self._unique("ram")
         self.dom0.run("test -b /dev/ram0 || modprobe brd rd_nr=8 rd_size=524288")
         free = (
-            'cd /sys/block; for r in ram?; do [ -n "$(ls $r/holders)" ] || { echo /dev/$r; break; }; '
-            "done"
+            "cd /sys/block; for r in ram?; do "
+            '[ -n "$(ls $r/holders)" ] || { echo /dev/$r; break; }; done'
         )
         ram = self.dom0.output(free)
         if not ram:
@@ -359,6 +368,7 @@ class Lab:
             "xl-dmesg.txt": "xl dmesg",
             "xl-list.txt": "xl list -v; xl vcpu-list",
             "dom0-dmesg.txt": "dmesg",
+            "dom0-processes.txt": "ps axo pid,ppid,stat,time,wchan:24,args",
             "xl-logs.txt": "tail -n +1 /var/log/xen/*.log",
         }
         guests = [self.guest(kind)] if kind and self.outer.alive() else []
