@@ -28,8 +28,10 @@ The driver (drivers/block/nbd.c) has these properties that callers depend on:
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -61,8 +63,8 @@ FLAG_CAN_MULTI_CONN = 1 << 8
 
 CFLAG_DESTROY_ON_DISCONNECT = 1 << 0
 
-# A device of our own is tried at this many indices before giving up: one may be going down.
-_INDEX_TRIES = 16
+_CREATE_DEADLINE = 5.0  # seconds for a free index; udev or a device going down may hold it
+_CREATE_PAUSE = 0.02
 
 
 class NbdUnavailable(PvfrontError):
@@ -156,7 +158,8 @@ class NbdDevice:
     """What sysfs says of one nbd device."""
 
     index: int
-    backend: str | None  # the identifier of its CONNECT; None when not connected
+    backend: str | None  # the identifier of its CONNECT, if it had one
+    connected: bool  # by netlink or by ioctl
 
     @property
     def name(self) -> str:
@@ -168,9 +171,18 @@ def devices(roots: sysfs.Roots = sysfs.SYSTEM) -> list[NbdDevice]:
     found = []
     for name in sysfs.listdir(roots.sys / "block"):
         if name.startswith("nbd") and name[3:].isdigit():
-            backend = sysfs.read(roots.sys / "block" / name / "backend")
-            found.append(NbdDevice(int(name[3:]), backend))
+            directory = roots.sys / "block" / name
+            backend = sysfs.read(directory / "backend")
+            connected = (directory / "pid").exists()
+            found.append(NbdDevice(int(name[3:]), backend, connected))
     return sorted(found, key=lambda device: device.index)
+
+
+def free_index(roots: sysfs.Roots = sysfs.SYSTEM) -> int:
+    """The lowest index that no connected device has and that the module did not make itself."""
+    first = sysfs.read_int(roots.sys / "module" / "nbd" / "parameters" / "nbds_max") or 0
+    used = {device.index for device in devices(roots) if device.connected}
+    return next(index for index in itertools.count(first) if index not in used)
 
 
 class NbdControl:
@@ -224,8 +236,8 @@ class NbdControl:
     ) -> int:
         """Make a device from connected stream sockets; returns its index.
 
-        Without `index` a device that does not exist yet is created, so that it can be destroyed
-        with the connection: one that someone else's `modprobe nbd` made stays as it is. `size` in
+        Without `index` it is a device that was, or is, made on demand, so that it can be destroyed
+        with the connection: one that somebody's `modprobe nbd` made stays as it is. `size` in
         bytes may be 0: the device exists but accepts no request until RECONFIGURE gives a size.
         `dead_conn_timeout` in seconds is how long requests wait for a new socket.
         """
@@ -240,17 +252,20 @@ class NbdControl:
         ]
         if index is not None:
             return self._connect_at(index, attributes)
-        taken = {device.index for device in devices(self._roots)}
-        fresh = [number for number in range(len(taken) + _INDEX_TRIES) if number not in taken]
-        for number in fresh[: _INDEX_TRIES - 1]:
+        until = time.monotonic() + _CREATE_DEADLINE
+        while True:
+            index = free_index(self._roots)
             try:
-                return self._connect_at(number, attributes)
+                return self._connect_at(index, attributes)
             except NbdError as error:
-                # EEXIST, EBUSY: someone was faster. EINVAL: a device of that index is still on its
-                # way out (the other causes of EINVAL are excluded by the checks above).
-                if sysfs.errno_name(error.errno) not in ("EEXIST", "EBUSY", "EINVAL"):
+                # EBUSY: udev has opened the new device already and closes it in a moment; giving
+                # up here would leave it behind, unused, for ever. EEXIST: somebody else made it.
+                # EINVAL: the last device of this index is still on its way out (the other causes
+                # of EINVAL are excluded by the checks above).
+                retry = sysfs.errno_name(error.errno) in ("EBUSY", "EEXIST", "EINVAL")
+                if not retry or time.monotonic() > until:
                     raise
-        return self._connect_at(fresh[_INDEX_TRIES - 1], attributes)
+            time.sleep(_CREATE_PAUSE)
 
     def _connect_at(self, index: int, attributes: list[tuple[str, Any]]) -> int:
         replies = self._request(
