@@ -12,6 +12,7 @@ import mmap
 import os
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from pvfront._abi import ffi, lib
 
@@ -89,10 +90,10 @@ def read_stats(fd: int, attempts: int = 1000) -> BlkStats:
     ffi.memmove(s, copy, size)
     if (s.magic, s.version) != (lib.PVF_STATS_MAGIC, lib.PVF_STATS_VERSION):
         raise StatsUnreadable("not a statistics page of this version of pvfront")
-    ops = {}
+    values: dict[str, Any] = {name: int(getattr(s, name)) for name in _PLAIN}
     for name in _OPS:
         op = getattr(s, name)
-        ops[name] = BlkOpStats(
+        values[name] = BlkOpStats(
             int(op.requests), int(op.bytes), int(op.errors), int(op.ring_requests)
         )
-    return BlkStats(**{name: int(getattr(s, name)) for name in _PLAIN}, **ops)
+    return BlkStats(**values)

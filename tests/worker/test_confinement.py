@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from embedded import serving
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving up privileges needs some: run as root")
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="giving up privileges needs some: run as root"
+)
 sanitized = pytest.mark.skipif(
     "PVFRONT_SANITIZED" in os.environ, reason="a sanitizer's build has no system call filter"
 )
@@ -32,7 +34,7 @@ def test_a_worker_that_serves_is_an_unprivileged_user_without_capabilities(tmp_p
         for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
             assert int(found[kind][0], 16) == 0, kind
         assert found["NoNewPrivs"] == ["1"]
-        assert os.readlink(f"/proc/{host.process.pid}/root") == str(tmp_path)
+        assert Path(f"/proc/{host.process.pid}/root").readlink() == tmp_path
 
 
 @sanitized

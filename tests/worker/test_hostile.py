@@ -8,8 +8,21 @@ from collections.abc import Callable
 
 import pytest
 from embedded import (
-    OKAY, READ, REQ_PROD, RSP_PROD, SLOT, SLOTS, WRITE, Host, Nbd, Request, serving, text, wait_for,
+    OKAY,
+    READ,
+    REQ_PROD,
+    RSP_PROD,
+    SLOT,
+    SLOTS,
+    WRITE,
+    Host,
+    Nbd,
+    Request,
+    serving,
+    text,
+    wait_for,
 )
+
 from pvfront.abi import lib
 
 

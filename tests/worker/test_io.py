@@ -8,9 +8,22 @@ import threading
 
 import pytest
 from embedded import (
-    DEADLINE, DISCARD, ERROR, FLUSH, OKAY, READ, SECTOR, WRITE, Backend, Nbd, NbdError, Request,
-    serving, wait_for,
+    DEADLINE,
+    DISCARD,
+    ERROR,
+    FLUSH,
+    OKAY,
+    READ,
+    SECTOR,
+    WRITE,
+    Backend,
+    Nbd,
+    NbdError,
+    Request,
+    serving,
+    wait_for,
 )
+
 from pvfront.abi import lib
 
 
@@ -103,9 +116,12 @@ def test_random_requests_at_any_depth_keep_their_data(depth: int) -> None:
         mirror.fill()
         mirror.run(1500, 1 << 20)
         assert host.disk == mirror.model
-        stats = host.stats()
-        assert stats.in_flight == stats.nbd_pending == 0
-        assert stats.pool_free == stats.pool_pages
+
+        def held() -> int:
+            stats = host.stats()
+            return stats.in_flight + stats.nbd_pending + stats.pool_pages - stats.pool_free
+
+        wait_for("nothing is held any more", lambda: not held())
 
 
 @pytest.mark.parametrize("pool", [2, 11, 22, 64])
@@ -276,7 +292,8 @@ def test_rule_17_a_short_write_shows_the_backend_no_bytes_of_earlier_requests() 
     with serving(pool_pages=22) as host:
         nbd = host.nbd()
         nbd.write(0, canary * 11)
-        assert host.backend is not None and host.pages is not None
+        assert host.backend is not None
+        assert host.pages is not None
         host.backend.hold = True
         handle = nbd.request(Nbd.WRITE, 0, 512, b"x" * 512)
         wait_for("the short write", lambda: host.backend and host.backend.held)
@@ -290,7 +307,6 @@ def test_rule_17_a_short_write_shows_the_backend_no_bytes_of_earlier_requests() 
 
 def test_rule_18_an_untrusted_backend_gets_pages_cleared_of_its_own_scribbles() -> None:
     with serving(backend=Lying, pool_pages=2) as host:
-        host.generation += 0
         host.detach()
         host.scrub = True
         host.attach()
@@ -320,9 +336,13 @@ def test_a_client_that_never_reads_stops_only_itself_and_control_goes_on() -> No
     with serving() as host:
         nbd = host.nbd()
         nbd.sock.setblocking(False)
-        with pytest.raises(BlockingIOError):
+
+        def ask_for_ever() -> None:
             while True:
                 nbd.request(Nbd.READ, 0, 65536)
+
+        with pytest.raises(BlockingIOError):
+            ask_for_ever()
         wait_for("the worker is blocked", lambda: host.stats().target_blocked)
         host.quiesce()
         before = host.stats().wakeups
@@ -342,6 +362,5 @@ def test_a_burst_of_requests_costs_few_notifies_and_wakeups() -> None:
         for _ in range(16):
             nbd.reply()
             nbd.exactly(512)
-        after = host.stats()
-        assert after.notifies - before.notifies <= 2
-        assert after.read.requests - before.read.requests == 16
+        wait_for("16 reads in the statistics", lambda: host.stats().read.requests == 16)
+        assert host.stats().notifies - before.notifies <= 2
