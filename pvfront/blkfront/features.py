@@ -14,7 +14,7 @@ larger sector size of any other backend is refused, because what it counts in is
 `discard-enable` is between the toolstack and the backend; a frontend neither reads nor writes it.
 
 Backend contents are hostile. A value the disk cannot do without is refused (GeometryError); any
-other is clamped to something safe and reported as a `Problem`.
+other is replaced by something safe and reported (negotiate.Problem).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ..errors import PvfrontError
+from ..negotiate import BadValue, Keys, Problem, parse_uint
 
 SECTOR = 512
 PROTOCOL = "x86_64-abi"  # XEN_IO_PROTO_ABI_X86_64 (io/protocols.h)
@@ -41,7 +42,6 @@ MAX_QUEUES = 64
 _MAX_BYTES = (1 << 63) - 1  # loff_t
 _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
-_SHOWN = 40  # characters of a hostile value that are worth printing
 
 LIMIT_KEYS = ("feature-max-indirect-segments", "max-ring-page-order", "multi-queue-max-queues")
 GEOMETRY_KEYS = (
@@ -68,18 +68,6 @@ _STALE = re.compile(
 
 class GeometryError(PvfrontError):
     """A key without which there is no disk is missing or impossible."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A key whose value was replaced by a safe one."""
-
-    field: str
-    value: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.field}={_shown(self.value)}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +105,14 @@ class DiskGeometry:
 
 def parse_limits(backend: Mapping[str, str]) -> tuple[RingLimits, list[Problem]]:
     """The transport limits; a missing or impossible key means its default."""
-    keys = _Keys(backend)
+    keys = Keys(backend)
+    indirect = keys.uint("feature-max-indirect-segments", default=0, lo=0, hi=_U32)
+    order = keys.uint("max-ring-page-order", default=0, lo=0, hi=_U32)
+    queues = keys.uint("multi-queue-max-queues", default=1, lo=1, hi=_U32)
     limits = RingLimits(
-        max_indirect=min(
-            keys.number("feature-max-indirect-segments", 0, _U32), MAX_INDIRECT_SEGMENTS
-        ),
-        max_ring_page_order=min(keys.number("max-ring-page-order", 0, _U32), MAX_RING_PAGE_ORDER),
-        max_queues=max(1, min(keys.number("multi-queue-max-queues", 1, _U32), MAX_QUEUES)),
+        max_indirect=min(indirect, MAX_INDIRECT_SEGMENTS),
+        max_ring_page_order=min(order, MAX_RING_PAGE_ORDER),
+        max_queues=min(queues, MAX_QUEUES),
     )
     return limits, keys.problems
 
@@ -137,38 +126,44 @@ def parse_geometry(
     kernel's (its store directory is `backend/vbd`, not `backend/qdisk`).
     Raises GeometryError naming the key and its value.
     """
-    keys = _Keys(backend)
-    sector_size = keys.required("sector-size")
-    if sector_size not in (512, 1024, 2048, 4096):
-        keys.refuse("sector-size", "must be 512, 1024, 2048 or 4096")
-    if sector_size != SECTOR and not blkback:
-        keys.refuse("sector-size", "only 512 is supported with this kind of backend")
-    sectors = keys.required("sectors")
-    if sectors == 0:
-        keys.refuse("sectors", "the disk is empty (is there a medium?)")
-    if sectors * SECTOR > _MAX_BYTES:
-        keys.refuse("sectors", "the disk would be larger than 2^63 bytes")
-    per_block = sector_size // SECTOR
-    if sectors % per_block:
-        if sectors < per_block:
-            keys.refuse("sectors", f"less than one sector of {sector_size} bytes")
-        keys.problem("sectors", f"not a multiple of sector-size {sector_size}; rounded down")
-        sectors -= sectors % per_block
-    info = keys.required("info")
+    keys = Keys(backend)
 
-    physical = keys.number("physical-sector-size", sector_size, _U32)
-    if physical < sector_size or physical % sector_size or physical & (physical - 1):
-        keys.problem("physical-sector-size", f"not a power of two from {sector_size} up; ignored")
-        physical = sector_size
+    def complain(field: str, reason: str) -> None:
+        keys.problems.append(Problem(field, backend.get(field), reason))
+
+    def refuse(field: str, reason: str) -> NoReturn:
+        raise _refusal(Problem(field, backend.get(field), reason))
+
+    sector_size = _required(backend, "sector-size")
+    if sector_size not in (512, 1024, 2048, 4096):
+        refuse("sector-size", "must be 512, 1024, 2048 or 4096")
+    if sector_size != SECTOR and not blkback:
+        refuse("sector-size", "only 512 is supported with this kind of backend")
+    sectors = _required(backend, "sectors")
+    if sectors == 0:
+        refuse("sectors", "the disk is empty (is there a medium?)")
+    if sectors * SECTOR > _MAX_BYTES:
+        refuse("sectors", "the disk would be larger than 2^63 bytes")
+    per_block = sector_size // SECTOR
+    if sectors < per_block:
+        refuse("sectors", f"less than one sector of {sector_size} bytes")
+    if sectors % per_block:
+        complain("sectors", f"not a multiple of sector-size {sector_size}; rounded down")
+        sectors -= sectors % per_block
+    info = _required(backend, "info")
+
+    physical = keys.power_of_two(
+        "physical-sector-size", default=sector_size, lo=sector_size, hi=1 << 31
+    )
 
     discard = keys.flag("feature-discard")
-    granularity = keys.number("discard-granularity", sector_size, _U32) or sector_size
-    alignment = keys.number("discard-alignment", 0, _U32)
+    granularity = keys.uint("discard-granularity", default=0, lo=0, hi=_U32) or sector_size
+    alignment = keys.uint("discard-alignment", default=0, lo=0, hi=_U32)
     if granularity % sector_size:
-        keys.problem("discard-granularity", f"not a multiple of {sector_size}; discard is off")
+        complain("discard-granularity", f"not a multiple of {sector_size}; discard is off")
         discard, granularity = False, sector_size
     if alignment % sector_size:
-        keys.problem("discard-alignment", f"not a multiple of {sector_size}; discard is off")
+        complain("discard-alignment", f"not a multiple of {sector_size}; discard is off")
         discard, alignment = False, 0
 
     kind = device_type if device_type is not None else backend.get("device-type", "disk")
@@ -205,7 +200,7 @@ def frontend_keys(
     """What the frontend publishes with Initialised, for one queue of 1, 2, 4, 8 or 16 pages."""
     pages = len(ring_refs)
     order = pages.bit_length() - 1
-    if pages != 1 << order or order > MAX_RING_PAGE_ORDER:
+    if pages < 1 or pages != 1 << order or order > MAX_RING_PAGE_ORDER:
         raise ValueError(f"a ring has 1, 2, 4, 8 or 16 pages, not {pages}")
     keys = {
         "event-channel": str(port),
@@ -228,59 +223,12 @@ def stale_key(key: str) -> bool:
     return _STALE.fullmatch(key) is not None
 
 
-def _shown(value: str) -> str:
-    text = value if len(value) <= _SHOWN else value[:_SHOWN] + "…"
-    return repr(text)
+def _required(backend: Mapping[str, str], field: str) -> int:
+    try:
+        return parse_uint(backend.get(field), lo=0, hi=_U64, field=field)
+    except BadValue as error:
+        raise _refusal(error.problem) from error
 
 
-class _Keys:
-    """The backend's keys, and what was wrong with them so far."""
-
-    def __init__(self, keys: Mapping[str, str]) -> None:
-        self._keys = keys
-        self.problems: list[Problem] = []
-
-    def problem(self, field: str, reason: str) -> None:
-        self.problems.append(Problem(field, self._keys.get(field, ""), reason))
-
-    def refuse(self, field: str, reason: str) -> NoReturn:
-        raise GeometryError(
-            f"backend key {field}={_shown(self._keys.get(field, ''))}: {reason}",
-            hint="the backend's domain wrote it: look there",
-        )
-
-    def required(self, field: str) -> int:
-        """A number up to 2^64-1 that must be there."""
-        text = self._keys.get(field)
-        if text is None:
-            raise GeometryError(
-                f"backend key {field} is missing",
-                hint="the backend's domain must write it: look there",
-            )
-        number = _decimal(text, _U64)
-        if number is None:
-            self.refuse(field, "not a decimal number")
-        return number
-
-    def number(self, field: str, default: int, most: int) -> int:
-        """A number from 0 to `most`, or `default` if it is missing or anything else."""
-        text = self._keys.get(field)
-        if text is None:
-            return default
-        number = _decimal(text, most)
-        if number is None:
-            self.problem(field, f"not a number from 0 to {most}; taken as {default}")
-            return default
-        return number
-
-    def flag(self, field: str) -> bool:
-        """A 0/1 key; like Linux, any other number is true."""
-        return self.number(field, 0, _U64) != 0
-
-
-def _decimal(text: str, most: int) -> int | None:
-    text = text.strip(" \t\n\0")
-    if not text.isascii() or not text.isdigit() or len(text) > 20:
-        return None
-    number = int(text)
-    return number if number <= most else None
+def _refusal(problem: Problem) -> GeometryError:
+    return GeometryError(f"backend key {problem}", hint="the backend's domain wrote it: look there")
