@@ -453,7 +453,8 @@ async def in_thread(work: Callable[[], T], deadline: float, what: str) -> T:
 
     threading.Thread(target=run, name=what, daemon=True).start()
     try:
-        return await asyncio.wait_for(future, deadline)
+        async with asyncio.timeout(deadline):
+            return await future
     except TimeoutError:
         raise TargetError(
             f"{what} did not end within {deadline:.0f} s",
