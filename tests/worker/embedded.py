@@ -44,7 +44,6 @@ RESPONSE = struct.Struct("<QBxhxxxx")
 SLOT = 112
 # io/ring.h: req_prod, req_event, rsp_prod, rsp_event, then 48 bytes
 REQ_PROD, REQ_EVENT, RSP_PROD, RSP_EVENT, SLOTS = 0, 4, 8, 12, 64
-U32 = struct.Struct("<I")
 PACKET = struct.Struct("<II")
 EVENT, UNMASK, NOTIFY = 0, 1, 2
 MASK = 0xFFFFFFFF
@@ -85,6 +84,9 @@ class Pages:
         self.fd = os.memfd_create("grants", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, size)
         self.map = mmap.mmap(self.fd, size)
+        # Indices are read and written as whole words: struct.pack_into clears its target first,
+        # and a frontend would see an index of 0.
+        self._words = memoryview(self.map).cast("I")
         self.grefs = [7000 + 3 * i for i in range(pool_pages)]
         self._page = {gref: i for i, gref in enumerate(self.grefs)}
 
@@ -93,15 +95,16 @@ class Pages:
         return self.pool_offset + PAGE * self._page[gref]
 
     def get(self, field_: int) -> int:
-        return int(U32.unpack_from(self.map, self.ring_offset + field_)[0])
+        return self._words[(self.ring_offset + field_) // 4]
 
     def set(self, field_: int, value: int) -> None:
-        U32.pack_into(self.map, self.ring_offset + field_, value & MASK)
+        self._words[(self.ring_offset + field_) // 4] = value & MASK
 
     def pool(self) -> bytes:
         return self.map[self.pool_offset :]
 
     def close(self) -> None:
+        self._words.release()
         self.map.close()
         os.close(self.fd)
 
