@@ -73,7 +73,7 @@ def write(path: Path, value: object) -> None:
     Raises PvfrontError naming the file, the value and the errno.
     """
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
         try:
             os.write(fd, f"{value}\n".encode())
         finally:

@@ -63,6 +63,7 @@ Feature = Literal["flush", "discard"]
 
 _POLL = 0.05  # seconds between two looks at the kernel
 _COMMAND_DEADLINE = 15.0
+_LAST_CLOSE = 1.0  # seconds for udev to let go of a device that was just closed
 _NO_TIMEOUT = 10 * 365 * 24 * 3600  # seconds; requests wait for us as long as it takes
 
 
@@ -341,7 +342,7 @@ class NbdTarget:
         except nbd.NbdError as error:
             log.warning("%s", error)
         # The device goes once its last opener has gone; nobody needs to wait for that one.
-        if not await _within(1.0, lambda: not self._sys.exists()):
+        if not await _within(_LAST_CLOSE, lambda: not self._sys.exists()):
             log.info("%s: stays until the last program that has it open ends", self.name)
         self._remove_link()
         self._index = None
@@ -428,7 +429,8 @@ async def _within(seconds: float, wanted: Callable[[], bool]) -> bool:
 async def in_thread(work: Callable[[], T], deadline: float, what: str) -> T:
     """Runs `work` in a daemon thread of its own; raises TargetError after `deadline` seconds.
 
-    asyncio's own executor would wait for a hung thread when the process ends.
+    asyncio's own executor would wait for a hung thread when the process ends. A caller that is
+    cancelled still waits for the thread's end, so that no command runs beside the next one.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -453,10 +455,16 @@ async def in_thread(work: Callable[[], T], deadline: float, what: str) -> T:
 
     threading.Thread(target=run, name=what, daemon=True).start()
     try:
-        async with asyncio.timeout(deadline):
-            return await future
-    except TimeoutError:
+        done, _ = await asyncio.wait({future}, timeout=deadline)
+    except asyncio.CancelledError:
+        await asyncio.wait({future}, timeout=deadline)
+        if future.done():
+            future.exception()  # nobody else will look at it
+        raise
+    if not done:
+        future.cancel()
         raise TargetError(
             f"{what} did not end within {deadline:.0f} s",
             hint="the kernel waits for a worker that does not read its socket",
-        ) from None
+        )
+    return future.result()

@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The nbd target against a model of the kernel's driver (drivers/block/nbd.c) on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvfront.blkfront import nbd, target
+from pvfront.blkfront.features import DiskGeometry
+from pvfront.blkfront.target import NbdSettings, NbdTarget, TargetError
+from pvfront.errors import PvfrontError
+from pvfront.sysfs import Roots
+
+ID = "pvfront:vbd-51728"
+DISK = DiskGeometry(sectors=131072, flush=True, discard=True)
+
+
+class FakeDevice:
+    def __init__(self, sys: Path, backend: str, flags: int) -> None:
+        self.sys = sys
+        self.backend = backend
+        self.flags = flags
+        self.held: socket.socket | None = None
+        self.bound = True
+        (sys / "queue").mkdir(parents=True)
+        self.put("backend", backend)
+        self.put("pid", 1)
+        self.put("size", 0)
+        self.put("inflight", "       0        0")
+        self.put("queue/io_timeout", 30000)
+        self.put("queue/max_sectors_kb", 128)
+        self.put("queue/max_hw_sectors_kb", 32768)
+        self.put("queue/write_cache", "write back" if flags & 4 else "write through")
+        self.put("queue/discard_max_bytes", 0)
+
+    def put(self, name: str, value: object) -> None:
+        (self.sys / name).write_text(f"{value}\n")
+
+    def get(self, name: str) -> str:
+        return (self.sys / name).read_text().strip()
+
+    def resize(self, size: int, block_size: int | None) -> None:
+        self.put("size", size // 512)
+        self.put("queue/logical_block_size", block_size or self.get("queue/logical_block_size"))
+        if self.flags & nbd.FLAG_SEND_TRIM:
+            self.put("queue/discard_max_bytes", 2199023255040)
+
+    def take(self, fd: int) -> None:
+        # The driver holds the socket beyond the life of the caller's descriptor.
+        self.held = socket.socket(fileno=os.dup(fd))
+
+    def dead(self) -> bool:
+        assert self.held is not None
+        poll = select.poll()
+        poll.register(self.held, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def drop(self) -> None:
+        if self.held is not None:
+            self.held.close()
+            self.held = None
+
+
+class FakeKernel:
+    """Every device there is, and the knobs of a test."""
+
+    def __init__(self, roots: Roots) -> None:
+        self.roots = roots
+        self.devices: dict[int, FakeDevice] = {}
+        self.log: list[str] = []
+        self.notices_late = 0  # reconfigures during which the old socket does not yet count as dead
+        self.still_open = False  # somebody has the device open: it stays after a disconnect
+        self.disconnect_blocks: threading.Event | None = None
+        self.workers: list[Worker] = []
+
+    def worker(self, fd: int) -> Worker:
+        """A worker with the socket that it got; ended with the test if not before."""
+        self.workers.append(Worker(fd))
+        return self.workers[-1]
+
+    def control(self, roots: Roots) -> FakeControl:
+        assert roots is self.roots
+        return FakeControl(self)
+
+
+class FakeControl:
+    def __init__(self, kernel: FakeKernel) -> None:
+        self.kernel = kernel
+
+    def __enter__(self) -> FakeControl:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _device(self, operation: str, index: int) -> FakeDevice:
+        found = self.kernel.devices.get(index)
+        if found is None or not found.bound:
+            raise nbd.NbdError(operation, f"nbd{index}", errno.EINVAL)
+        return found
+
+    def connect(self, sock_fds: list[int], *, size: int, block_size: int, server_flags: int,
+                identifier: str, dead_conn_timeout: int) -> int:  # fmt: skip
+        index = next(i for i in range(16) if i not in self.kernel.devices)
+        made = FakeDevice(self.kernel.roots.sys / "block" / f"nbd{index}", identifier, server_flags)
+        (self.kernel.roots.block(made.sys.name)).symlink_to(made.sys)
+        made.resize(size, block_size)
+        made.take(sock_fds[0])
+        self.kernel.devices[index] = made
+        self.kernel.log.append(f"connect size={size} forever={dead_conn_timeout > 1 << 24}")
+        return index
+
+    def reconfigure(self, index: int, *, identifier: str, sock_fds: Any = (),
+                    size: int | None = None, block_size: int | None = None) -> None:  # fmt: skip
+        found = self._device("reconfigure", index)
+        assert identifier == found.backend
+        self.kernel.log.append(f"reconfigure sockets={len(sock_fds)} size={size}")
+        if size is not None:
+            found.resize(size, block_size)
+        for fd in sock_fds:
+            if self.kernel.notices_late:
+                self.kernel.notices_late -= 1
+            elif found.dead():
+                found.drop()
+                found.take(fd)
+
+    def disconnect(self, index: int) -> None:
+        if self.kernel.disconnect_blocks is not None:
+            self.kernel.disconnect_blocks.wait(30)
+        found = self._device("disconnect", index)
+        self.kernel.log.append("disconnect")
+        found.drop()
+        found.bound = False
+        if not self.kernel.still_open:
+            self.remove(index)
+
+    def remove(self, index: int) -> None:
+        found = self.kernel.devices.pop(index)
+        self.kernel.roots.block(found.sys.name).unlink()
+        for path in sorted(found.sys.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        found.sys.rmdir()
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernel]:
+    roots = Roots(tmp_path)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "sys/class/block").mkdir(parents=True)
+    (tmp_path / "sys/block").mkdir()
+    made = FakeKernel(roots)
+    monkeypatch.setattr(target.nbd, "NbdControl", made.control)
+    yield made
+    for each in made.devices.values():
+        each.drop()
+    for worker in made.workers:
+        worker.die()
+
+
+def disk(kernel: FakeKernel) -> NbdTarget:
+    return NbdTarget(ID, "xvdb", roots=kernel.roots)
+
+
+def device(kernel: FakeKernel, index: int = 0) -> FakeDevice:
+    return kernel.devices[index]
+
+
+class Worker:
+    """The worker's end of the socket."""
+
+    def __init__(self, fd: int) -> None:
+        self.sock = socket.socket(fileno=fd)
+
+    def hung_up(self) -> bool:
+        poll = select.poll()
+        poll.register(self.sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def die(self) -> None:
+        self.sock.close()
+
+
+async def test_a_new_device_accepts_no_request_before_the_worker_serves(
+    kernel: FakeKernel,
+) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    assert device(kernel).get("size") == "0"
+    assert kernel.log == ["connect size=0 forever=True"]
+    await disk_target.publish(DISK)
+    assert device(kernel).get("size") == "131072"
+
+
+async def test_the_queue_is_set_up_before_the_first_request(kernel: FakeKernel) -> None:
+    settings = NbdSettings(io_timeout_ms=3000, max_sectors_kb=512)
+    disk_target = NbdTarget(ID, "xvdb", settings=settings, roots=kernel.roots)
+    kernel.worker(await disk_target.attach(DISK))
+    assert device(kernel).get("queue/io_timeout") == "3000"
+    assert device(kernel).get("queue/max_sectors_kb") == "512"
+
+
+async def test_the_two_ends_are_connected(kernel: FakeKernel) -> None:
+    worker = kernel.worker(await disk(kernel).attach(DISK))
+    held = device(kernel).held
+    assert held is not None
+    held.sendall(b"request")
+    assert worker.sock.recv(100) == b"request"
+
+
+@pytest.mark.parametrize(
+    ("geometry", "flags"),
+    [
+        (DiskGeometry(8), 0),
+        (DiskGeometry(8, read_only=True), nbd.FLAG_READ_ONLY),
+        (DiskGeometry(8, flush=True), nbd.FLAG_SEND_FLUSH),
+        (DiskGeometry(8, discard=True), nbd.FLAG_SEND_TRIM),
+    ],
+)
+async def test_only_what_the_backend_has_is_offered(
+    kernel: FakeKernel, geometry: DiskGeometry, flags: int
+) -> None:
+    kernel.worker(await disk(kernel).attach(geometry))
+    assert device(kernel).flags == flags
+
+
+async def test_the_link_names_the_device_and_nothing_else_is_left(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    link = kernel.roots.dev / "pvfront/xvdb"
+    assert disk_target.link == str(link)
+    assert str(link.readlink()) == "../nbd0"
+    assert [path.name for path in link.parent.iterdir()] == ["xvdb"]
+
+
+async def test_a_dead_socket_is_replaced_without_touching_the_size(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    first = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    first.die()
+    kernel.log.clear()
+    second = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    assert kernel.log == ["reconfigure sockets=1 size=None"]
+    assert not second.hung_up()
+
+
+async def test_a_socket_that_the_kernel_dropped_is_never_handed_out(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    first = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    first.die()
+    kernel.notices_late = 2
+    kernel.log.clear()
+    second = kernel.worker(await disk_target.attach(DISK))
+    assert len(kernel.log) == 3
+    assert not second.hung_up()
+
+
+async def test_a_kernel_that_keeps_a_living_socket_is_an_error_after_the_deadline(
+    kernel: FakeKernel,
+) -> None:
+    disk_target = disk(kernel)
+    worker = kernel.worker(await disk_target.attach(DISK))
+    with pytest.raises(TargetError, match="nbd0: the kernel did not let go"):
+        await disk_target.attach(DISK, deadline=0.1)
+    assert not worker.hung_up()
+
+
+async def test_a_device_that_somebody_disconnected_is_replaced_by_a_new_one(
+    kernel: FakeKernel,
+) -> None:
+    disk_target = disk(kernel)
+    first = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    kernel.still_open = True
+    kernel.control(kernel.roots).disconnect(0)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    assert disk_target.name == "nbd1"
+    assert str((kernel.roots.dev / "pvfront/xvdb").readlink()) == "../nbd1"
+    first.die()
+
+
+async def test_a_later_supervisor_adopts_the_device_by_its_identifier(kernel: FakeKernel) -> None:
+    await serve(kernel)
+    other = NbdTarget("pvfront:vbd-51744", "xvdc", roots=kernel.roots)
+    assert not await other.adopt()
+    later = disk(kernel)
+    assert await later.adopt()
+    assert later.name == "nbd0"
+
+
+async def test_of_several_devices_the_linked_one_is_adopted(kernel: FakeKernel) -> None:
+    await serve(kernel)
+    forgotten = NbdTarget(ID, "other", roots=kernel.roots)
+    kernel.worker(await forgotten._attach_new(DISK))
+    await forgotten.publish(DISK)
+    later = disk(kernel)
+    assert await later.adopt()
+    assert later.name == "nbd0"
+
+
+async def test_a_device_that_was_never_published_is_ended_by_the_next_supervisor(
+    kernel: FakeKernel,
+) -> None:
+    kernel.worker(await disk(kernel).attach(DISK))
+    assert not await disk(kernel).adopt()
+    assert kernel.devices == {}
+
+
+async def test_a_lost_feature_is_taken_away_and_stays_away_over_a_resize(
+    kernel: FakeKernel,
+) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    await disk_target.feature_off("flush")
+    await disk_target.feature_off("discard")
+    assert device(kernel).get("queue/write_cache") == "write through"
+    assert device(kernel).get("queue/discard_max_bytes") == "0"
+    await disk_target.publish(DiskGeometry(262144, flush=True, discard=True))
+    assert device(kernel).get("size") == "262144"
+    assert device(kernel).get("queue/discard_max_bytes") == "0"
+
+
+async def test_a_feature_taken_away_stays_away_after_adoption(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    await disk_target.feature_off("discard")
+    later = disk(kernel)
+    await later.adopt()
+    await later.publish(DiskGeometry(262144, flush=True, discard=True))
+    assert device(kernel).get("queue/discard_max_bytes") == "0"
+    assert device(kernel).get("queue/write_cache") == "write back"
+
+
+async def test_a_feature_that_a_new_backend_lacks_is_taken_away(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    await disk_target.publish(DiskGeometry(131072))
+    assert device(kernel).get("queue/write_cache") == "write through"
+    assert device(kernel).get("queue/discard_max_bytes") == "0"
+
+
+async def test_an_unchanged_disk_is_not_configured_again(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    kernel.log.clear()
+    await disk_target.publish(DISK)
+    assert kernel.log == []
+
+
+async def test_another_sector_size_on_a_connected_disk_is_refused(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    with pytest.raises(TargetError, match="from 512 to 4096"):
+        await disk_target.publish(DiskGeometry(131072, sector_size=4096))
+
+
+async def test_publishing_what_was_never_attached_is_refused(kernel: FakeKernel) -> None:
+    with pytest.raises(TargetError, match="no device yet"):
+        await disk(kernel).publish(DISK)
+
+
+async def test_close_refuses_requests_first_then_disconnects_and_removes_the_link(
+    kernel: FakeKernel,
+) -> None:
+    disk_target = disk(kernel)
+    worker = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    kernel.log.clear()
+    await disk_target.close()
+    assert kernel.log == ["reconfigure sockets=0 size=0", "disconnect"]
+    assert not (kernel.roots.dev / "pvfront").exists()
+    assert kernel.devices == {}
+    assert disk_target.name == ""
+    assert worker.hung_up()
+
+
+async def test_close_waits_for_requests_in_flight(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    device(kernel).put("inflight", "       1        3")
+    assert disk_target.in_flight() == 4
+    closing = asyncio.create_task(disk_target.close(drain=30))
+    await until(lambda: kernel.log[-1].endswith("size=0"))
+    assert not closing.done()
+    device(kernel).put("inflight", "       0        0")
+    await closing
+    assert kernel.log[-1] == "disconnect"
+
+
+async def test_close_does_not_wait_longer_than_asked(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    device(kernel).put("inflight", "       0        1")
+    await disk_target.close(drain=0.1)
+    assert kernel.devices == {}
+
+
+async def test_closing_twice_or_what_never_was_is_harmless(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    await disk_target.close()
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.close()
+    await disk_target.close()
+
+
+async def test_a_worker_that_does_not_read_makes_close_an_error_in_time(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_COMMAND_DEADLINE", 0.1)
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    kernel.disconnect_blocks = threading.Event()
+    with pytest.raises(TargetError, match="nbd disconnect did not end"):
+        await disk_target.close(drain=0)
+    kernel.disconnect_blocks.set()
+
+
+async def test_a_device_that_stays_open_is_let_go_of(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_LAST_CLOSE", 0.1)
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    kernel.still_open = True
+    await disk_target.close()
+    assert disk_target.name == ""
+    kernel.worker(await disk_target.attach(DISK))
+    assert disk_target.name == "nbd1"
+
+
+async def test_a_cancelled_attach_leaves_nothing_that_stops_the_next(kernel: FakeKernel) -> None:
+    disk_target = disk(kernel)
+    first = asyncio.create_task(disk_target.attach(DISK))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    worker = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    assert not worker.hung_up()
+
+
+async def test_busy_without_a_device_is_nobody(kernel: FakeKernel) -> None:
+    assert disk(kernel).busy() is None
+    assert disk(kernel).in_flight() == 0
+
+
+async def test_an_error_of_the_thread_is_raised_in_the_task() -> None:
+    def fail() -> None:
+        raise PvfrontError("no")
+
+    with pytest.raises(PvfrontError, match="no"):
+        await target.in_thread(fail, 5, "failing")
+
+
+async def serve(kernel: FakeKernel) -> Worker:
+    disk_target = disk(kernel)
+    worker = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    return worker
+
+
+async def until(wanted: Any, deadline: float = 5.0) -> None:
+    async with asyncio.timeout(deadline):
+        while not wanted():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
