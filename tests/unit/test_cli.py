@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The command line against a store on a socket and made-up /sys and /run directories."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memstore import MemStore, SocketServer
+
+from pvfront import inventory, sysfs
+from pvfront.cli import main, output
+from pvfront.sysfs import Roots
+
+
+class Guest:
+    """A guest with two disks and a network interface, seen through `pvfront`'s eyes."""
+
+    def __init__(self, roots: Roots, store: MemStore) -> None:
+        self.roots = roots
+        self.store = store
+        self.loop = asyncio.new_event_loop()
+        self.servers: list[asyncio.Server] = []
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    def serve(self, start: Callable[[], Any]) -> Any:
+        """Runs a coroutine function in the servers' thread; its result."""
+        return asyncio.run_coroutine_threadsafe(start(), self.loop).result(10)
+
+    def end(self) -> None:
+        for server in self.servers:
+            self.loop.call_soon_threadsafe(server.close)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.close()
+
+    def device(self, klass: str, devid: int, states: tuple[int, int] = (4, 4)) -> None:
+        front = f"/local/domain/0/device/{klass}/{devid}"
+        back = f"/local/domain/0/backend/{klass}/5/{devid}"
+        self.store.set(f"{front}/backend", back.encode())
+        self.store.set(f"{front}/backend-id", b"0")
+        self.store.set(f"{front}/state", str(states[0]).encode())
+        self.store.set(f"{back}/state", str(states[1]).encode())
+
+    def kernel_driver(self, name: str, kind: str, os_device: str) -> None:
+        device = self.roots.sys / "bus/xen/devices" / name
+        (device / kind / os_device).mkdir(parents=True)
+        driver = self.roots.sys / "bus/xen/drivers" / name.partition("-")[0]
+        driver.mkdir(parents=True)
+        (device / "driver").symlink_to(driver)
+
+    def state(self, name: str, **state: Any) -> None:
+        self.roots.run.mkdir(parents=True, exist_ok=True)
+        (self.roots.run / f"{name}.json").write_text(json.dumps(state))
+
+
+@pytest.fixture
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
+    roots = Roots(tmp_path / "root")
+    (roots.sys / "hypervisor").mkdir(parents=True)
+    (roots.sys / "hypervisor/type").write_text("xen\n")
+    made = Guest(roots, MemStore())
+    server = SocketServer(made.store)
+    socket_path = str(tmp_path / "store")
+    made.serve(lambda: server.start(socket_path))
+    monkeypatch.setattr("pvfront.xenstore.DEVICE_PATH", str(tmp_path / "no-xenbus"))
+    monkeypatch.setenv("XENSTORED_PATH", socket_path)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    for name in ("require_guest", "devices", "find", "status", "release"):
+        bind_roots(monkeypatch, name, roots)
+    made.device("vbd", 51712)
+    made.kernel_driver("vbd-51712", "block", "xvda")
+    made.device("vbd", 51728)
+    made.state("vbd-51728", phase="connected", generation=3, os_device="/dev/nbd0",
+               link="/dev/pvfront/xvdb", worker_pid=0,
+               geometry={"size": 64 << 20, "read_only": False})  # fmt: skip
+    made.device("vif", 0, (1, 2))
+    made.store.set("/local/domain/0/device/suspend/event-channel", b"")
+    yield made
+    made.serve(server.stop)
+    made.end()
+
+
+def bind_roots(monkeypatch: pytest.MonkeyPatch, name: str, roots: Roots) -> None:
+    """The functions of inventory have the system's roots as their default: ours from now on."""
+    function = getattr(inventory, name)
+    defaults = tuple(roots if d is sysfs.SYSTEM else d for d in function.__defaults__)
+    monkeypatch.setattr(function, "__defaults__", defaults)
+
+
+@pytest.fixture
+def pvfront(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line; exit status, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            main(list(arguments))
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_list_shows_each_device_with_its_owner(guest: Guest, pvfront: Run) -> None:
+    code, out, err = pvfront("list")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][:3] == ["CLASS", "ID", "NAME"]
+    assert lines[1] == ["vbd", "51712", "xvda", "0", "Connected", "(4)", "Connected", "(4)",
+                        "kernel", "xvda"]  # fmt: skip
+    assert lines[2][-2:] == ["pvfront", "/dev/nbd0"]
+    assert lines[3] == ["vif", "0", "vif-0", "0", "Initialising", "(1)", "InitWait", "(2)",
+                        "none", "-"]  # fmt: skip
+    assert len(lines) == 4
+
+
+def test_list_as_json_has_every_column(guest: Guest, pvfront: Run) -> None:
+    found = json.loads(pvfront("list", "--json")[1])
+    assert found[1] == {
+        "class": "vbd",
+        "id": 51728,
+        "name": "xvdb",
+        "backend_domain": 0,
+        "frontend_state": "Connected (4)",
+        "backend_state": "Connected (4)",
+        "owner": "pvfront",
+        "os_device": "/dev/nbd0",
+    }
+
+
+def test_hostile_store_contents_do_not_reach_the_terminal(guest: Guest, pvfront: Run) -> None:
+    front = "/local/domain/0/device/vbd/51728"
+    guest.store.set(f"{front}/state", b"\x1b[2J")
+    guest.store.set(f"{front}/backend-id", b"\x1b[31m")
+    guest.store.set("/local/domain/0/device/vbd/-5/state", b"4")
+    code, out, _ = pvfront("list")
+    assert code == 0
+    assert "\x1b" not in out
+    assert "Unknown (0)" in out
+    code, out, _ = pvfront("store", "read", f"{front}/state")
+    assert out == "\\x1b[2J\n"
+
+
+@pytest.mark.parametrize("name", ["xvdb", "/dev/xvdb", "51728", "vbd-51728", "vbd/51728",
+                                  "/dev/nbd0", "nbd0"])  # fmt: skip
+def test_a_device_has_many_names(guest: Guest, pvfront: Run, name: str) -> None:
+    code, out, _ = pvfront("status", name, "--json")
+    assert code == 0
+    assert json.loads(out)["id"] == 51728
+
+
+def test_status_shows_geometry_and_link_for_people(guest: Guest, pvfront: Run) -> None:
+    code, out, _ = pvfront("status", "xvdb")
+    assert code == 0
+    fields = dict(line.split(":", 1) for line in out.splitlines())
+    assert fields["geometry size"].strip() == "67108864 (64 MiB)"
+    assert fields["geometry read only"].strip() == "no"
+    assert fields["link"].strip() == "/dev/pvfront/xvdb"
+    assert fields["owner"].strip() == "pvfront"
+
+
+def test_status_of_a_kernel_device_needs_no_supervisor(guest: Guest, pvfront: Run) -> None:
+    found = json.loads(pvfront("status", "xvda", "--json")[1])
+    assert found["owner"] == "kernel"
+    assert "generation" not in found
+
+
+def test_an_unknown_device_is_one_line_that_names_those_there_are(
+    guest: Guest, pvfront: Run
+) -> None:
+    code, out, err = pvfront("status", "xvdz")
+    assert (code, out) == (1, "")
+    assert err == "pvfront: there is no device 'xvdz' (there are: xvda, xvdb, vif-0)\n"
+
+
+def test_a_number_of_several_classes_must_be_told_apart(guest: Guest, pvfront: Run) -> None:
+    guest.device("console", 0)
+    code, _, err = pvfront("status", "0")
+    assert code == 1
+    assert "console-0, vif-0" in err
+
+
+def test_release_asks_the_supervisor_and_prints_its_answer(guest: Guest, pvfront: Run) -> None:
+    asked = answering(guest, {"ok": True, "text": "xvdb: given back"})
+    code, out, _ = pvfront("release", "vbd", "xvdb")
+    assert (code, out) == (0, "xvdb: given back\n")
+    assert asked == [{"verb": "release", "id": 51728}]
+
+
+def test_release_shows_the_supervisors_reason(guest: Guest, pvfront: Run) -> None:
+    answering(guest, {"ok": False, "error": "xvdb: in use: nbd0p1 is mounted at /srv"})
+    code, out, err = pvfront("release", "vbd", "xvdb")
+    assert (code, out) == (1, "")
+    assert err == "pvfront: xvdb: in use: nbd0p1 is mounted at /srv\n"
+
+
+def test_release_of_a_kernel_device_says_whose_it_is(guest: Guest, pvfront: Run) -> None:
+    code, _, err = pvfront("release", "vbd", "xvda")
+    assert code == 1
+    assert "pvfront does not have it (its owner: kernel)" in err
+
+
+def test_release_in_the_wrong_class_says_the_right_one(guest: Guest, pvfront: Run) -> None:
+    code, _, err = pvfront("release", "vif", "xvdb")
+    assert code == 1
+    assert "pvfront release vbd xvdb" in err
+
+
+def test_store_write_read_ls_rm_follow_each_other(guest: Guest, pvfront: Run) -> None:
+    base = "/local/domain/0/data"
+    assert pvfront("store", "write", f"{base}/a", "1", f"{base}/b/c", "two words") == (0, "", "")
+    assert pvfront("store", "read", f"{base}/a", f"{base}/b/c")[1] == "1\ntwo words\n"
+    assert pvfront("store", "read", "-p", f"{base}/a")[1] == f"{base}/a: 1\n"
+    assert pvfront("store", "ls", base)[1] == 'a = "1"\nb = ""\n c = "two words"\n'
+    assert pvfront("store", "ls", "-f", base)[1].splitlines()[2] == f'{base}/b/c = "two words"'
+    assert "(n0)" in pvfront("store", "ls", "-p", base)[1]
+    assert pvfront("store", "rm", f"{base}/b") == (0, "", "")
+    assert pvfront("store", "ls", base)[1] == 'a = "1"\n'
+
+
+def test_store_ls_without_a_path_lists_the_guests_own_directory(guest: Guest, pvfront: Run) -> None:
+    out = pvfront("store", "ls")[1]
+    assert out.splitlines()[0].startswith(("backend", "device"))
+    assert ' vbd = ""' in out.splitlines()
+
+
+def test_store_ls_as_json_has_paths_and_values(guest: Guest, pvfront: Run) -> None:
+    guest.store.set("/local/domain/0/data/x", b"\xff1")
+    out = pvfront("store", "ls", "--json", "/local/domain/0/data")[1]
+    assert json.loads(out) == [{"path": "/local/domain/0/data/x", "value": "\\xff1"}]
+
+
+def test_store_read_raw_writes_the_bytes(
+    guest: Guest, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    guest.store.set("/local/domain/0/data/x", b"\xff\n")
+    with pytest.raises(SystemExit) as end:
+        main(["store", "read", "--raw", "/local/domain/0/data/x"])
+    assert not end.value.code
+    assert capfdbinary.readouterr().out == b"\xff\n"
+
+
+def test_store_errors_name_path_and_errno(guest: Guest, pvfront: Run) -> None:
+    code, out, err = pvfront("store", "read", "/nothing/here")
+    assert (code, out) == (1, "")
+    assert err.startswith("pvfront: ")
+    assert "/nothing/here" in err
+    assert "ENOENT" in err
+    assert err.count("\n") == 1
+    assert pvfront("store", "rm", "/local/domain/0/nothing")[0] == 1
+
+
+def test_a_write_that_fails_writes_nothing(guest: Guest, pvfront: Run) -> None:
+    code, _, err = pvfront("store", "write", "/local/domain/0/data/a", "1", "bad//path", "2")
+    assert code == 1
+    assert "bad//path" in err
+    assert pvfront("store", "read", "/local/domain/0/data/a")[0] == 1
+
+
+def test_store_watch_prints_the_path_at_once_and_then_changes(guest: Guest, pvfront: Run) -> None:
+    path = "/local/domain/0/device/vif/0"
+    code, out, _ = pvfront("store", "watch", "-n", "1", path)
+    assert (code, out) == (0, f"{path}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["list", "--nonsense"], ["status"], ["store", "write", "path"],
+     ["store", "read"], ["release", "vbd"], ["store", "watch", "-n", "0", "x"]],
+)  # fmt: skip
+def test_wrong_usage_is_status_2(guest: Guest, pvfront: Run, arguments: list[str]) -> None:
+    code, out, err = pvfront(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error:" in err
+
+
+def test_help_is_there_for_every_verb(pvfront: Run) -> None:
+    for verb in ([], ["list"], ["status"], ["release"], ["store"], ["store", "ls"], ["vbd"]):
+        code, out, _ = pvfront(*verb, "--help")
+        assert code == 0
+        assert "Usage: pvfront" in out
+
+
+def test_outside_of_a_xen_guest_the_error_says_so(guest: Guest, pvfront: Run) -> None:
+    (guest.roots.sys / "hypervisor/type").unlink()
+    code, _, err = pvfront("list")
+    assert code == 1
+    assert err.startswith("pvfront: this is not a Xen guest")
+    assert err.count("\n") == 1
+
+
+def test_anybody_but_root_is_told_to_be_root(
+    guest: Guest, pvfront: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    code, _, err = pvfront("list")
+    assert code == 1
+    assert "only root" in err
+    assert "sudo" in err
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (512, "512 B"), (1536, "1.5 KiB"), (64 << 20, "64 MiB"), (1 << 62, "4096 PiB")],
+)
+def test_sizes_are_told_in_binary_units(size: int, text: str) -> None:
+    assert output.human_size(size) == text
+
+
+def answering(guest: Guest, answer: dict[str, Any]) -> list[Any]:
+    """A supervisor that gives one answer; returns the list of what it was asked."""
+    asked: list[Any] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(json.loads(await reader.readline()))
+        writer.write(json.dumps(answer).encode() + b"\n")
+        await writer.drain()
+        writer.close()
+
+    guest.roots.run.mkdir(parents=True, exist_ok=True)
+    path = str(guest.roots.run / "supervisor-vbd.sock")
+    guest.servers.append(guest.serve(lambda: asyncio.start_unix_server(talk, path)))
+    return asked
