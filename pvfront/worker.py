@@ -217,7 +217,7 @@ class Worker:
                 env,
                 file_actions=[(os.POSIX_SPAWN_DUP2, listener.fileno(), 3)],
                 setsid=True,
-                setsigdef=range(1, signal.NSIG - 1),
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
                 setsigmask=(),
             )
         try:

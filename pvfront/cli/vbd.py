@@ -8,7 +8,6 @@ import logging
 
 import click
 
-from ..blkfront.service import serve as serve_disks
 from ..service import prepare_process
 
 
@@ -38,5 +37,8 @@ def serve(names: tuple[str, ...], everything: bool, force: bool, verbose: bool) 
     """
     if bool(names) == everything:
         raise click.UsageError("name the disks to serve, or say --all")
+    # Netlink and cffi take their time to import: other verbs, and --help, do without.
+    from ..blkfront.service import serve as serve_disks
+
     prepare_process(logging.DEBUG if verbose else logging.INFO)
     raise SystemExit(asyncio.run(serve_disks(names, everything=everything, force=force)))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from lab.guest import Guest
@@ -11,6 +12,12 @@ from lab.pvf import UNIT, VDEV, Pvfront, fio
 from lab.scenario import Lab, wait_until
 
 pytestmark = pytest.mark.disk
+
+
+@pytest.fixture
+def repeats() -> int:
+    """How many times over the short counts are run: 1, more under `make soak`."""
+    return int(os.environ.get("PVFRONT_REPEATS", "1"))
 
 
 @pytest.fixture
@@ -31,8 +38,8 @@ def test_a_disk_is_partitioned_formatted_filled_checked_and_equal_on_both_sides(
         wait_until("the partition's node", lambda: guest.run(f"test -b {node}p1", check=False).ok)
         guest.run(f"mkfs.ext4 -q {node}p1", timeout=120)
         guest.run(
-            f"mkdir -p /mnt/xvdb && mount {node}p1 /mnt/xvdb && cp -a /usr/bin /mnt/xvdb/ "
-            "&& sync && diff -r --no-dereference /usr/bin /mnt/xvdb/bin && umount /mnt/xvdb",
+            f"mkdir -p /mnt/xvdb && mount {node}p1 /mnt/xvdb && cp -a /usr/lib/python3.11 /mnt/xvdb/ "
+            "&& sync && diff -r --no-dereference /usr/lib/python3.11 /mnt/xvdb/python3.11 && umount /mnt/xvdb",
             timeout=300,
         )
         assert guest.run(f"e2fsck -f -n {node}p1", timeout=120).code == 0
@@ -61,7 +68,7 @@ def test_what_fio_writes_it_reads_back(
 
 def test_fio_verifies_with_trims_between(pvf: Pvfront, guest: Guest) -> None:
     with pvf.disk():
-        assert pvf.status()["geometry"]["discard"] is True
+        assert pvf.state()["geometry"]["discard"] is True
         guest.run(
             fio(rw="randtrimwrite", bs="4k", depth=8, size="8M", extra="--fsync=32"), timeout=300
         )
@@ -73,7 +80,7 @@ def test_the_reported_features_are_the_negotiated_ones(
     pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
     with pvf.disk(lab.ram_disk(64)) as backing:
-        geometry = pvf.status()["geometry"]
+        geometry = pvf.state()["geometry"]
         assert geometry["size"] == backing.size
         backend = lab.xenstore_ls(f"/local/domain/0/backend/vbd/{guest.domid()}/{VDEV['xvdb']}")
         keys = {path.rsplit("/", 1)[1]: value for path, value in backend.items()}
@@ -159,7 +166,7 @@ def test_detaching_a_mounted_disk_waits_for_the_unmount(
     )
     asked = lab.xl("block-detach", guest.kind, "xvdb", check=False)
     assert "refused while in use" in pvf.log(), asked
-    assert pvf.status()["phase"] == "detach refused"
+    assert pvf.state()["phase"] == "detach refused"
     guest.run("dd if=/dev/zero of=/mnt/xvdb/file bs=1M count=4 conv=fsync", timeout=60)
     guest.run("umount /mnt/xvdb")
     wait_until(
@@ -211,7 +218,7 @@ def test_stopping_under_a_mounted_disk_leaves_it_served_until_the_next_start(
         assert "goes on serving" in pvf.log()
         guest.run("dd if=/dev/urandom of=/mnt/xvdb/f bs=1M count=4 conv=fsync", timeout=60)
         pvf.start("--all")
-        wait_until("the worker adopted", lambda: pvf.status().get("worker_pid") == worker)
+        wait_until("the worker adopted", lambda: pvf.state().get("worker_pid") == worker)
         assert guest.run("umount /mnt/xvdb && e2fsck -f -n /dev/pvfront/xvdb", timeout=60).ok
 
 
@@ -226,10 +233,10 @@ def test_a_killed_supervisor_costs_no_io_and_the_next_adopts_the_worker(
         wait_until(
             "systemd's new supervisor", lambda: pvf.running() and pvf.pid() not in (0, supervisor)
         )
-        wait_until("the adoption", lambda: pvf.status().get("worker_pid") == worker)
+        wait_until("the adoption", lambda: pvf.state().get("worker_pid") == worker)
         result = load.wait(timeout=120)
         assert result.ok, result
-        assert pvf.status()["generation"] == 1
+        assert pvf.state()["generation"] == 1
 
 
 def test_a_worker_killed_with_16_requests_in_flight_loses_nothing(
@@ -248,13 +255,13 @@ def test_a_worker_killed_with_16_requests_in_flight_loses_nothing(
         assert backing.in_flight() >= 16, "the requests must still be in flight after the kill"
         wait_until(
             "a new worker serving",
-            lambda: pvf.status().get("worker_pid") not in (None, old) and pvf.served(),
+            lambda: pvf.state().get("worker_pid") not in (None, old) and pvf.served(),
             60,
         )
         backing.clear_delay()
         result = load.wait(timeout=180)
         assert result.ok, result
-        assert pvf.status()["generation"] >= 2
+        assert pvf.state()["generation"] >= 2
     assert "I/O error" not in guest.output("dmesg | tail -n 50")
 
 
