@@ -66,6 +66,13 @@ def wait_until(
 # -- backing stores in dom0 -----------------------------------------------------------------
 
 
+def device_mapper(dom0: Machine, name: str, table: str) -> str:
+    """Make a device-mapper device and return the kernel's node, /dev/dm-N (dom0 has no udev)."""
+    dom0.run(["dmsetup", "create", name, "--table", table])
+    info = ["dmsetup", "info", "-c", "--noheadings", "-o", "blkdevname", name]
+    return f"/dev/{dom0.output(info)}"
+
+
 class BackingDisk:
     """A block device in dom0 that can back a vbd."""
 
@@ -103,9 +110,8 @@ class DelayedDisk(BackingDisk):
         self.name = name
         self.below = below
         self._sectors = below.size // 512
-        dom0.run(["modprobe", "dm-delay"])
-        dom0.run(f"dmsetup create --noudevsync {name} --table {shlex.quote(self._table(0, 0))}")
-        super().__init__(dom0, f"/dev/mapper/{name}", [f"dmsetup remove --noudevsync {name}"])
+        device = device_mapper(dom0, name, self._table(0, 0))
+        super().__init__(dom0, device, [f"dmsetup remove {name}"])
 
     def _table(self, read_ms: int, write_ms: int) -> str:
         target = self.below.device
@@ -118,7 +124,7 @@ class DelayedDisk(BackingDisk):
         """
         table = shlex.quote(self._table(read_ms, read_ms if write_ms is None else write_ms))
         self.dom0.run(
-            f"dmsetup load {self.name} --table {table} && dmsetup resume --noudevsync {self.name}"
+            f"dmsetup load {self.name} --table {table} && dmsetup resume {self.name}"
         )
 
     def clear_delay(self) -> None:
@@ -127,8 +133,8 @@ class DelayedDisk(BackingDisk):
 
     def in_flight(self) -> int:
         """Requests that the device holds now."""
-        inflight = f"cat /sys/block/$(basename $(readlink -f {self.device}))/inflight"
-        return sum(int(word) for word in self.dom0.output(inflight).split())
+        counts = self.dom0.output(["cat", f"/sys/block/{Path(self.device).name}/inflight"])
+        return sum(int(word) for word in counts.split())
 
     def remove(self) -> None:
         super().remove()
@@ -326,9 +332,8 @@ class Lab:
         if not ram:
             raise LabError("dom0", "all 8 RAM disks are in use: remove() some")
         table = f"0 {mib * 2048} linear {ram} 0"
-        self.dom0.run(f"dmsetup create --noudevsync {name} --table {shlex.quote(table)}")
-        undo = [f"dmsetup remove --noudevsync {name}", f"blockdev --flushbufs {ram}"]
-        return self._keep(BackingDisk(self.dom0, f"/dev/mapper/{name}", undo))
+        undo = [f"dmsetup remove {name}", f"blockdev --flushbufs {ram}"]
+        return self._keep(BackingDisk(self.dom0, device_mapper(self.dom0, name, table), undo))
 
     def loop_disk(self, mib: int = 64) -> BackingDisk:
         """A loop device over a sparse file in dom0's memory: flush and discard."""
