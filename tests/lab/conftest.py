@@ -21,7 +21,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci" / "xen-nested"))
 
-from lab import payload
+from lab import paths, payload
 from lab.errors import LabError
 from lab.guest import KINDS, Guest, Kind
 from lab.progress import say
@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--lab-wait", type=float, default=LOCK_DEADLINE, help="seconds to wait for another lab"
     )
+    group.addoption("--soak", action="store_true", help="only tests with a fixture `repeats`")
     group.addoption("--no-payload", action="store_true", help="guests without pvfront")
 
 
@@ -65,10 +66,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in ours:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(TEST_DEADLINE))
+    others = []
     if config.getoption("--guest") != "hvm":
-        others = [item for item in ours if not item.get_closest_marker("core")]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+        others += [item for item in ours if not item.get_closest_marker("core")]
+    if config.getoption("--soak"):
+        done = _soaked(config).read_text().split("\n") if _soaked(config).exists() else []
+        others += [item for item in ours if "repeats" not in _fixtures(item)]
+        left = [item for item in ours if item not in others and item.nodeid not in done]
+        if left:
+            others += [item for item in ours if item.nodeid in done and item not in others]
+        else:  # all were done: begin again
+            _soaked(config).unlink(missing_ok=True)
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return list(getattr(item, "fixturenames", []))
+
+
+def _soaked(config: pytest.Config) -> Path:
+    """The tests that passed in this round of the soak, one a line; that is how it resumes."""
+    folder = paths.PROJECT / "build" / "soak"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{config.getoption('--guest')}-passed.txt"
 
 
 @pytest.fixture(scope="session")
@@ -95,13 +116,15 @@ def guest(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Guest]:
     kind: Kind = request.config.getoption("--guest")
     guest = lab.guest(kind)
     lab.check_services()
-    if guest.dirty or not (guest.alive() or (guest.running() and _answers(guest))):
+    attached = request.config.getoption("--lab-attach")
+    if (guest.dirty and not attached) or not (
+        guest.alive() or (guest.running() and _answers(guest))
+    ):
         guest.destroy()
         guest.create()
     if not request.config.stash.get(CURRENT, False):
         request.config.stash[CURRENT] = True
-        option = request.config.getoption
-        if option("--lab-attach") and not option("--no-payload"):
+        if attached and not request.config.getoption("--no-payload"):
             payload.install_if_other(guest)
     yield guest
     report = request.node.stash.get(REPORT, None)
@@ -131,6 +154,9 @@ BEGIN = time.monotonic()
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     """On a failure, keep what can be had before anything is cleaned up."""
     report: pytest.TestReport = yield
+    if report.passed and report.when == "call" and item.config.getoption("--soak"):
+        with _soaked(item.config).open("a") as file:
+            file.write(f"{item.nodeid}\n")
     if report.failed:
         lab = item.config.stash.get(LAB, None)
         if report.when == "call":

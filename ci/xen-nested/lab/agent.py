@@ -9,8 +9,8 @@ has the same form. `error` in an answer says what was wrong.
 
 A command is a *job* with an id that the client chose. Its process, standard output, standard error
 and exit status live in files below STATE/jobs/ID, so nothing depends on a connection: a client
-that lost one (a suspended guest, a restored one) connects again and goes on where it was, `start`
-with a known id changes nothing, and even a restarted agent finds its jobs again.
+that lost one (a suspended guest, a restored one) connects again and goes on where it was, and
+`start` with a known id changes nothing.
 
 Every job has its own session, and with --cgroups its own cgroup beside the agent's, so that
 a test may freeze the client of a disk without freezing the agent.
@@ -41,14 +41,8 @@ PORT = 7777
 CHUNK = 1 << 20
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/xen-4.17/bin"
 
-# Writes the status last and by rename: a status that exists is complete. $0 is the job's
-# directory, $1 its cgroup or empty.
-WRAPPER = """
-[ -z "$1" ] || echo $$ >"$1/cgroup.procs"
-dir=$0; shift
-"$@" <"$dir/in" >"$dir/out" 2>"$dir/err"
-echo $? >"$dir/rc.new"; mv "$dir/rc.new" "$dir/rc"
-"""
+# Enters the job's cgroup ($0) before anything of the job runs.
+IN_CGROUP = 'echo $$ >"$0" && exec "$@"'
 
 Header = dict[str, Any]
 
@@ -114,50 +108,66 @@ class Agent:
         return {"boot": self.boot, "pid": os.getpid()}, b""
 
     def op_start(self, request: Header, body: bytes) -> tuple[Header, bytes]:
-        """{id, argv, env, cwd, unit?} + standard input: start a job unless the id is known.
+        """{id, argv, env, cwd, wait, unit?, forget?} + standard input: start a job, then `op_poll`.
 
-        With `unit` the job runs in a systemd scope of that name instead of the agent's cgroup.
+        A known id is not started again. With `unit` the job runs in a systemd scope of that name
+        instead of a cgroup of the agent's. `forget`: ids of ended jobs to remove.
         """
+        for name in request.get("forget", ()):
+            self.op_forget({"id": name}, b"")
         job = self._job(request)
         with self.lock:
-            if job.exists():
-                return {"known": True}, b""
-            fresh = Path(tempfile.mkdtemp(prefix="new.", dir=self.jobs))
-            (fresh / "in").write_bytes(body)
-            for name in ("out", "err"):
-                (fresh / name).touch()
-            (fresh / "argv").write_text(json.dumps(request["argv"]))
-            cgroup, argv = "", list(request["argv"])
-            if request.get("unit"):
-                argv = ["systemd-run", "--scope", "--quiet", "--collect",
-                        f"--unit={request['unit']}", "--", *argv]  # fmt: skip
-            elif self.cgroup:
-                group = self.cgroup / f"job-{job.name}"
-                group.mkdir(exist_ok=True)
-                cgroup = str(group)
-            env = {"PATH": PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8",
-                   "TERM": "dumb", **request.get("env", {})}  # fmt: skip
-            ended = self.ended[job.name] = threading.Event()
-            fresh.rename(job)
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", WRAPPER, str(job), cgroup, *argv],
-                env=env, cwd=request.get("cwd") or "/root", stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-            (job / "pid").write_text(str(process.pid))
-        threading.Thread(target=self._reap, args=(job, process, cgroup, ended)).start()
-        return {"pid": process.pid}, b""
+            if not job.exists():
+                self._spawn(job, request, body)
+        return self.op_poll({**request, "out": 0, "err": 0}, b"")
 
+    def _spawn(self, job: Path, request: Header, body: bytes) -> None:
+        fresh = Path(tempfile.mkdtemp(prefix="new.", dir=self.jobs))
+        (fresh / "in").write_bytes(body)
+        (fresh / "argv").write_text(json.dumps(request["argv"]))
+        cgroup, argv = None, list(request["argv"])
+        if request.get("unit"):
+            argv = ["systemd-run", "--scope", "--quiet", "--collect",
+                    f"--unit={request['unit']}", "--", *argv]  # fmt: skip
+        elif self.cgroup:
+            cgroup = self.cgroup / f"job-{job.name}"
+            cgroup.mkdir(exist_ok=True)
+            argv = ["/bin/sh", "-c", IN_CGROUP, f"{cgroup}/cgroup.procs", *argv]
+        env = {"PATH": PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8",
+               "TERM": "dumb", **request.get("env", {})}  # fmt: skip
+        with (
+            (fresh / "in").open("rb") as stdin,
+            (fresh / "out").open("wb") as stdout,
+            (fresh / "err").open("wb") as stderr,
+        ):
+            try:
+                process = subprocess.Popen(
+                    argv, env=env, cwd=request.get("cwd") or "/root",
+                    stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:  # as a shell says it
+                stderr.write(f"{error}\n".encode())
+                (fresh / "rc").write_text("127")
+                fresh.rename(job)
+                return
+        (fresh / "pid").write_text(str(process.pid))
+        ended = self.ended[job.name] = threading.Event()
+        fresh.rename(job)
+        threading.Thread(target=self._reap, args=(job, process, cgroup, ended)).start()
+
+    @staticmethod
     def _reap(
-        self, job: Path, process: subprocess.Popen[bytes], cgroup: str, ended: threading.Event
+        job: Path, process: subprocess.Popen[bytes], cgroup: Path | None, ended: threading.Event
     ) -> None:
         code = process.wait()
-        if not (job / "rc").exists() and job.exists():  # the wrapper itself was killed
-            (job / "rc").write_text(f"{128 - code if code < 0 else code}\n")
+        with contextlib.suppress(OSError):  # forgotten already
+            # By rename: a status that exists is complete. As a shell says it: 128 + signal.
+            (job / "rc.new").write_text(str(128 - code if code < 0 else code))
+            (job / "rc.new").rename(job / "rc")
         ended.set()
         if cgroup:
             with contextlib.suppress(OSError):  # busy: the job left children
-                Path(cgroup).rmdir()
+                cgroup.rmdir()
 
     def op_poll(self, request: Header, _body: bytes) -> tuple[Header, bytes]:
         """{id, out, err, wait}: wait at most `wait` s for the end; the output past the offsets.
@@ -171,8 +181,8 @@ class Agent:
         if event:
             event.wait(float(request.get("wait", 0)))
         rc = int((job / "rc").read_text()) if (job / "rc").exists() else None
-        if rc is None and event is None and not Path("/proc", (job / "pid").read_text()).exists():
-            rc = 255  # the agent was restarted and the job died unseen
+        if rc is None and event is None:
+            rc = 255  # the agent was restarted: it is nobody's child now
         parts, more = [], False
         for name in ("out", "err"):
             with (job / name).open("rb") as file:
@@ -186,6 +196,8 @@ class Agent:
         """{id, signal}: to every process of the job's session."""
         job = self._job(request)
         number = int(request.get("signal", signal.SIGKILL))
+        if (job / "rc").exists():  # its pid may be another's by now
+            return {}, b""
         pid = int((job / "pid").read_text())
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, number)
@@ -236,23 +248,6 @@ class Agent:
             return {"end": len(data) < CHUNK, "mode": os.fstat(file.fileno()).st_mode & 0o777}, data
 
 
-def splice(a: socket.socket, b: socket.socket) -> None:
-    """Copy both ways until either side ends."""
-
-    def one_way(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        for sock in (source, sink):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    thread = threading.Thread(target=one_way, args=(a, b), daemon=True)
-    thread.start()
-    one_way(b, a)
-    thread.join()
-
-
 def shell(sock: socket.socket, request: Header) -> None:
     """Turn the connection into a terminal running a shell."""
     pid, master = pty.fork()
@@ -298,9 +293,6 @@ class Handler(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):
             while True:
                 request, body = read_message(sock)
-                if request["op"] == "relay":
-                    self.relay(sock, request)
-                    return
                 if request["op"] == "shell":
                     write_message(sock, {})
                     shell(sock, request)
@@ -311,20 +303,6 @@ class Handler(socketserver.BaseRequestHandler):
                 except Exception as error:  # the client is told; the agent lives on
                     answer, data = {"error": f"{type(error).__name__}: {error}"}, b""
                 write_message(sock, answer, data)
-
-    @staticmethod
-    def relay(sock: socket.socket, request: Header) -> None:
-        """{host, port}: from here on this connection is one to that address."""
-        try:
-            far = socket.create_connection((request["host"], int(request["port"])), timeout=5)
-        except OSError as error:
-            write_message(sock, {"error": f"relay to {request['host']}: {error}"})
-            return
-        far.settimeout(None)
-        far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        write_message(sock, {})
-        with far:
-            splice(sock, far)
 
 
 class Server(socketserver.ThreadingTCPServer):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """Commands and files in dom0 and in guests, from the host.
 
-Why this transport: dom0's agent is reached through QEMU's user-mode network (a port forwarded on
-127.0.0.1: no bridge, no privilege and no address on the host), a guest's agent through a relay in
-dom0 and the guest's control vif. Serial lines were the alternative: they are one shared stream
-without framing, slow under emulation, and the guest's console is itself under test. TCP connections
-break when a guest is suspended, restored or paused; so nothing is tied to one: a command is a job
-with an id chosen here, its output is fetched by offset, a file is written piece by piece. Every
-request may be sent again, and is, on a new connection, until the caller's deadline.
+Why this transport: QEMU's user-mode network forwards a port on 127.0.0.1 to the agent in dom0 and
+one to each guest's agent, which stands on the same bridge with its control vif: no bridge, no
+address and no privilege on the host, and no program of ours in between. Serial lines were the
+alternative: one shared stream without framing, slow under emulation, and the guest's console is
+itself under test. TCP connections break when a guest is restarted, and stall while it is suspended,
+so nothing is tied to one: a command is a job with an id chosen here, its output is fetched by
+offset, a file is written piece by piece. Every request may be sent again, and is, on a new
+connection, until the caller's deadline.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .agent import CHUNK, PORT, Header, read_message, write_message
+from .agent import CHUNK, Header, read_message, write_message
 from .errors import CommandFailed, DeadlineExceeded
 
 Command = str | Sequence[str]
@@ -60,12 +61,12 @@ class AgentError(Exception):
 class Machine:
     """dom0 or a guest, as something that runs commands. Safe to use from several threads."""
 
-    def __init__(self, name: str, port: int, relay: str | None = None) -> None:
-        """`port`: dom0's agent on 127.0.0.1; `relay`: the address dom0 passes us on to."""
+    def __init__(self, name: str, port: int) -> None:
+        """`port`: on 127.0.0.1, forwarded to the machine's agent."""
         self.name = name
         self.port = port
-        self.relay = relay
         self._idle: list[socket.socket] = []
+        self._forget: list[str] = []
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -75,16 +76,7 @@ class Machine:
 
     def _connect(self) -> socket.socket:
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=RESPONSE_TIMEOUT)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.relay:
-                write_message(sock, {"op": "relay", "host": self.relay, "port": PORT})
-                answer, _ = read_message(sock)
-                if "error" in answer:
-                    raise ConnectionError(answer["error"])
-        except BaseException:
-            sock.close()
-            raise
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
     def request(
@@ -132,11 +124,6 @@ class Machine:
         sock = None
         try:
             sock = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
-            sock.settimeout(timeout)
-            if self.relay:
-                write_message(sock, {"op": "relay", "host": self.relay, "port": PORT})
-                if "error" in read_message(sock)[0]:
-                    return False
             write_message(sock, {"op": "hello"})
             return "boot" in read_message(sock)[0]
         except (OSError, ValueError):
@@ -159,18 +146,32 @@ class Machine:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         unit: str | None = None,
+        wait: float | None = None,
     ) -> Job:
-        """Start a job and return at once. `unit`: run it in a systemd scope of that name."""
+        """Start a job; return at once, or with `wait` at its end or after so many seconds.
+
+        `unit`: run it in a systemd scope of that name.
+        """
         argv = ["/bin/bash", "-c", command] if isinstance(command, str) else list(command)
         shown = command if isinstance(command, str) else shlex.join(command)
         job = Job(self, secrets.token_hex(6), shown)
-        header: dict[str, Any] = {"op": "start", "id": job.id, "argv": argv, "env": dict(env or {})}
+        with self._lock:
+            forget, self._forget = self._forget, []
+        header: dict[str, Any] = {"op": "start", "id": job.id, "argv": argv, "wait": wait or 0,
+                                  "env": dict(env or {}), "forget": forget}  # fmt: skip
         if cwd:
             header["cwd"] = cwd
         if unit:
             header["unit"] = unit
-        self.request(header, stdin)
+        answer = self.request(header, stdin, wait=wait or 0)
+        if wait is not None:
+            job.take(*answer)
         return job
+
+    def forget(self, job: Job) -> None:
+        """Let the agent remove what it keeps of an ended job, with the next command."""
+        with self._lock:
+            self._forget.append(job.id)
 
     def run(
         self,
@@ -188,14 +189,16 @@ class Machine:
         Raises CommandFailed on a status other than 0 (unless check=False) and DeadlineExceeded,
         after killing it, when it takes more than `timeout` s.
         """
-        job = self.start(command, stdin=stdin, env=env, cwd=cwd, unit=unit)
+        job = self.start(
+            command, stdin=stdin, env=env, cwd=cwd, unit=unit, wait=min(5.0, timeout)
+        )
         try:
             result = job.wait(timeout)
         except DeadlineExceeded:
             with contextlib.suppress(DeadlineExceeded, AgentError):
                 job.kill()
             raise
-        job.forget()
+        self.forget(job)
         if check and not result.ok:
             raise CommandFailed(f"{self.name}: {result}")
         return result
@@ -331,10 +334,14 @@ class Job:
     def poll(self, wait: float = 0.0, deadline: float | None = None) -> tuple[bytes, bytes]:
         """Fetch new output, waiting up to `wait` s for the end; `code` is set once it ended."""
         answer, data = self.machine.request(
-            {"op": "poll", "id": self.id, "wait": wait,
+            {"op": "poll", "id": self.id, "wait": wait or 0,
              "out": len(self._output["out"]), "err": len(self._output["err"])},
             deadline=deadline, wait=wait,
         )  # fmt: skip
+        return self.take(answer, data)
+
+    def take(self, answer: Header, data: bytes) -> tuple[bytes, bytes]:
+        """What an answer to start or poll brought."""
         out, err = data[: answer["out"]], data[answer["out"] :]
         self._output["out"] += out
         self._output["err"] += err
@@ -366,7 +373,3 @@ class Job:
     def kill(self, signal: int = 9) -> None:
         """Send a signal to every process of the job."""
         self.machine.request({"op": "kill", "id": self.id, "signal": signal})
-
-    def forget(self) -> None:
-        """Remove what the agent keeps of it."""
-        self.machine.request({"op": "forget", "id": self.id})

@@ -19,7 +19,7 @@ from typing import Literal
 from .client import Machine, Result
 from .errors import CommandFailed, DeadlineExceeded, LabError
 from .progress import say
-from .xen import Outer
+from .xen import ADDRESS, Outer
 
 Kind = Literal["hvm", "pvh", "pv"]
 KINDS: tuple[Kind, ...] = ("hvm", "pvh", "pv")
@@ -38,7 +38,6 @@ BOOT_DEADLINE = 300.0
 
 Value = str | int | Sequence[str]
 
-ADDRESS: dict[Kind, str] = {"hvm": "10.77.0.11", "pvh": "10.77.0.12", "pv": "10.77.0.13"}
 
 
 @dataclass
@@ -76,7 +75,7 @@ class Guest(Machine):
 
     def __init__(self, kind: Kind, outer: Outer, root: str, payload: str | None, tally: Tally):
         """`root`, `payload`: dom0's block devices for xvda and xvdz."""
-        super().__init__(kind, outer.port, ADDRESS[kind])
+        super().__init__(kind, outer.ports[kind])
         self.kind: Kind = kind
         self.outer = outer
         self.dom0 = outer.dom0

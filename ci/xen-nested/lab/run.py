@@ -14,7 +14,7 @@ from pathlib import Path
 from . import image, paths, payload
 from .client import Machine
 from .errors import CommandFailed, DeadlineExceeded, LabError
-from .guest import KINDS
+from .guest import KINDS, Guest
 from .progress import say
 from .scenario import Lab, State, end_running_lab
 
@@ -88,24 +88,39 @@ def _exec(options: argparse.Namespace) -> int:
     job = machine.start(command, stdin=stdin, unit=options.unit)
     begin = time.monotonic()
     try:
-        while job.code is None:
-            out, err = job.poll(wait=0.3)
+        while True:
+            out, err = job.poll(wait=1.0)
             sys.stdout.buffer.write(out)
             sys.stdout.buffer.flush()
             sys.stderr.buffer.write(err)
             sys.stderr.buffer.flush()
+            if job.code is not None:
+                break
             if options.timeout and time.monotonic() - begin > options.timeout:
                 job.kill()
                 raise SystemExit(f"killed after {options.timeout} s")
     except KeyboardInterrupt:
         job.kill()
         return 130
-    job.forget()
+    machine.forget(job)
     return job.code
 
 
 def _shell(options: argparse.Namespace) -> int:
-    return _machine(Lab.attach(), options.machine).shell()
+    """A shell in the running lab, else in one of our own that ends with it."""
+    ours = State.load() is None
+    lab = Lab.up(_payload(options), owner=f"shell, pid {os.getpid()}") if ours else Lab.attach()
+    try:
+        machine = _machine(lab, options.machine or options.guest)
+        if isinstance(machine, Guest):
+            if not machine.running():
+                machine.create()
+            elif not options.no_payload and not ours:
+                payload.install_if_other(machine)
+        return machine.shell()
+    finally:
+        if ours:
+            lab.down()
 
 
 def _push(options: argparse.Namespace) -> int:
@@ -134,14 +149,19 @@ def _test(options: argparse.Namespace) -> int:
     """Run tests/lab; the last line is `N passed, N failed, N skipped`."""
     import pytest
 
-    junit = Path(options.junit or paths.PROJECT / f"build/junit/lab-{options.guest}.xml")
+    name = "soak" if options.soak else "lab"
+    if options.soak:
+        os.environ.setdefault("PVFRONT_REPEATS", "10")
+    junit = Path(options.junit or paths.PROJECT / f"build/junit/{name}-{options.guest}.xml")
     junit.parent.mkdir(parents=True, exist_ok=True)
     junit.unlink(missing_ok=True)
-    arguments = [str(paths.PROJECT / "tests/lab"), "--guest", options.guest]
-    arguments += [f"--junit-xml={junit}", "-v", "--rootdir", str(paths.PROJECT)]
+    tests = [word for word in options.pytest if Path(word.split("::")[0]).exists()]
+    arguments = [] if tests else [str(paths.PROJECT / "tests/lab")]
+    arguments += ["--guest", options.guest, f"--junit-xml={junit}", "-v"]
+    arguments += ["--rootdir", str(paths.PROJECT)]
     arguments += ["-m", options.k] if options.k else []
-    arguments += ["--lab-attach"] if options.lab_attach else []
-    arguments += ["--no-payload"] if options.no_payload else []
+    for flag in ("lab_attach", "no_payload", "soak"):
+        arguments += ["--" + flag.replace("_", "-")] if getattr(options, flag) else []
     status = int(pytest.main([*arguments, *options.pytest]))
     counts = _count(junit) if junit.exists() else (0, 0, 0)
     if status and not counts[1]:
@@ -179,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lab", description="The nested-Xen test lab of pvfront.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     machines = ("dom0", *KINDS)
+    default = os.environ.get("GUEST", "hvm")
 
     verb = verbs.add_parser("up", help="boot a lab and leave it running")
     verb.add_argument("--guest", action="append", choices=KINDS, help="also start this guest")
@@ -198,14 +219,18 @@ def _parser() -> argparse.ArgumentParser:
     ):
         verb = verbs.add_parser(name, help=text)
         verb.set_defaults(call=call)
-    verb = verbs.add_parser("test", help="run tests/lab in a lab of its own")
-    verb.add_argument("--guest", choices=KINDS, default=os.environ.get("GUEST", "hvm"))
-    verb.add_argument("-k", metavar="MARKERS", help="marker expression: disk, 'core and not net'")
-    verb.add_argument("--junit", help="default: build/junit/lab-GUEST.xml")
-    verb.add_argument("--lab-attach", action="store_true", help="use the running lab")
-    verb.add_argument("--no-payload", action="store_true", help="guests without pvfront")
-    verb.add_argument("pytest", nargs="*", help="further pytest arguments, after --")
-    verb.set_defaults(call=_test)
+    for name, text in (
+        ("test", "run tests/lab in a lab of its own"),
+        ("soak", "the tests that repeat, ten times as often; goes on where it was interrupted"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("--guest", choices=KINDS, default=default)
+        verb.add_argument("-k", metavar="MARKERS", help="marker expression, like: core and not net")
+        verb.add_argument("--junit", help="default: build/junit/lab-GUEST.xml")
+        verb.add_argument("--lab-attach", action="store_true", help="use the running lab")
+        verb.add_argument("--no-payload", action="store_true", help="guests without pvfront")
+        verb.add_argument("pytest", nargs="*", help="tests or pytest arguments, after --")
+        verb.set_defaults(call=_test, soak=name == "soak")
     verb = verbs.add_parser("exec", help="run a command; one word goes to bash -c")
     verb.add_argument("--unit", help="run it in a systemd scope of this name (guests)")
     verb.add_argument("--stdin", action="store_true", help="pass our standard input on")
@@ -213,8 +238,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("machine", choices=machines)
     verb.add_argument("command", nargs=argparse.REMAINDER)
     verb.set_defaults(call=_exec)
-    verb = verbs.add_parser("shell", help="an interactive shell")
-    verb.add_argument("machine", choices=machines)
+    verb = verbs.add_parser("shell", help="an interactive shell (starts a lab if none runs)")
+    verb.add_argument("machine", nargs="?", choices=machines)
+    verb.add_argument("--guest", choices=KINDS, default=default, help="if no MACHINE is given")
+    verb.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
+    verb.add_argument("--no-payload", action="store_true", help="a guest without pvfront")
     verb.set_defaults(call=_shell)
     for name, copy, text in (
         ("push", _push, "copy a file or directory there: push hvm SOURCE TARGET"),

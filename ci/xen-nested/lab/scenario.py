@@ -42,7 +42,7 @@ LOCK_DEADLINE = 1800.0
 
 
 def wait_until(
-    what: str, predicate: Callable[[], T], deadline: float = 30.0, every: float = 0.25
+    what: str, predicate: Callable[[], T], deadline: float = 30.0, every: float = 0.5
 ) -> T:
     """Call `predicate` until it gives something true, and return that.
 
@@ -152,7 +152,7 @@ class State:
     """What a running lab left for those who attach to it: cache/lab.json."""
 
     pid: int
-    port: int
+    ports: dict[str, int]
     run: str
     payload: bool
     owner: str
@@ -168,7 +168,7 @@ class State:
             state = cls(**json.loads(cls.path().read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
-        return state if Outer(Path(state.run), state.port, state.pid).alive() else None
+        return state if Outer(Path(state.run), state.ports, state.pid).alive() else None
 
     def store(self) -> None:
         new = self.path().with_suffix(".new")
@@ -235,7 +235,7 @@ class Lab:
             outer = Outer.start(run, dom0, disks, lock, die_with_us=not keep)
         finally:
             os.close(lock)  # QEMU holds its own copy
-        State(outer.pid, outer.port, str(run), payload is not None, owner).store()
+        State(outer.pid, outer.ports, str(run), payload is not None, owner).store()
         try:
             with step("booting Xen and dom0"):
                 outer.wait_booted()
@@ -253,7 +253,7 @@ class Lab:
         state = State.load()
         if state is None:
             raise LabError("lock", "no lab runs: start one with python -m lab up --guest hvm")
-        return cls(Outer(Path(state.run), state.port, state.pid), state.payload)
+        return cls(Outer(Path(state.run), state.ports, state.pid), state.payload)
 
     def down(self) -> None:
         """End the virtual machine."""
@@ -401,7 +401,7 @@ def end_running_lab() -> bool:
     state = State.load()
     if state is None:
         return False
-    outer = Outer(Path(state.run), state.port, state.pid)
+    outer = Outer(Path(state.run), state.ports, state.pid)
     outer.stop()
     with suppress(ProcessLookupError):
         os.kill(state.pid, signal.SIGKILL)

@@ -18,7 +18,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,9 @@ DOM0_COMMAND_LINE = (
 )
 BOOT_DEADLINE = 240.0
 """Seconds from power-on to dom0's agent; 20 is usual on an idle 2-core machine."""
+
+ADDRESS = {"dom0": "10.0.2.15", "hvm": "10.0.2.21", "pvh": "10.0.2.22", "pv": "10.0.2.23"}
+"""On the bridge of the control network, which is QEMU's user-mode network."""
 
 # What the Xen console shows once a stage is done, in order.
 STAGES = (
@@ -97,21 +100,24 @@ class ConsoleLog:
             return file.read().decode(errors="replace").replace("\r", "")
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in sockets]
 
 
 class Outer:
     """The virtual machine."""
 
-    def __init__(self, run: Path, port: int, pid: int) -> None:
+    def __init__(self, run: Path, ports: Mapping[str, int], pid: int) -> None:
+        """`ports`: on 127.0.0.1, forwarded to the agents of dom0 and the guests."""
         self.run = run
-        self.port = port
+        self.ports = dict(ports)
         self.pid = pid
         self.console = ConsoleLog(run / "xen-console.log")
-        self.dom0 = Machine("dom0", port)
+        self.dom0 = Machine("dom0", ports["dom0"])
 
     @classmethod
     def start(
@@ -130,7 +136,10 @@ class Outer:
         # Short relative names: QEMU splits its -initrd argument at commas and blanks.
         for name, target in (("vmlinuz", dom0.kernel), ("initrd.img", dom0.initrd)):
             (run / name).symlink_to(target)
-        port = _free_port()
+        ports = dict(zip(ADDRESS, _free_ports(len(ADDRESS)), strict=True))
+        forwards = "".join(
+            f",hostfwd=tcp:127.0.0.1:{ports[name]}-{ADDRESS[name]}:{PORT}" for name in ADDRESS
+        )
         accelerator = ["-accel", "kvm", "-cpu", "host"] if nested_kvm() else [
             "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", TCG_CPU]  # fmt: skip
         say(f"QEMU with {'KVM (nested)' if nested_kvm() else 'TCG'}, logs in {run}")
@@ -141,7 +150,7 @@ class Outer:
             "-initrd", f"vmlinuz {DOM0_COMMAND_LINE},initrd.img",
             "-chardev", "file,id=com1,path=xen-console.log", "-serial", "chardev:com1",
             "-qmp", "unix:qmp.sock,server=on,wait=off", "-pidfile", "qemu.pid",
-            "-netdev", f"user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{PORT}",
+            "-netdev", f"user,id=net0,restrict=on{forwards}",
             "-device", "virtio-net-pci,netdev=net0,romfile=",
             "-virtfs", "local,path=consoles,mount_tag=consoles,security_model=none",
         ]  # fmt: skip
@@ -157,7 +166,7 @@ class Outer:
         time.sleep(0.3)
         if process.poll() is not None:
             raise LabError("qemu", f"ended at once: {(run / 'qemu.log').read_text()}")
-        return cls(run, port, process.pid)
+        return cls(run, ports, process.pid)
 
     @staticmethod
     def _disk(run: Path, disk: Disk) -> list[str]:
