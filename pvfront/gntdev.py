@@ -2,6 +2,12 @@
 """Mapping pages that another domain granted, through /dev/xen/gntdev.
 
 The frontends never need it (they grant, backends map); tests and our own peers do.
+
+**Only a PV domain may map its own grants.** In a translated one (HVM, PVH) a frame of the domain's
+own has one guest address only: mapping it elsewhere makes Xen remove the original one
+(guest_physmap_add_entry in xen/arch/x86/mm/p2m.c), and nothing puts it back. The page under the
+grant is then a hole, the kernel hands the hole out again, as a page table for instance, and
+crashes. So the mapper knows which domain it is in, and refuses.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import os
 import struct
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 from pvfront.errors import ClosedError, PvfrontError
@@ -26,6 +33,9 @@ _GRANT = struct.Struct("=II")
 _UNMAP = struct.Struct("=QI4x")
 
 
+GUEST_TYPE_PATH = "/sys/hypervisor/guest_type"
+
+
 class GrantMapError(PvfrontError):
     """Grants could not be mapped: not granted to this domain, read-only, or taken back."""
 
@@ -35,20 +45,31 @@ class GrantMapper(DeviceHandle):
 
     MODULE = "xen-gntdev"
 
-    def __init__(self, fd: int, path: str = "/dev/xen/gntdev") -> None:
+    def __init__(self, fd: int, path: str = "/dev/xen/gntdev", *, refused: int | None) -> None:
         super().__init__(fd, path)
+        self._refused = refused
+        """The domain whose grants must not be mapped here: this one, unless it is PV."""
 
     @classmethod
-    def open(cls, path: str = "/dev/xen/gntdev") -> Self:
-        """Opens the device. Raises DeviceUnavailable (module not loaded, not root)."""
-        return cls._open(path)
+    def open(cls, path: str = "/dev/xen/gntdev", *, own_domid: int) -> Self:
+        """Opens the device. Raises DeviceUnavailable (module not loaded, not root).
+
+        own_domid: this domain's id (`domid` in the store), to refuse what would crash its kernel.
+        """
+        return cls(cls._open_fd(path), path, refused=None if _is_pv() else check_domid(own_domid))
 
     def map(self, domid: int, grefs: Sequence[int], *, writable: bool = True) -> GrantMapping:
         """Maps the pages that `domid` granted as `grefs`, one after the other.
 
-        Raises GrantMapError if one of them cannot be mapped (then none is), ValueError.
+        Raises GrantMapError if one of them cannot be mapped (then none is), or if they are this
+        domain's own and it is not PV; ValueError.
         """
         check_domid(domid)
+        if domid == self._refused:
+            raise GrantMapError(
+                f"domain {domid} is this one and not PV: mapping its own grants would take the "
+                "pages away from its kernel"
+            )
         if not grefs:
             raise ValueError("no grant references to map")
         argument = bytearray(_MAP.pack(len(grefs), 0))
@@ -117,6 +138,14 @@ class GrantMapping:
 
     def __exit__(self, *exc: object) -> None:
         self.unmap()
+
+
+def _is_pv() -> bool:
+    # Anything unclear counts as translated: the mistake on that side costs a refusal, no crash.
+    try:
+        return Path(GUEST_TYPE_PATH).read_text().strip() == "PV"
+    except OSError:
+        return False
 
 
 def _map_error(what: str, exc: OSError) -> GrantMapError:

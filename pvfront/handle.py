@@ -41,11 +41,14 @@ class DeviceHandle:
 
     @classmethod
     def _open(cls, path: str) -> Self:
+        return cls(cls._open_fd(path), path)
+
+    @classmethod
+    def _open_fd(cls, path: str) -> int:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
             raise _unavailable(path, cls.MODULE, exc) from exc
-        return cls(fd, path)
 
     @property
     def closed(self) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Real granted pages, mapped back into this domain."""
+"""Real granted pages; in a PV guest also mapped back into this domain."""
 
 import asyncio
 import os
@@ -14,11 +14,12 @@ from pvfront import gntalloc
 from pvfront.errors import ClosedError
 from pvfront.evtchn import EventChannels
 from pvfront.gntalloc import GrantAllocator, GrantsExhausted
-from pvfront.gntdev import GrantMapError
+from pvfront.gntdev import GrantMapError, GrantMapper
 
 pytestmark = [pytest.mark.core, pytest.mark.services]
 
 LIMIT = Path(gntalloc.LIMIT_PATH)
+GUEST_TYPE = Path("/sys/hypervisor/guest_type")
 
 
 @pytest.fixture
@@ -94,6 +95,32 @@ def test_a_grant_for_another_domain_cannot_be_mapped(allocator, mapper, domid):
     pool = allocator.alloc(0, 1)
     with pytest.raises(GrantMapError, match=f"domain {domid}"):
         mapper.map(domid, pool.grefs)
+    pool.free()
+
+
+def test_own_grants_are_refused_where_they_would_crash_the_kernel(allocator, domid):
+    kind = GUEST_TYPE.read_text().strip()
+    if kind == "PV":
+        pytest.skip("a PV guest may map its own grants")
+    pool = allocator.alloc(domid, 1)
+    ours = pool.map()
+    ours[0] = 42
+    with (
+        GrantMapper.open(own_domid=domid) as mapper,
+        pytest.raises(GrantMapError, match="not PV"),
+    ):
+        mapper.map(domid, pool.grefs)
+    assert ours[0] == 42
+    pool.free()
+
+
+def test_pages_begin_zeroed_and_keep_what_is_written(allocator):
+    pool = allocator.alloc(0, 3)
+    ours = pool.map()
+    assert bytes(ours) == b"\0" * pool.size
+    ours[4096:4101] = b"hello"
+    again = pool.map()
+    assert again[4096:4101] == b"hello"
     pool.free()
 
 

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from pvfront import handle
+from pvfront import gntdev, handle
 from pvfront.errors import ClosedError, DeviceUnavailable
 from pvfront.gntdev import GrantMapError, GrantMapper
 
@@ -51,7 +51,7 @@ def kernel(monkeypatch):
 
 @pytest.fixture
 def mapper(kernel):
-    with GrantMapper(kernel.fd) as opened:
+    with GrantMapper(kernel.fd, refused=None) as opened:
         yield opened
 
 
@@ -103,7 +103,7 @@ def test_mapping_nothing_or_from_no_domain_is_a_value_error(mapper):
 
 
 def test_a_closed_mapper_is_refused_and_its_mappings_can_still_be_unmapped(kernel):
-    mapper = GrantMapper(kernel.fd)
+    mapper = GrantMapper(kernel.fd, refused=None)
     mapping = mapper.map(3, [11])
     mapper.close()
     with pytest.raises(ClosedError):
@@ -115,5 +115,30 @@ def test_a_closed_mapper_is_refused_and_its_mappings_can_still_be_unmapped(kerne
 
 def test_a_missing_device_names_the_module(tmp_path):
     with pytest.raises(DeviceUnavailable) as caught:
-        GrantMapper.open(str(tmp_path / "gntdev"))
+        GrantMapper.open(str(tmp_path / "gntdev"), own_domid=5)
     assert "modprobe xen-gntdev" in caught.value.hint
+
+
+@pytest.mark.parametrize("guest_type", ["HVM\n", "PVH\n", "", None])
+def test_own_grants_are_refused_in_a_translated_guest_before_the_kernel_sees_them(
+    kernel, monkeypatch, tmp_path, guest_type
+):
+    found = tmp_path / "guest_type"
+    if guest_type is not None:
+        found.write_text(guest_type)
+    monkeypatch.setattr(gntdev, "GUEST_TYPE_PATH", str(found))
+    monkeypatch.setattr(handle.os, "open", lambda path, flags: kernel.fd)
+    with GrantMapper.open("/dev/xen/gntdev", own_domid=5) as mapper:
+        with pytest.raises(GrantMapError, match="domain 5 is this one and not PV"):
+            mapper.map(5, [11])
+        assert kernel.asked == []
+        mapper.map(6, [11]).unmap()
+
+
+def test_own_grants_can_be_mapped_in_a_pv_guest(kernel, monkeypatch, tmp_path):
+    (tmp_path / "guest_type").write_text("PV\n")
+    monkeypatch.setattr(gntdev, "GUEST_TYPE_PATH", str(tmp_path / "guest_type"))
+    monkeypatch.setattr(handle.os, "open", lambda path, flags: kernel.fd)
+    with GrantMapper.open("/dev/xen/gntdev", own_domid=5) as mapper:
+        mapper.map(5, [11]).unmap()
+    assert kernel.asked == [(5, 11)]
