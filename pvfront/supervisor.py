@@ -79,6 +79,10 @@ class DeviceClass(Protocol):
         """The toolstack has removed the device: nothing of the claim is to be kept."""
         ...
 
+    def repair(self) -> None:
+        """Undoes what a killed supervisor left in the system's settings."""
+        ...
+
     def hold_hot_plug(self) -> None:
         """From now on new devices wait for `pass_on` or `take`, not bound by the kernel."""
         ...
@@ -180,6 +184,8 @@ class Supervisor:
         background: list[asyncio.Task[None]] = []
         if self.hot_plug:
             self.klass.hold_hot_plug()
+        else:
+            self.klass.repair()
         try:
             async with self._answering():
                 if self.named:
@@ -378,7 +384,11 @@ class Supervisor:
             try:
                 answer = await self._do(json.loads(line))
             except (PvfrontError, OSError, ValueError, KeyError, TypeError) as error:
-                answer = {"ok": False, "error": str(error)}
+                answer = {
+                    "ok": False,
+                    "error": str(error),
+                    "hint": getattr(error, "hint", None),
+                }
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
         except (TimeoutError, OSError, ValueError):

@@ -229,13 +229,6 @@ class DiskFrontend:
 
     async def start(self, device: XenbusDevice) -> None:
         geometry = await self._read_geometry(device)
-        known = self.geometry
-        if known is not None and known.sector_size != geometry.sector_size and self.busy():
-            raise PvfrontError(
-                f"{self.name}: the sector size changed from {known.sector_size} to "
-                f"{geometry.sector_size} while the disk is in use",
-                hint="end its use, then release the disk and serve it again",
-            )
         self.geometry = geometry
         self.off.clear()
         if self._has_socket:

@@ -77,6 +77,9 @@ class Disks:
     def forget(self, name: str) -> None:
         self.claims.forget(name)
 
+    def repair(self) -> None:
+        self.claims.repair()
+
     def hold_hot_plug(self) -> None:
         self.claims.hold_autoprobe()
 

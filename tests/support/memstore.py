@@ -174,6 +174,8 @@ class MemStore:
             for watched, token, relative in list(client.watches):
                 if path == watched or path.startswith(watched.rstrip(b"/") + b"/"):
                     client.event(path, token, relative)
+                elif path not in self.tree.nodes and watched.startswith(path + b"/"):
+                    client.event(watched, token, relative)  # it went with its parent
 
     def perform(
         self,

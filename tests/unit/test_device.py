@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The device loop against a scripted backend on a store in memory: one walk for every beginning.
+
+The backend reacts as blkback's frontend_changed() does, and can be told to misbehave. The frontend
+records what the loop asks of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from memstore import MemStore, Refused, SocketServer
+
+from pvfront.device import Deadlines, DeviceLoop, Goal, Phase
+from pvfront.errors import PvfrontError
+from pvfront.xenbus import XenbusDevice
+from pvfront.xenstore import Xenstore
+
+FRONT = "/local/domain/5/device/vbd/51728"
+BACK = "/local/domain/0/backend/vbd/5/51728"
+QUICK = Deadlines(init_wait=0.6, connected=0.6, closing=0.6, drain=0.5, detach=0.5, busy_poll=0.02)
+PATIENCE = 5.0
+
+
+class Disk:
+    """A frontend that holds nothing but a record of what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.trouble: str | None = None
+        self.pending = False
+        self.generation = 0
+        self.os_path = ""
+        self.held = False
+        self.target = False
+        self.in_use: str | None = None
+        self.adopts = False
+        self.fail_attach: Exception | None = None
+        self.drains = True
+        self.poke: Callable[[], None] = lambda: None
+
+    def on_poke(self, poke: Callable[[], None]) -> None:
+        self.poke = poke
+
+    def details(self) -> dict[str, Any]:
+        return {}
+
+    def in_flight(self) -> int:
+        return 0
+
+    def stale_key(self, key: str) -> bool:
+        return key in ("ring-ref", "event-channel")
+
+    def stolen(self) -> bool:
+        return False
+
+    async def adopt(self, device: XenbusDevice) -> bool:
+        self.held = self.adopts
+        return self.adopts
+
+    async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
+        assert not self.held, "attached twice without a detach"
+        self.calls.append("attach")
+        if self.fail_attach is not None:
+            error, self.fail_attach = self.fail_attach, None
+            raise error
+        self.held = True
+        self.trouble = None
+        self.generation += 1
+        return {"ring-ref": str(self.generation), "event-channel": "7"}
+
+    async def start(self, device: XenbusDevice) -> None:
+        assert device.view.backend.value == 4, "started before the backend was Connected"
+        self.calls.append("start")
+        self.target = True
+
+    async def update(self, device: XenbusDevice) -> None:
+        self.calls.append("update")
+        self.pending = False
+
+    async def quiesce(self, timeout: float) -> bool:
+        self.calls.append("quiesce")
+        return self.drains
+
+    async def detach(self, *, keep_target: bool) -> None:
+        self.calls.append("detach keep" if keep_target else "detach")
+        self.held = False
+        self.target = self.target and keep_target
+
+    def busy(self) -> str | None:
+        return self.in_use
+
+    async def close(self) -> None:
+        self.calls.append("close")
+        self.target = False
+
+    async def end(self) -> None:
+        self.calls.append("end")
+
+    async def poisoned(self) -> None:
+        self.calls.append("poisoned")
+        self.held = False
+
+
+class Backend:
+    """blkback's side of the handshake."""
+
+    def __init__(self, store: Xenstore) -> None:
+        self.store = store
+        self.answers = True
+        self.refuses = 0  # how many times "pending I/O" is said instead of Connected
+        self.seen: list[str] = []
+
+    async def run(self) -> None:
+        async with self.store.watch(f"{FRONT}/state") as watch:
+            async for _ in watch:
+                state = await self.store.read_opt(f"{FRONT}/state")
+                if state is None:
+                    return
+                self.seen.append(state)
+                if self.answers:
+                    await self.react(state)
+
+    async def react(self, state: str) -> None:
+        mine = await self.store.read(f"{BACK}/state")
+        match state:
+            case "1" if mine in ("6", "1"):
+                await self.write("2")
+            case "3" | "4" if mine != "4":
+                if self.refuses:
+                    self.refuses -= 1
+                    await self.write("5")
+                else:
+                    assert await self.store.read_opt(f"{FRONT}/ring-ref")
+                    await self.write("4")
+            case "5":
+                await self.write("5")
+            case "6":
+                await self.write("6")
+
+    async def write(self, state: str) -> None:
+        await self.store.write(f"{BACK}/state", state)
+
+
+class World:
+    """A store with one vbd, a backend, and the loop under test."""
+
+    def __init__(self, mem: MemStore, guest: Xenstore, dom0: Xenstore) -> None:
+        self.mem = mem
+        self.guest = guest
+        self.backend = Backend(dom0)
+        self.disk = Disk()
+        self.tasks: list[asyncio.Task[None]] = []
+        self.loop: DeviceLoop | None = None
+
+    def nodes(self, front: int = 1, back: int = 2, **keys: str) -> None:
+        domain = "n5,r0"
+        self.mem.set("/local/domain/5", b"", domain)
+        for key, value in {
+            "backend": BACK,
+            "backend-id": "0",
+            "state": str(front),
+            **keys,
+        }.items():
+            self.mem.set(f"{FRONT}/{key}", value.encode(), domain)
+        for key, value in {"state": str(back), "online": "1"}.items():
+            self.mem.set(f"{BACK}/{key}", value.encode(), "n0,r5")
+
+    async def start(self) -> DeviceLoop:
+        self.tasks.append(asyncio.create_task(self.backend.run()))
+        device = await XenbusDevice.open(self.guest, "vbd", 51728)
+        self.loop = DeviceLoop(device, self.disk, deadlines=QUICK)
+        self.tasks.append(asyncio.create_task(self.loop.run()))
+        return self.loop
+
+    async def connected(self) -> DeviceLoop:
+        loop = await self.start()
+        await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+        return loop
+
+    def states(self) -> tuple[str, str]:
+        return (
+            self.mem.value(f"{FRONT}/state").decode(),
+            self.mem.value(f"{BACK}/state").decode(),
+        )
+
+    async def eventually(
+        self, what: str, holds: Callable[[], bool], patience: float = PATIENCE
+    ) -> None:
+        try:
+            async with asyncio.timeout(patience):
+                while not holds():  # noqa: ASYNC110 - nothing announces it
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise AssertionError(f"never came: {what}; calls {self.disk.calls}") from None
+
+    async def finished(self) -> None:
+        """The loop returned by itself, without an error."""
+        await asyncio.wait_for(asyncio.shield(self.tasks[1]), PATIENCE)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    mem = MemStore()
+    inside, outside = SocketServer(mem, domid=5), SocketServer(mem, domid=0)
+    await inside.start(str(tmp_path / "guest"))
+    await outside.start(str(tmp_path / "dom0"))
+    async with (
+        await Xenstore.connect(str(tmp_path / "guest")) as guest,
+        await Xenstore.connect(str(tmp_path / "dom0")) as dom0,
+    ):
+        made = World(mem, guest, dom0)
+        try:
+            yield made
+        finally:
+            for task in reversed(made.tasks):
+                task.cancel()
+            await asyncio.gather(*made.tasks, return_exceptions=True)
+            if made.loop is not None:
+                await made.loop.device.close()
+    await inside.stop()
+    await outside.stop()
+
+
+@pytest.mark.parametrize("front", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("back", [1, 2, 4, 5, 6])
+async def test_whatever_states_are_found_the_walk_ends_connected(
+    world: World, front: int, back: int
+) -> None:
+    world.nodes(front, back, **{"ring-ref": "99", "event-channel": "99"})
+    loop = await world.start()
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.states() == ("4", "4")
+    assert world.mem.value(f"{FRONT}/ring-ref") == b"1", "a stale key was left"
+    assert world.disk.calls[-2:] == ["attach", "start"]
+
+
+async def test_keys_and_initialised_appear_together_and_start_follows_connected(
+    world: World,
+) -> None:
+    world.nodes()
+    await world.connected()
+    assert world.backend.seen[-2:] == ["3", "4"] or "3" in world.backend.seen
+
+
+async def test_a_backend_with_pending_io_is_asked_again(world: World) -> None:
+    world.nodes()
+    world.backend.refuses = 2
+    loop = await world.start()
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.disk.calls.count("attach") == 3
+    assert world.disk.generation == 3
+    assert world.disk.calls.count("start") == 1
+
+
+async def test_a_silent_backend_is_named_and_holds_nothing_of_ours(world: World) -> None:
+    world.nodes(4, 4)
+    world.backend.answers = False
+    loop = await world.start()
+    await loop.until_phase(Phase.FAILED, timeout=PATIENCE)
+    assert "backend Closing never came" in loop.reason
+    assert "Connected (4)" in loop.reason
+    assert not world.disk.held
+    world.backend.answers = True
+    await world.backend.write("5")
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+
+
+async def test_trouble_in_the_data_path_begins_a_new_generation(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    world.disk.trouble = "the worker has ended"
+    world.disk.poke()
+    await world.eventually("generation 2", lambda: world.disk.generation == 2)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert "detach" in world.disk.calls, "the target's socket must not be kept"
+    assert "detach keep" not in world.disk.calls
+    assert loop.reconnects == 1
+
+
+async def test_a_restarted_backend_is_connected_again(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    await world.backend.write("6")
+    await world.eventually("generation 2", lambda: world.disk.generation == 2)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.states() == ("4", "4")
+
+
+async def test_a_resize_is_an_update_not_a_reconnect(world: World) -> None:
+    world.nodes()
+    await world.connected()
+    await world.backend.write("4")
+    await world.eventually("an update", lambda: "update" in world.disk.calls)
+    assert world.disk.generation == 1
+
+
+async def test_a_detach_closes_both_ends_and_ends_the_loop(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    world.mem.set(f"{BACK}/online", b"0", "n0,r5")
+    await world.backend.write("5")
+    await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
+    await world.finished()
+    assert world.states() == ("6", "6")
+    assert world.disk.calls[-4:] == ["quiesce", "close", "detach keep", "end"]
+    with pytest.raises(Refused):
+        world.mem.value(f"{FRONT}/ring-ref")
+
+
+async def test_a_detach_waits_for_the_end_of_use_and_the_disk_works_on(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    world.disk.in_use = "mounted at /mnt"
+    world.mem.set(f"{BACK}/online", b"0", "n0,r5")
+    await world.backend.write("5")
+    await loop.until_phase(Phase.DETACH_REFUSED, timeout=PATIENCE)
+    assert "mounted at /mnt" in loop.reason
+    assert world.disk.held
+    assert "close" not in world.disk.calls
+    world.disk.in_use = None
+    await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
+
+
+async def test_vanished_nodes_end_the_loop_with_nothing_held(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    await world.backend.store.remove(FRONT)
+    await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
+    await world.finished()
+    assert not world.disk.held
+    assert world.disk.calls[-3:] == ["detach", "close", "end"]
+
+
+async def test_parked_holds_nothing_and_resumes_to_connected(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    loop.aim(Goal.PARKED)
+    await loop.until_phase(Phase.PARKED, timeout=PATIENCE)
+    assert not world.disk.held
+    assert world.disk.target, "the OS device keeps its socket: its clients only wait"
+    assert "close" not in world.disk.calls
+    loop.aim(Goal.CONNECTED)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.disk.generation == 2
+
+
+async def test_parking_lets_go_even_of_a_silent_backend(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    world.backend.answers = False
+    loop.aim(Goal.PARKED)
+    await loop.until_phase(Phase.PARKED, timeout=PATIENCE)
+    assert not world.disk.held
+
+
+async def test_what_does_not_drain_loses_its_socket_so_that_it_is_sent_again(
+    world: World,
+) -> None:
+    world.nodes()
+    loop = await world.connected()
+    world.disk.drains = False
+    loop.aim(Goal.PARKED)
+    await loop.until_phase(Phase.PARKED, timeout=PATIENCE)
+    assert not world.disk.target
+
+
+async def test_after_a_restore_under_another_id_the_new_backend_is_followed(
+    world: World,
+) -> None:
+    world.nodes()
+    loop = await world.connected()
+    loop.aim(Goal.PARKED)
+    await loop.until_phase(Phase.PARKED, timeout=PATIENCE)
+    moved = "/local/domain/0/backend/vbd/9/51728"
+    world.mem.set(f"{moved}/state", b"4", "n0,r5")
+    world.mem.set(f"{moved}/online", b"1", "n0,r5")
+    world.mem.set(f"{FRONT}/backend", moved.encode(), "n5,r0")
+    world.mem.set(f"{FRONT}/state", b"1", "n5,r0")
+    loop.aim(Goal.CONNECTED)
+    await world.eventually("the new backend opened", lambda: loop.device.backend == moved)
+    assert "close" not in world.disk.calls, "the OS device must outlive the move"
+
+
+async def test_a_suspend_that_nobody_announced_never_unbinds_the_old_port(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    world.disk.calls.clear()
+    world.mem.set(f"{BACK}/state", b"2", "n0,r5")
+    world.mem.set(f"{FRONT}/state", b"1", "n5,r0")
+    world.mem.fire(f"{FRONT}/state".encode())
+    await world.eventually("generation 2", lambda: world.disk.generation == 2)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.disk.calls[0] == "poisoned"
+    assert not any(call.startswith("detach") for call in world.disk.calls[:2])
+
+
+async def test_an_adopted_device_is_connected_without_a_walk(world: World) -> None:
+    world.nodes(4, 4)
+    world.disk.adopts = True
+    await world.connected()
+    assert world.disk.calls == []
+    assert world.backend.seen in ([], ["4"])
+
+
+async def test_a_failed_attach_is_tried_again_and_said(world: World) -> None:
+    world.nodes()
+    world.disk.fail_attach = PvfrontError("no room for 353 granted pages")
+    loop = await world.start()
+    await loop.until_phase(Phase.FAILED, timeout=PATIENCE)
+    assert loop.reason == "no room for 353 granted pages"
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+
+
+async def test_closing_closes_the_os_device_first_so_that_its_users_end(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    world.disk.calls.clear()
+    loop.aim(Goal.CLOSED)
+    await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
+    assert world.disk.calls == ["close", "quiesce", "detach keep", "end"]
+    assert world.states() == ("6", "6")
+
+
+async def test_a_new_goal_interrupts_a_walk_that_waits(world: World) -> None:
+    world.nodes(1, 1)
+    world.backend.answers = False
+    loop = await world.start()
+    await loop.until_phase(Phase.CONNECTING, timeout=PATIENCE)
+    loop.aim(Goal.CLOSED)
+    await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
+
+
+async def test_a_backend_that_jumps_at_random_never_leaves_the_loop_stuck(world: World) -> None:
+    world.nodes()
+    loop = await world.connected()
+    for state in ("7", "0", "nonsense", "", "99999999999999999999", "5", "3", "6", "2", "8"):
+        await world.backend.store.write(f"{BACK}/state", state)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 0.05)
+    await world.backend.write("6")
+    await world.eventually("both Connected", lambda: world.states() == ("4", "4"), 15)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
