@@ -2,19 +2,24 @@
 """Connections to the store: who asked what, and the two transports underneath.
 
 A *link* is one connection: it numbers requests, sends each as one message, and hands every reply
-to whoever asked, by request id. Requests of many tasks are in flight at once, up to a limit. When
-anything is wrong with the connection itself (an error of the device, end of file, a packet that
-cannot be), the link fails as a whole: every pending and every later call raises XenstoreLost with
-that one reason.
+to whoever asked, by request id. Requests of many tasks wait in one queue; as many as the transport
+allows are in flight at once. When anything is wrong with the connection itself (an error of the
+device, end of file, a packet that cannot be), the link fails as a whole: every pending and every
+later call raises XenstoreLost with that one reason.
 
 A call can be given up at any time (timeout, cancellation). Its request id stays taken until the
 late reply comes, so that ids never collide and a late reply is no surprise; a late reply that
-created something (a transaction, a watch) is undone.
+created something (a transaction, a watch) is undone. On the device a request without a reply holds
+up all later ones, which then time out too.
 
 /dev/xen/xenbus (drivers/xen/xenbus/xenbus_dev_frontend.c) has rules of its own:
 
 * One message per write(), 4096 bytes with its header. poll never says "writable"; a write does
   not wait, except for WATCH and UNWATCH.
+* **One request in flight per descriptor.** The file has one message buffer, and the kernel queues
+  a pointer to it (xenbus_dev_request_and_reply in xenbus_xs.c), to be copied into the ring later.
+  A second write() before the first reply puts its payload under the first one's header: requests
+  act on wrong paths, and xenstored 4.17 dies of a path without its NUL.
 * write() of WATCH or UNWATCH returns only when the store has answered, and holds the descriptor's
   lock meanwhile. The kernel's one reader thread takes the same lock to deliver any other reply of
   that descriptor. **A WATCH written while a request is pending on the same descriptor can hang the
@@ -34,6 +39,7 @@ import errno
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,9 +60,6 @@ from pvfront.xswire import (
 )
 
 _log = logging.getLogger(__name__)
-
-IN_FLIGHT = 64
-"""Requests of one link that may wait for replies; further callers queue up."""
 
 _READ_SIZE = 65536
 
@@ -93,10 +96,12 @@ class Failure:
         return XenstoreLost(self.code, op, path, self.where, self.reason)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     op: Op
     path: str
+    tx_id: int
+    payload: bytes
     reply: asyncio.Future[bytes] | None
     """None: nobody waits, the reply is only counted."""
     undo: Undo | None = None
@@ -109,6 +114,8 @@ class Request:
 
 class Transport(Protocol):
     payload_max: int
+    in_flight: int
+    """Requests that may be sent before the first is answered."""
     refused: frozenset[Op]
     """Operations that must not be sent this way."""
 
@@ -128,9 +135,10 @@ class Link:
         """By token, who takes the events."""
         self.failure: Failure | None = None
         self._parser = Parser(reply_max)
+        self._queue: deque[Request] = deque()
         self._requests: dict[int, Request] = {}
+        """Those in flight, given up or not, by request id."""
         self._last_id = -1
-        self._slots = asyncio.Semaphore(IN_FLIGHT)
 
     async def request(
         self,
@@ -142,30 +150,29 @@ class Link:
     ) -> bytes:
         """Sends a request and returns the reply's payload. The caller sets the timeout."""
         self._check(op, path, payload)
-        await self._slots.acquire()
-        try:
-            # The link may have failed while this task stood in the queue.
-            self._check(op, path, payload)
-            reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-            self._send(Request(op, path, reply, undo), tx_id, payload)
-        except BaseException:
-            self._slots.release()
-            raise
+        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        request = Request(op, path, tx_id, payload, reply, undo)
+        self._queue.append(request)
+        self._pump()
         try:
             return await reply
         except asyncio.CancelledError:
+            if request in self._queue:
+                self._queue.remove(request)  # never sent
             if undo is not None and not reply.cancelled() and reply.exception() is None:
                 # Cancelled in the instant between the reply and this task's turn.
                 self._undo(undo, reply.result())
             raise
 
     def post(self, op: Op, tx_id: int, payload: bytes) -> None:
-        """Sends a request whose outcome nobody needs, past the queue. Never fails, never waits."""
+        """Sends a request whose outcome nobody needs, as the next. Never fails, never waits."""
         try:
             self._check(op, "", payload)
-            self._send(Request(op, "", None), tx_id, payload)
         except XenstoreError as exc:
             _log.debug("not sent: %s", exc)
+        else:
+            self._queue.appendleft(Request(op, "", tx_id, payload, None))
+            self._pump()
 
     def feed(self, data: bytes) -> None:
         """Takes what was read from the connection."""
@@ -175,6 +182,7 @@ class Link:
                     self._event(packet.payload)
                 else:
                     self._reply(packet)
+            self._pump()
         except WireError as exc:
             self.fail(errno.EPROTO, f"protocol error: {exc}")
 
@@ -191,8 +199,10 @@ class Link:
         if self.failure is not None:
             return
         failure = self.failure = Failure(code, self.where, reason)
-        requests, self._requests = self._requests, {}
-        for request in requests.values():
+        requests = [*self._requests.values(), *self._queue]
+        self._requests.clear()
+        self._queue.clear()
+        for request in requests:
             self._settle(request, failure.error(request.name, request.path))
         for sink in self.watches.values():
             sink(None)
@@ -203,6 +213,7 @@ class Link:
         if request is not None:
             code = exc.errno or errno.EIO
             self._settle(request, XenstoreError(code, request.name, request.path))
+            self._pump()
 
     async def close(self, reason: str = "closed by this process") -> None:
         self.fail(errno.EBADF, reason)
@@ -224,31 +235,29 @@ class Link:
                 f"E2BIG (a message of {len(payload)} bytes, {self.where} takes {limit})",
             )
 
-    def _send(self, request: Request, tx_id: int, payload: bytes) -> None:
+    def _pump(self) -> None:
+        """Sends what is queued, as far as the transport allows."""
         assert self.transport is not None
-        req_id = self._last_id = next_request_id(self._last_id, self._requests)
-        try:
-            self.transport.send(encode(request.op, req_id, tx_id, payload), req_id)
-        except OSError as exc:
-            if self.failure is not None:
-                raise self.failure.error(request.name, request.path) from exc
-            raise XenstoreError(exc.errno or errno.EIO, request.name, request.path) from exc
-        # Only now: a send that failed may have failed the link, which settles all that is pending.
-        self._requests[req_id] = request
+        while (
+            self._queue and self.failure is None and len(self._requests) < self.transport.in_flight
+        ):
+            request = self._queue.popleft()
+            req_id = self._last_id = next_request_id(self._last_id, self._requests)
+            frame = encode(request.op, req_id, request.tx_id, request.payload)
+            self._requests[req_id] = request
+            try:
+                self.transport.send(frame, req_id)
+            except OSError as exc:
+                self.fail_request(req_id, exc)  # nobody is left to be told if the link failed
 
     def _settle(self, request: Request, outcome: bytes | XenstoreError) -> None:
-        waiting = request.reply is not None and not request.reply.done()
-        if not waiting and request.undo is not None and isinstance(outcome, bytes):
+        if request.reply is not None and not request.reply.done():
+            if isinstance(outcome, bytes):
+                request.reply.set_result(outcome)
+            else:
+                request.reply.set_exception(outcome)
+        elif request.undo is not None and isinstance(outcome, bytes):
             self._undo(request.undo, outcome)
-        if request.reply is None:
-            return
-        self._slots.release()
-        if not waiting:
-            return
-        if isinstance(outcome, bytes):
-            request.reply.set_result(outcome)
-        else:
-            request.reply.set_exception(outcome)
 
     def _undo(self, undo: Undo, reply: bytes) -> None:
         try:
@@ -286,6 +295,7 @@ class SocketTransport(asyncio.Protocol):
     """A Unix socket: asyncio does the buffering."""
 
     payload_max = PAYLOAD_MAX
+    in_flight = 64
     refused: frozenset[Op] = frozenset()
 
     def __init__(self, link: Link) -> None:
@@ -353,6 +363,7 @@ class DeviceTransport:
     """A descriptor of /dev/xen/xenbus for everything but watches."""
 
     payload_max = DEVICE_PAYLOAD_MAX
+    in_flight = 1
     refused = frozenset({Op.WATCH, Op.UNWATCH})
 
     def __init__(self, link: Link, device: Device) -> None:

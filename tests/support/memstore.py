@@ -414,7 +414,11 @@ class XenbusFile:
         self.closed = False
         self.deadlocked = False
         """A watch was written while a request was pending: the kernel would have hung."""
-        self._held: list[tuple[int, int, int, bytes]] = []
+        self.overwritten = False
+        """A message was written over one that the kernel had not copied to the ring yet."""
+        self._buffer = b""
+        """The file's only message buffer: a queued request has no other copy of its payload."""
+        self._held: list[tuple[int, int, int, int]] = []
         self._queue = bytearray()
         self._lock = threading.Lock()
         self._poll = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -462,10 +466,13 @@ class XenbusFile:
             raise OSError(code, os.strerror(code))
         if op in (WATCH, UNWATCH):
             self._watch(op, req_id, tx_id, payload)
-        elif self.bus.hold:
-            self._held.append((op, req_id, tx_id, payload))
         else:
-            self.client.handle(op, req_id, tx_id, payload)
+            self.overwritten = self.overwritten or bool(self._held)
+            self._buffer = payload + self._buffer[len(payload) :]
+            self._held.append((op, req_id, tx_id, length))
+            if not self.bus.hold:
+                # The kernel's thread comes by later.
+                asyncio.get_running_loop().call_soon(self.release)
         return len(frame)
 
     def _watch(self, op: int, req_id: int, tx_id: int, payload: bytes) -> None:
@@ -484,9 +491,11 @@ class XenbusFile:
             action()
 
     def release(self) -> None:
+        if self.bus.hold:
+            return
         held, self._held = self._held, []
-        for request in held:
-            self.client.handle(*request)
+        for op, req_id, tx_id, length in held:
+            self.client.handle(op, req_id, tx_id, self._buffer[:length])
 
     def close(self) -> None:
         assert not self.closed, "closed twice"

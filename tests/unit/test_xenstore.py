@@ -32,6 +32,11 @@ class World:
     server: memstore.SocketServer | memstore.Xenbus
     kind: str
 
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight."""
+        return 1 if self.kind == "device" else 64
+
     async def connect(self, timeout: float = 10.0) -> Xenstore:
         return await Xenstore.connect(self.path, timeout=timeout)
 
@@ -78,6 +83,7 @@ async def end_world(world):
     if world.kind == "device":
         assert not world.server.open_files, "a descriptor leaked"
         assert not any(file.deadlocked for file in world.server.files)
+        assert not any(file.overwritten for file in world.server.files)
     else:
         await world.server.stop()
 
@@ -319,29 +325,62 @@ async def test_a_hundred_callers_under_a_flood_of_events_get_their_own_answers(s
         assert (await anext(watch)).startswith("data/flood")
 
 
-async def test_no_more_requests_are_in_flight_than_the_limit(store, world):
+async def test_no_more_requests_are_in_flight_than_the_transport_allows(store, world):
     world.hold()
     calls = [asyncio.create_task(store.read("data/x", timeout=30)) for _ in range(200)]
-    await eventually(lambda: len(store._link._requests) == 64, "64 requests in flight")
-    await asyncio.sleep(0.01)
-    assert len(store._link._requests) == 64
+    await eventually(lambda: len(store._link._queue) == 200 - world.limit, "a full queue")
+    assert len(store._link._requests) == world.limit
     world.release()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(outcome, FileNotFoundError) for outcome in outcomes)
 
 
-async def test_request_ids_wrap_without_touching_a_pending_request(store, world):
-    await store.write("data/x", "value")
-    world.hold()
-    slow = asyncio.create_task(store.read("data/x"))
-    await eventually(lambda: store._link._requests, "the slow request")
-    (pending,) = store._link._requests
-    store._link._last_id = (pending - 2) & 0xFFFFFFFF
-    others = [asyncio.create_task(store.read("data/x")) for _ in range(5)]
-    await eventually(lambda: len(store._link._requests) == 6, "five more requests")
-    assert max(store._link._requests) <= 0xFFFFFFFF
-    world.release()
-    assert set(await asyncio.gather(slow, *others)) == {"value"}
+async def test_the_device_gets_the_next_request_only_after_the_reply_of_the_last(device):
+    """Its one buffer holds the payload of a request until the kernel's thread has copied it."""
+    async with await device.connect() as store:
+        await asyncio.gather(*(store.write(f"data/{'x' * n}", f"{n}") for n in range(1, 60)))
+        values = await asyncio.gather(*(store.read(f"data/{'x' * n}") for n in range(1, 60)))
+        assert values == [str(n) for n in range(1, 60)]
+        assert not device.server.files[0].overwritten
+
+
+async def test_an_abort_waits_for_its_turn_too(device):
+    async with await device.connect() as store:
+        inside = asyncio.Event()
+
+        async def body():
+            async for txn in store.transaction():
+                async with txn:
+                    inside.set()
+                    await asyncio.sleep(60)
+
+        task = asyncio.create_task(body())
+        await inside.wait()
+        device.hold()
+        other = asyncio.create_task(store.read_opt("data/x"))
+        await eventually(lambda: store._link._requests, "the other request")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not device.server.files[0].overwritten
+        device.release()
+        assert await other is None
+        await eventually(lambda: not device.mem.clients[0].txns, "the abort")
+
+
+async def test_request_ids_wrap_without_touching_a_pending_request(unix):
+    async with await unix.connect() as store:
+        await store.write("data/x", "value")
+        unix.hold()
+        slow = asyncio.create_task(store.read("data/x"))
+        await eventually(lambda: store._link._requests, "the slow request")
+        (pending,) = store._link._requests
+        store._link._last_id = (pending - 2) & 0xFFFFFFFF
+        others = [asyncio.create_task(store.read("data/x")) for _ in range(5)]
+        await eventually(lambda: len(store._link._requests) == 6, "five more requests")
+        assert max(store._link._requests) <= 0xFFFFFFFF
+        unix.release()
+        assert set(await asyncio.gather(slow, *others)) == {"value"}
 
 
 # -- timeouts and cancellation -----------------------------------------------------------------
@@ -387,9 +426,11 @@ async def test_every_call_has_a_timeout(world, call):
 async def test_a_caller_in_the_queue_times_out_too(store, world):
     world.hold()
     calls = [asyncio.create_task(store.read("data/x", timeout=30)) for _ in range(64)]
-    await eventually(lambda: len(store._link._requests) == 64, "a full link")
+    await eventually(lambda: len(store._link._requests) == world.limit, "a full link")
+    queued = len(store._link._queue)
     with pytest.raises(XenstoreTimeout):
         await store.read("data/y", timeout=0.05)
+    assert len(store._link._queue) == queued
     world.release()
     await asyncio.gather(*calls, return_exceptions=True)
     assert not any(b"data/y" in payload for _, _, payload in world.sent())
@@ -398,7 +439,7 @@ async def test_a_caller_in_the_queue_times_out_too(store, world):
 async def test_calls_that_were_given_up_do_not_leak_places_in_the_queue(store, world):
     world.hold()
     calls = [asyncio.create_task(store.read("data/x")) for _ in range(64)]
-    await eventually(lambda: len(store._link._requests) == 64, "a full link")
+    await eventually(lambda: len(store._link._requests) == world.limit, "a full link")
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
@@ -459,7 +500,7 @@ async def test_all_calls_fail_at_once_after(store, world, what):
     garbage, reason = BREAKS[what]
     world.hold()
     calls = [asyncio.create_task(store.read("data/x", timeout=60)) for _ in range(100)]
-    await eventually(lambda: len(store._link._requests) == 64, "requests in flight")
+    await eventually(lambda: len(store._link._requests) == world.limit, "requests in flight")
     world.inject(garbage)
     async with asyncio.timeout(20):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -503,10 +544,11 @@ async def test_a_watch_ends_when_its_connection_breaks(unix):
 
 
 async def test_a_device_that_fails_to_read_fails_everything_with_that_reason(device):
+    world = device
     async with await device.connect() as store:
         device.hold()
         calls = [asyncio.create_task(store.read("data/x", timeout=60)) for _ in range(100)]
-        await eventually(lambda: len(store._link._requests) == 64, "requests in flight")
+        await eventually(lambda: len(store._link._requests) == world.limit, "requests in flight")
         device.server.files[0].break_down(error=errno.EIO)
         async with asyncio.timeout(20):
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -516,14 +558,12 @@ async def test_a_device_that_fails_to_read_fails_everything_with_that_reason(dev
 
 async def test_a_device_that_fails_to_write_fails_everything(device):
     async with await device.connect() as store:
-        device.hold()
-        pending = asyncio.create_task(store.read("data/x", timeout=60))
-        await eventually(lambda: store._link._requests, "the pending request")
         device.server.write_errors[memstore.WRITE] = errno.EIO
-        with pytest.raises(XenstoreLost, match=r"write: EIO"):
-            await store.write("data/x", "y")
-        with pytest.raises(XenstoreLost, match=r"write: EIO"):
-            await pending
+        calls = [asyncio.create_task(store.write("data/x", "y", timeout=60)) for _ in range(3)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert {(type(o), o.errno) for o in outcomes} == {(XenstoreLost, errno.EIO)}
+        with pytest.raises(XenstoreLost, match="write: EIO"):
+            await store.read("data/x")
 
 
 async def test_a_message_that_the_device_refuses_concerns_only_its_caller(device):
