@@ -35,7 +35,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -187,7 +187,9 @@ class DeviceLoop:
         *,
         deadlines: Deadlines | None = None,
         on_change: Callable[[DeviceLoop], None] | None = None,
+        may_bind: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`may_bind` returns when ports may be bound: not while the domain is put to sleep."""
         self.device = device
         self.frontend = frontend
         self.deadlines = deadlines or Deadlines()
@@ -200,6 +202,7 @@ class DeviceLoop:
         self._published = False  # the keys in the store are those of what is held
         self._poisoned = False
         self._on_change = on_change
+        self._may_bind = may_bind
         self._poked = asyncio.Event()
         self._phase_changed = asyncio.Condition()
         frontend.on_poke(self.poke)
@@ -374,6 +377,8 @@ class DeviceLoop:
                     await device.write_state(XenbusState.INITIALISING)
                 case Step.ALLOCATE_AND_PUBLISH:
                     await self._let_go(keep_target=drained)
+                    if self._may_bind is not None:
+                        await self._may_bind()
                     self._attached = True
                     keys = await self.frontend.attach(device)
                     await device.publish(dict(keys), XenbusState.INITIALISED)

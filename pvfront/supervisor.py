@@ -166,7 +166,7 @@ class Supervisor:
         self.refused: dict[int, str] = {}
         self._stop = asyncio.Event()
         self._failure: PvfrontError | None = None
-        self._make_suspend = suspend
+        self._suspend = suspend(self._participants) if suspend is not None else None
         self._seen_ids: set[int] = set()
 
     # -- life ------------------------------------------------------------------------------
@@ -192,9 +192,8 @@ class Supervisor:
                     for devid in self.named:
                         await self._begin(devid, strict=True)
                 background.append(asyncio.create_task(self._follow(bus), name="bus"))
-                if self._make_suspend is not None:
-                    suspend = self._make_suspend(self._participants)
-                    background.append(asyncio.create_task(suspend.run(), name="suspend"))
+                if self._suspend is not None:
+                    background.append(asyncio.create_task(self._suspend.run(), name="suspend"))
                 background.append(asyncio.create_task(self._announce(), name="announce"))
                 stop = asyncio.create_task(self._stop.wait(), name="stop")
                 done, _ = await asyncio.wait(
@@ -239,6 +238,10 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         await asyncio.gather(*(self._finish(devid) for devid in list(self.served)))
+        left = [s for s in self.served.values() if s.loop.phase is not Phase.CLOSED]
+        if self._suspend is not None and not left:
+            # No port of ours is bound any more; else the veto stands until the next supervisor.
+            self._suspend.disarm()
 
     async def _finish(self, devid: int, *, even_if_busy: bool = False) -> str:
         """Closes one device and gives it back, or leaves it to its worker if it is in use."""
@@ -306,7 +309,12 @@ class Supervisor:
             return
         self.refused.pop(devid, None)
         self._seen_ids.add(devid)
-        loop = DeviceLoop(device, self.klass.frontend(device), on_change=self._phase_changed)
+        loop = DeviceLoop(
+            device,
+            self.klass.frontend(device),
+            on_change=self._phase_changed,
+            may_bind=self._suspend.may_bind if self._suspend is not None else None,
+        )
         task = asyncio.create_task(self._serve(devid, loop), name=f"serve {name}")
         self.served[devid] = Served(loop, task)
 

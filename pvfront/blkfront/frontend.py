@@ -31,6 +31,7 @@ from ..abi import lib
 from ..errors import PvfrontError
 from ..evtchn import EventChannels
 from ..gntalloc import GrantAllocator, GrantPool, GrantsExhausted
+from ..parking import CannotPark, park
 from ..states import XenbusState
 from ..worker import (
     Broken,
@@ -353,23 +354,26 @@ class DiskFrontend:
     async def poisoned(self) -> None:
         """The domain slept with our port bound: it must never be unbound (suspend.py).
 
-        The worker that holds it is parked: it lets go of everything but the port, and lives on
-        unused until the guest stops.
+        The port's descriptor passes to a process that outlives us all (parking.py), and the worker
+        ends. Where that cannot be, the worker lets go of everything else and lives on unused.
         """
-        worker, self._worker = self._worker, None
+        worker = self._worker
         self._has_socket = False
-        if worker is not None:
-            worker.on_event = lambda event: None
-            await worker.detach(self._generation, keep_target=False, park=True)
-            log.error(
-                "%s: worker %d is parked with an event channel that was bound during a suspend; "
-                "it must not be ended before the guest is",
-                self.name,
-                worker.pid,
-            )
-            worker.close()
         self._trouble = "the domain was suspended while connected"
-        self._poke()
+        if worker is None:
+            return
+        worker.on_event = lambda event: None
+        try:
+            parker, ports = await park(worker.pid)
+        except CannotPark as error:
+            log.error("%s: %s", self.name, error)
+            with contextlib.suppress(PvfrontError):
+                await worker.detach(self._generation, keep_target=False, park=True)
+        else:
+            log.warning("%s: %d event channel(s) parked in process %d", self.name, ports, parker)
+            worker.kill()
+            await worker.ended(SETTLE)
+        self._forget()
 
     # -- the worker --------------------------------------------------------------------------
 
