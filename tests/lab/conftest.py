@@ -9,6 +9,7 @@ HVM runs every test, PVH and PV those marked `core`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ci" / "xen-nested"))
 
 from lab import paths, payload
-from lab.errors import LabError
+from lab.errors import CommandFailed, DeadlineExceeded, LabError
 from lab.guest import KINDS, Guest, Kind
 from lab.progress import say
 from lab.scenario import LOCK_DEADLINE, Lab
@@ -130,8 +131,10 @@ def guest(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Guest]:
     report = request.node.stash.get(REPORT, None)
     if report is not None and report.failed:
         guest.dirty = True
-    elif not guest.dirty:
-        guest.detach_extras()
+    lab.release_disks()
+    if attached or not guest.dirty:
+        with contextlib.suppress(CommandFailed, DeadlineExceeded):
+            guest.detach_extras()
     lab.remove_disks()
 
 

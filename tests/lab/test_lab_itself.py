@@ -54,7 +54,7 @@ def test_an_attached_disk_appears_through_the_kernels_blkfront(lab: Lab, guest: 
     guest.block_attach(disk.spec("xvdb"))
     wait_until("xvdb in the guest", lambda: guest.run("test -b /dev/xvdb", check=False).ok)
     assert guest.output(["blockdev", "--getsize64", "/dev/xvdb"]) == str(32 << 20)
-    guest.run("dd if=/dev/urandom of=/dev/xvdb bs=1M oflag=direct status=none")
+    guest.run("dd if=/dev/urandom of=/dev/xvdb bs=1M count=32 oflag=direct status=none")
     assert lab.vbd_state(guest) == ("4", "4")
     seen = guest.output("sha256sum /dev/xvdb", timeout=120).split()[0]
     guest.block_detach("xvdb")

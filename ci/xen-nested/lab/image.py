@@ -52,8 +52,8 @@ UNUSED_MODULES = (
     "drivers/firewire", "drivers/comedi", "drivers/mmc", "drivers/leds", "drivers/atm",
     "drivers/message", "drivers/nvme", "drivers/target", "drivers/rtc", "drivers/power",
     "drivers/edac", "drivers/mfd", "drivers/i2c", "drivers/spi", "drivers/hid",
-    "drivers/ata", "drivers/input", "drivers/parport", "drivers/acpi", "drivers/cpufreq",
-    "drivers/crypto", "drivers/pcmcia", "drivers/net/wan", "drivers/net/hamradio",
+    "drivers/block/floppy", "drivers/ata", "drivers/input", "drivers/parport", "drivers/acpi",
+    "drivers/cpufreq", "drivers/crypto", "drivers/pcmcia", "drivers/net/wan", "drivers/net/hamradio",
     "sound", "net/bluetooth", "net/mac80211", "net/wireless", "net/can", "net/nfc",
     "fs/btrfs", "fs/ocfs2", "fs/gfs2", "fs/nfs", "fs/nfsd", "fs/smb", "fs/cifs", "fs/ceph",
     "fs/jfs", "fs/reiserfs", "fs/f2fs", "fs/afs", "fs/coda", "fs/dlm", "fs/udf",
@@ -86,8 +86,8 @@ MASKED_UNITS = (
     "proc-sys-fs-binfmt_misc.automount", "dev-hugepages.mount", "dev-mqueue.mount",
     "systemd-ask-password-wall.path", "systemd-ask-password-console.path",
     "systemd-remount-fs.service", "systemd-boot-system-token.service", "kmod-static-nodes.service",
-    "modprobe@drm.service", "modprobe@efi_pstore.service", "modprobe@fuse.service",
-    "modprobe@configfs.service", "dbus-org.freedesktop.timesync1.service",
+    "modprobe@loop.service", "modprobe@dm_mod.service", "modprobe@drm.service",
+    "modprobe@efi_pstore.service", "modprobe@fuse.service", "modprobe@configfs.service", "dbus-org.freedesktop.timesync1.service",
 )  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def _build(name: str, directory: Path) -> None:
 
 def _mmdebstrap(name: str, tree: Path, sources: Path, debs: Path, log: Path) -> None:
     excluded = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"]
-    excluded += [f"/lib/modules/*/kernel/{part}/*" for part in UNUSED_MODULES]
+    excluded += [f"/lib/modules/*/kernel/{part}*" for part in UNUSED_MODULES]
     archives = "/var/cache/apt/archives"
     _run(["mmdebstrap", "--mode=root", "--variant=apt", f"--include={','.join(packages(name))}",
           *_apt_options(), *[f"--dpkgopt=path-exclude={path}" for path in excluded],
@@ -384,14 +384,10 @@ def _populate(name: str, tree: Path) -> None:
     _install(tree, "files/guest-net", "/lab/guest-net")
     _install(tree, "files/guest-payload", "/lab/guest-payload")
     system = tree / "etc/systemd/system"
-    for unit in ("lab-net", "lab-agent", "lab-payload"):
-        _install(tree, f"files/{unit}.service", f"/etc/systemd/system/{unit}.service", 0o644)
-        text = (paths.LAB / f"files/{unit}.service").read_text()
-        target = re.search(r"^WantedBy=(\S+)$", text, re.MULTILINE)
-        assert target, unit
-        wants = system / f"{target[1]}.wants"
-        wants.mkdir(exist_ok=True)
-        (wants / f"{unit}.service").symlink_to(f"../{unit}.service")
+    _install(tree, "files/lab-agent.service", "/etc/systemd/system/lab-agent.service", 0o644)
+    wants = system / "sysinit.target.wants"
+    wants.mkdir(exist_ok=True)
+    (wants / "lab-agent.service").symlink_to("../lab-agent.service")
     for unit in MASKED_UNITS:
         path = system / unit
         path.unlink(missing_ok=True)

@@ -132,9 +132,9 @@ class DelayedDisk(BackingDisk):
         self.set_delay(0)
 
     def in_flight(self) -> int:
-        """Requests that the device holds now."""
-        counts = self.dom0.output(["cat", f"/sys/block/{Path(self.device).name}/inflight"])
-        return sum(int(word) for word in counts.split())
+        """Requests that the device holds now: reads, writes and flushes."""
+        status = self.dom0.output(["dmsetup", "status", self.name])  # "0 65536 delay 0 1 0"
+        return sum(int(word) for word in status.split()[3:6])
 
     def remove(self) -> None:
         super().remove()
@@ -352,6 +352,13 @@ class Lab:
     def _keep(self, disk: D) -> D:
         self._made.append(disk)
         return disk
+
+    def release_disks(self) -> None:
+        """Let every held request go."""
+        for disk in self._made:
+            if isinstance(disk, DelayedDisk):
+                with suppress(CommandFailed, DeadlineExceeded):
+                    disk.clear_delay()
 
     def remove_disks(self) -> None:
         """Remove the disks that nothing uses any more; the others are tried again next time."""

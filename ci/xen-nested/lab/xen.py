@@ -230,6 +230,23 @@ class Outer:
             layer.unlink()
 
 
+KEPT_RUNS = 20
+
+
+def _tidy(present: Path) -> None:
+    """Disk layers of runs whose QEMU is gone, and all but the newest runs: away."""
+    runs = sorted(path for path in paths.BUILD.glob("2*-*") if path.is_dir() and path != present)
+    for old in runs:
+        pid = old / "qemu.pid"
+        number = pid.read_text().strip() if pid.exists() else ""
+        if number and Path(f"/proc/{number}").exists():
+            continue
+        for layer in old.glob("*.qcow2"):
+            layer.unlink()
+        if old in runs[:-KEPT_RUNS]:
+            shutil.rmtree(old)
+
+
 def new_run_directory() -> Path:
     """A fresh directory below build/lab named by the time; build/lab/latest points at it."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -239,6 +256,7 @@ def new_run_directory() -> Path:
         counter += 1
         run = paths.BUILD / f"{stamp}-{counter}"
     run.mkdir(parents=True)
+    _tidy(run)
     latest = paths.BUILD / "latest"
     latest.unlink(missing_ok=True)
     latest.symlink_to(run.name)
