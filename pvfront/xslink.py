@@ -424,45 +424,55 @@ class DeviceWatchTransport(DeviceTransport):
     """The descriptor of one watch: its WATCH is written by a thread, because that write waits.
 
     While the thread is inside write(), the descriptor is its own: closing it here would let the
-    number be reused under the thread.
+    number be reused under the thread. Whoever comes last closes it.
     """
 
     refused = frozenset(Op) - {Op.WATCH}
-    _writing = False
+
+    def __init__(self, link: Link, device: Device) -> None:
+        super().__init__(link, device)
+        self._lock = threading.Lock()
+        self._writing = False
+        self._abandoned = False
 
     def send(self, frame: bytes, req_id: int) -> None:
         device = self._device
         if device is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         self._writing = True
-
-        def run() -> None:
-            error: OSError | None = None
-            try:
-                written = device.write(frame)
-                if written != len(frame):
-                    error = OSError(errno.EIO, f"short write ({written} bytes)")
-            except OSError as exc:
-                error = exc
-            try:
-                self._loop.call_soon_threadsafe(self._written, device, req_id, error)
-            except RuntimeError:  # the loop is closed, and with it everybody who could close this
-                device.close()
-
         # A daemon: a store that never answers must not keep the process from ending.
-        threading.Thread(target=run, name="xenstore-watch", daemon=True).start()
+        threading.Thread(
+            target=self._write, args=(device, frame, req_id), name="xenstore-watch", daemon=True
+        ).start()
 
     async def close(self) -> None:
         device = self._detach()
-        if device is not None and not self._writing:
+        if device is None:
+            return
+        with self._lock:
+            self._abandoned = self._writing
+        if not self._abandoned:
             device.close()
 
-    def _written(self, device: Device, req_id: int, error: OSError | None) -> None:
-        self._writing = False
-        if self._device is None:
+    def _write(self, device: Device, frame: bytes, req_id: int) -> None:
+        """The thread. Of the loop's state it touches only what the lock protects."""
+        error: OSError | None = None
+        try:
+            written = device.write(frame)
+            if written != len(frame):
+                error = OSError(errno.EIO, f"short write ({written} bytes)")
+        except OSError as exc:
+            error = exc
+        with self._lock:
+            self._writing = False
+            abandoned = self._abandoned
+        if abandoned:
             device.close()
         elif error is not None:
-            self._link.fail_request(req_id, error)
+            try:
+                self._loop.call_soon_threadsafe(self._link.fail_request, req_id, error)
+            except RuntimeError:
+                pass  # the loop is closed: nobody waits for the watch any more
 
 
 def _describe(exc: OSError) -> str:
