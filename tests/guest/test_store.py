@@ -247,7 +247,10 @@ async def test_closing_gives_every_descriptor_back():
         await watch.__aenter__()
     assert descriptors() == before + 6
     await store.close()
-    assert descriptors() == before
+    deadline = asyncio.get_running_loop().time() + 20
+    while descriptors() != before:  # a watch's own thread may be the last to let go of one
+        assert asyncio.get_running_loop().time() < deadline, "a descriptor is still open"
+        await asyncio.sleep(0.01)
 
 
 async def test_a_timed_out_call_does_no_harm_to_the_next(store, scratch):
