@@ -149,8 +149,15 @@ def _answers(guest: Guest) -> bool:
 
 LAB = pytest.StashKey[Lab]()
 CURRENT = pytest.StashKey[bool]()
+MARK = pytest.StashKey[int]()
 REPORT = pytest.StashKey[pytest.TestReport]()
 BEGIN = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    lab = item.config.stash.get(LAB, None)
+    item.stash[MARK] = lab.outer.console.position() if lab else 0
 
 
 @pytest.hookimpl(wrapper=True)
@@ -168,6 +175,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
             name = re.sub(r"[^\w.-]+", "_", item.name)[:80]
             where = lab.run / "failures" / f"{name}-{report.when}"
             lab.keep_evidence(where, item.config.getoption("--guest"))
+            fault = re.search(r"d\d+v\d+ Triple fault", lab.outer.console.since(item.stash[MARK]))
+            if fault:
+                report.sections.append(("lab", f"Xen's console says: {fault[0]} (not repeated)"))
             report.sections.append(("lab", f"evidence in {where}"))
     return report
 

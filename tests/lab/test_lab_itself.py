@@ -5,8 +5,31 @@ from __future__ import annotations
 
 import pytest
 from lab.errors import CommandFailed, DeadlineExceeded
-from lab.guest import Guest
+from lab.guest import Guest, triple_fault
 from lab.scenario import Lab, wait_until
+
+FAULT = """\
+(XEN) d7v0 Triple fault - invoking HVM shutdown action 1
+(XEN) *** Dumping Dom7 vcpu#0 state: ***
+(XEN) RIP:    0010:[<{rip}>]
+(XEN) RFLAGS: 0000000000000046   CONTEXT: hvm guest (d7v0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rip", "guest_said", "emulator"),
+    [
+        ("ffff82d040203e9b", "kernel BUG at drivers/xen/evtchn.c:422!", True),
+        ("ffffffff8107505b", "random: crng init done", True),
+        ("ffffffff8107505b", "kernel BUG at drivers/xen/evtchn.c:422!", False),
+    ],
+)
+def test_the_emulators_triple_fault_is_told_from_a_crash(
+    rip: str, guest_said: str, emulator: bool
+) -> None:
+    xen = FAULT.format(rip=rip)
+    assert triple_fault(xen, guest_said) is emulator
+    assert triple_fault(xen, guest_said, 8) is False
 
 
 @pytest.mark.core

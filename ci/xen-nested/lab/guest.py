@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """A guest: its xl configuration, its life, and commands run inside it.
 
-The emulated CPU now and then triple-faults an HVM or PVH guest (about one start or restore in
-fifteen). It is recognised by the triple-fault dump on the Xen console in which Xen's own addresses
-stand in the guest's context; that start or restore is then repeated, once, counted and printed.
-Nothing else is ever repeated.
+The emulated CPU now and then triple-faults an HVM or PVH guest, mostly in a start or restore.
+`triple_fault` tells how that is recognised; that start or restore is then repeated, once, counted
+and printed. Nothing else is ever repeated.
 """
 
 from __future__ import annotations
@@ -36,6 +35,11 @@ CREATE_DEADLINE = 120.0
 BOOT_DEADLINE = 300.0
 """Seconds from `xl create` to a booted system; 60 is usual."""
 
+OWN_CRASH = re.compile(
+    r"Oops|BUG:|kernel BUG at|general protection|Kernel panic|unable to handle|stack guard"
+)
+"""What a crashing Linux says on its console."""
+
 Value = str | int | Sequence[str]
 
 
@@ -47,16 +51,17 @@ class Tally:
     triple_faults: list[str] = field(default_factory=list)
 
 
-def triple_fault(console: str, domid: int | None) -> bool:
-    """Whether Xen's console text shows the emulator's triple fault (of domain `domid`, or any).
+def triple_fault(xen: str, guest: str, domid: int | None = None) -> bool:
+    """Whether a domain (`domid`, or any) was triple-faulted by the emulator.
 
-    The mark that tells it from a fault of the guest: addresses of Xen's text (0xffff82d0...)
-    in the dump of the guest's context.
+    `xen` is Xen's console, `guest` the guest's, both since the start or restore began. Two marks
+    tell it from a crash of the guest's own: addresses of Xen's text (0xffff82d0...) in the dump of
+    the guest's context; or a guest that said nothing, for a Linux that crashes reports it first.
     """
     domain = r"\d+" if domid is None else str(domid)
-    for match in re.finditer(rf"d{domain}v\d+ Triple fault", console):
-        dump = console[max(0, match.start() - 200) : match.end() + 4000]
-        if re.search(r"\bffff82d[0-9a-f]{9}\b", dump):
+    for match in re.finditer(rf"\bd{domain}v\d+ Triple fault", xen):
+        dump = xen[match.start() :].split("Triple fault", 2)[1]
+        if re.search(r"\bffff82d[0-9a-f]{9}\b", dump) or not OWN_CRASH.search(guest):
             return True
     return False
 
@@ -186,8 +191,12 @@ class Guest(Machine):
     def _begin_twice_if_tcg_faults(self, what: str, begin: Callable[[], object]) -> None:
         """Begin, wait for the agent; once more if the emulator triple-faulted the guest."""
         for attempt in (1, 2):
-            mark = self.outer.console.position()
+            xen, own = self.outer.console.position(), len(self.console())
             started = time.monotonic()
+
+            def faulted(xen: int = xen, own: int = own) -> bool:
+                return triple_fault(self.outer.console.since(xen), self.console()[own:])
+
             try:
                 begin()
             except (CommandFailed, DeadlineExceeded) as error:
@@ -195,26 +204,28 @@ class Guest(Machine):
             else:
                 say(f"{self.kind}: {what}ed by xl in {time.monotonic() - started:.1f} s")
                 try:
-                    self.wait_agent(mark=mark)
+                    self.wait_agent(faulted=faulted)
                     return
                 except LabError as error:
                     trouble = error
-            if attempt == 1 and triple_fault(self.outer.console.since(mark), None):
+            if attempt == 1 and not self.running() and faulted():
                 self.tally.triple_faults.append(f"{self.kind} {what}")
                 say(f"{self.kind}: the emulator triple-faulted this {what}; once more")
-                self.destroy()
+                self.close()
                 continue
             raise trouble
 
-    def wait_agent(self, deadline: float = BOOT_DEADLINE, mark: int | None = None) -> None:
+    def wait_agent(
+        self, deadline: float = BOOT_DEADLINE, faulted: Callable[[], bool] = lambda: False
+    ) -> None:
         """Wait until the agent answers. Raises LabError(boot) saying what was seen last.
 
-        `mark`: position in the Xen console after which a triple fault ends the wait.
+        `faulted`: true once a triple fault has ended the domain, which ends the wait.
         """
         begin = looked = time.monotonic()
         while not self.alive():
             time.sleep(0.5)
-            if mark is not None and triple_fault(self.outer.console.since(mark), None):
+            if faulted() and not self.running():
                 raise LabError("boot", f"{self.kind}: triple fault")
             if not self.outer.alive():
                 raise LabError("qemu", f"ended while the {self.kind} guest booted")

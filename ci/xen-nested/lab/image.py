@@ -53,7 +53,8 @@ UNUSED_MODULES = (
     "drivers/message", "drivers/nvme", "drivers/target", "drivers/rtc", "drivers/power",
     "drivers/edac", "drivers/mfd", "drivers/i2c", "drivers/spi", "drivers/hid",
     "drivers/block/floppy", "drivers/ata", "drivers/input", "drivers/parport", "drivers/acpi",
-    "drivers/cpufreq", "drivers/crypto", "drivers/pcmcia", "drivers/net/wan", "drivers/net/hamradio",
+    "drivers/cpufreq", "drivers/crypto", "drivers/pcmcia", "drivers/net/wan",
+    "drivers/net/hamradio",
     "sound", "net/bluetooth", "net/mac80211", "net/wireless", "net/can", "net/nfc",
     "fs/btrfs", "fs/ocfs2", "fs/gfs2", "fs/nfs", "fs/nfsd", "fs/smb", "fs/cifs", "fs/ceph",
     "fs/jfs", "fs/reiserfs", "fs/f2fs", "fs/afs", "fs/coda", "fs/dlm", "fs/udf",
@@ -87,7 +88,8 @@ MASKED_UNITS = (
     "systemd-ask-password-wall.path", "systemd-ask-password-console.path",
     "systemd-remount-fs.service", "systemd-boot-system-token.service", "kmod-static-nodes.service",
     "modprobe@loop.service", "modprobe@dm_mod.service", "modprobe@drm.service",
-    "modprobe@efi_pstore.service", "modprobe@fuse.service", "modprobe@configfs.service", "dbus-org.freedesktop.timesync1.service",
+    "modprobe@efi_pstore.service", "modprobe@fuse.service", "modprobe@configfs.service",
+    "dbus-org.freedesktop.timesync1.service",
 )  # fmt: skip
 
 
