@@ -100,15 +100,29 @@ async def test_a_value_at_the_limit_of_the_device(store, scratch):
     assert len(await store.read_bytes(path)) == 1900
 
 
-async def test_a_directory_beyond_one_message_is_read_in_parts(store, scratch):
-    names = [f"child-with-a-rather-long-name-{'x' * 60}-{n:03}" for n in range(60)]
+async def test_a_directory_read_in_parts_is_the_directory(store, scratch):
+    """By itself a guest cannot make one that needs it: its quota for a node is 2048 bytes."""
+    names = [f"child-with-a-rather-long-name-{'x' * 50}-{n:03}" for n in range(20)]
     for name in names:
         await store.mkdir(f"{scratch}/large/{name}")
-    assert sum(len(name) + 1 for name in names) > 4096
-    assert sorted(await store.directory(f"{scratch}/large")) == names
+    path = f"{scratch}/large"
+    assert sorted(await store.directory(path)) == names
+    assert sorted(await store._directory_in_parts(path, path.encode() + b"\0", None)) == names
+    await store.mkdir(f"{scratch}/leaf")
+    leaf = f"{scratch}/leaf"
+    assert await store._directory_in_parts(leaf, leaf.encode() + b"\0", None) == []
     async for txn in store.transaction():
         async with txn:
-            assert sorted(await txn.directory(f"{scratch}/large")) == names
+            assert sorted(await txn._directory_in_parts(path, path.encode() + b"\0", None)) == names
+
+
+async def test_the_quota_of_a_node_is_an_error_with_its_path(store, scratch):
+    async def fill():
+        for number in range(60):
+            await store.mkdir(f"{scratch}/full/{'x' * 90}-{number:03}")
+
+    with pytest.raises(XenstoreError, match=rf"mkdir {scratch}/full/x+-\d+: ENOSPC"):
+        await fill()
 
 
 # -- transactions ------------------------------------------------------------------------------
