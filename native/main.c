@@ -11,6 +11,7 @@
 #include <getopt.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include "confine.h"
 #include "worker.h"
@@ -96,6 +97,8 @@ int main(int argc, char **argv)
 	if (!is_listener(LISTEN_FD))
 		return usage("descriptor 3 is no listening SEQPACKET socket");
 	confine.change_user = uid;
+	/* What a supervisor inherited and did not mark close-on-exec is not for a confined process. */
+	close_range(LISTEN_FD + 1, ~0U, 0);
 	fcntl(LISTEN_FD, F_SETFD, FD_CLOEXEC);
 	fcntl(LISTEN_FD, F_SETFL, fcntl(LISTEN_FD, F_GETFL) | O_NONBLOCK);
 

@@ -27,6 +27,7 @@ import pwd
 import signal
 import socket
 import stat
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -234,7 +235,7 @@ class Worker:
             return None
         try:
             return await cls._greet(name, path, None)
-        except (ConnectionError, FileNotFoundError, WorkerGone):
+        except (ConnectionError, FileNotFoundError, ProcessLookupError, WorkerGone):
             path.unlink(missing_ok=True)
             return None
 
@@ -243,9 +244,15 @@ class Worker:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             sock.setblocking(False)
+            # For _peer_pid. From the start: the kernel notes a sender's credentials only for who
+            # wants them at that time.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             # The backlog is never full: connecting to a unix socket does not wait.
             sock.connect(str(path))
-            worker = cls(name, sock, pid or await _peer_pid(sock), child=pid is not None)
+            child = pid is not None
+            pid = pid or await _peer_pid(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+            worker = cls(name, sock, pid, child=child)
         except BaseException:
             sock.close()
             raise
@@ -469,11 +476,16 @@ class Worker:
             self._event(kind, body)
 
     def _hello(self, body: Any, generation: int, fds: list[int]) -> None:
+        try:
+            state = State(body.state)
+        except ValueError:
+            self._end(f"the worker sent a message of unknown shape (state {body.state})")
+            return
         if fds and self.stats_fd < 0:
             self.stats_fd = os.dup(fds[0])
         self._generation = generation
         self.hello = Hello(
-            state=State(body.state),
+            state=state,
             generation=generation,
             name=_text(body.name),
             pid=int(body.pid),
@@ -491,7 +503,9 @@ class Worker:
             f"({errno.errorcode.get(code, code)})",
             code,
         )
-        if self._answer is not None and not self._answer.done():
+        # A refusal that comes after its command has timed out is not for the next command.
+        ours = _ANSWERS.get(int(body.in_reply_to)) == self._expected
+        if ours and self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
         else:
             log.warning("%s", error)
@@ -509,29 +523,21 @@ class Worker:
         self.on_event(event)
 
     def _exited(self) -> None:
-        text = f"the worker (pid {self.pid}) has ended"
-        if self._child:
-            with contextlib.suppress(ChildProcessError):
-                result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
-                if result is not None:
-                    if result.si_code == os.CLD_EXITED:
-                        text += f" with status {result.si_status}"
-                    else:
-                        text += f" by {signal.Signals(result.si_status).name}"
-        self._end(text)
+        self._end(f"the worker (pid {self.pid}) has ended")
 
     def _end(self, why: str, *, tell: bool = True) -> None:
         if self._gone is not None:
             return
+        if self._child and tell:
+            # A worker whose connection broke serves nobody we could reach: it ends, and is
+            # never left a zombie. One that is ending already, and whose connection therefore
+            # closed first, still ends its own way: that is the reason to tell.
+            why += f"; pid {self.pid} {_kill_and_reap(self.pid)}"
         self._gone = why
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._sock)
         loop.remove_reader(self._pidfd)
         self._sock.close()
-        if self._child and tell:
-            # A worker whose connection broke serves nobody we could reach: it ends, and is
-            # never left a zombie.
-            _kill_and_reap(self.pid)
         os.close(self._pidfd)
         self._ended.set()
         if self.stats_fd >= 0:
@@ -561,11 +567,18 @@ _BODIES = {
 }
 
 
-def _kill_and_reap(pid: int) -> None:
-    """Ends our child `pid`, which SIGKILL cannot fail to do; nothing if it is reaped already."""
+def _kill_and_reap(pid: int) -> str:
+    """Ends our child `pid`, which SIGKILL cannot fail to do; says how it ended.
+
+    Nothing if it is reaped already.
+    """
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code >= 0:
+            return f"ended with status {code}"
+        return f"ended by signal {-code} ({signal.strsignal(-code)})"
+    return "has been reaped"
 
 
 def _text(field: Any) -> str:
@@ -574,9 +587,10 @@ def _text(field: Any) -> str:
 
 
 async def _peer_pid(sock: socket.socket) -> int:
-    """The pid in a waiting HELLO, by peeking: an adopted worker is no child of ours.
+    """Who sent the waiting HELLO, by peeking: an adopted worker is no child of ours.
 
-    SO_PEERCRED would name whoever called listen(), a supervisor that may be long dead.
+    The kernel's word for it, not the worker's, which may lie: what has this pid may be killed
+    later. SO_PEERCRED would name whoever called listen(), a supervisor that may be long dead.
     """
     loop = asyncio.get_running_loop()
     readable: asyncio.Future[None] = loop.create_future()
@@ -592,10 +606,14 @@ async def _peer_pid(sock: socket.socket) -> int:
     except TimeoutError:
         loop.remove_reader(sock)
         raise WorkerGone("the worker does not answer on its control socket") from None
-    data = sock.recv(lib.PVF_CTL_MAX, socket.MSG_PEEK)
-    if len(data) < ffi.sizeof("struct pvf_ctl_hello"):
+    size = struct.calcsize("3i")  # struct ucred of unix(7): pid, uid, gid
+    data, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(size), socket.MSG_PEEK)
+    if not data:
         raise WorkerGone("the worker closed its control connection")
-    return int(ffi.from_buffer("struct pvf_ctl_hello *", data).pid)
+    for level, kind, found in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and len(found) >= size:
+            return int(struct.unpack("3i", found[:size])[0])
+    raise WorkerGone("the worker cannot be told by its credentials")
 
 
 def stats_path(pid: int) -> Path | None:
@@ -604,6 +622,6 @@ def stats_path(pid: int) -> Path | None:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 target = str(entry.readlink())
-                if target.startswith("/memfd:pvf-stats") and stat.S_ISREG(entry.stat().st_mode):
+                if target.startswith("/memfd:pvfront-stats") and stat.S_ISREG(entry.stat().st_mode):
                     return entry
     return None

@@ -1,0 +1,727 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The supervisor's end of the control protocol, against the real worker and against liars.
+
+The real worker serves an embedded backend (tests/worker/embedded.py). A liar is a socket of this
+test that says whatever a worker never would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
+
+from embedded import RSP_PROD, Backend, Nbd, Pages
+
+from pvfront import worker as module
+from pvfront.abi import ffi, lib, read_stats
+from pvfront.errors import PvfrontError
+from pvfront.worker import (
+    Broken,
+    Event,
+    Exited,
+    FeatureOff,
+    Stalled,
+    State,
+    TargetGone,
+    Worker,
+    WorkerError,
+    WorkerGone,
+    stats_path,
+)
+
+NAME = "vbd-51728"
+PATIENCE = 20.0
+DISK = 1 << 20
+
+
+class Refusing(Backend):
+    """Offers flush and does not have it."""
+
+    def execute(self, request: Any) -> int:
+        return -2 if request.op == 3 else super().execute(request)
+
+
+class Device:
+    """What one generation of a worker is given: granted pages, a backend, an NBD client."""
+
+    def __init__(self, backend: type[Backend] = Backend) -> None:
+        self.pages = Pages(1, 32)
+        self.disk = bytearray(DISK)
+        ours, self.channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.backend = backend(self.pages, ours, 5, self.disk)
+        self.client, self.socket = socket.socketpair()
+        self.client.settimeout(PATIENCE)
+        self.nbd = Nbd(self.client)
+
+    async def attach(self, worker: Worker, generation: int = 1) -> None:
+        await worker.attach(
+            generation,
+            device_class=lib.PVF_CLASS_BLK,
+            port=5,
+            ring_pages=1,
+            ring_offset=self.pages.ring_offset,
+            pool_offset=self.pages.pool_offset,
+            pool_grefs=self.pages.grefs,
+            scrub=False,
+            fds=(self.channel.fileno(), self.pages.fd),
+        )
+        self.channel.close()
+        self.backend.start()
+
+    async def start(self, worker: Worker, generation: int = 1, stall_seconds: int = 0) -> None:
+        await worker.start(
+            generation,
+            sectors=DISK // 512,
+            sector_size=512,
+            flags=lib.PVF_BLK_FLUSH | lib.PVF_BLK_DISCARD,
+            max_segments=11,
+            discard_granularity=512,
+            discard_alignment=0,
+            vdev=51728,
+            stall_seconds=stall_seconds,
+            target_fd=self.socket.fileno(),
+        )
+        self.socket.close()
+
+    def close(self) -> None:
+        self.client.close()
+        self.socket.close()
+        self.channel.close()
+        if self.backend.is_alive():
+            self.backend.stop()
+        self.backend.sock.close()
+        self.pages.close()
+
+
+class Events(list[Event]):
+    """Collects what a worker says unasked."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        worker.on_event = self.append
+
+    async def one(self, kind: type[Event]) -> Any:
+        found = await eventually(
+            f"a {kind.__name__} event (there were {list(self)})",
+            lambda: [event for event in self if isinstance(event, kind)],
+        )
+        return found[0]
+
+
+async def eventually(what: str, holds: Callable[[], Any]) -> Any:
+    end = time.monotonic() + PATIENCE
+    while not (value := holds()):
+        assert time.monotonic() < end, f"this never came: {what}"
+        await asyncio.sleep(0.005)
+    return value
+
+
+def is_zombie_or_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture(autouse=True)
+def a_user_that_every_system_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "USER", "nobody")
+
+
+@pytest.fixture
+async def workers(tmp_path: Path) -> AsyncIterator[list[Worker]]:
+    """Whoever is put in here is killed and reaped at the end."""
+    there: list[Worker] = []
+    yield there
+    for worker in there:
+        worker.close()
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitpid(worker.pid, 0)  # noqa: ASYNC222 - it is dead
+
+
+def has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+@pytest.fixture
+async def worker(tmp_path: Path, workers: list[Worker]) -> Worker:
+    made = await Worker.spawn(NAME, tmp_path)
+    workers.append(made)
+    return made
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    made = Device()
+    yield made
+    made.close()
+
+
+# -- the real worker -------------------------------------------------------------------------------
+
+
+async def test_a_new_worker_is_idle_and_shows_its_counters(worker: Worker, tmp_path: Path) -> None:
+    assert worker.hello is not None
+    assert (worker.hello.state, worker.hello.generation) == (State.IDLE, 0)
+    assert (worker.hello.pid, worker.hello.has_target) == (worker.pid, False)
+    assert read_stats(worker.stats_fd).state == lib.PVF_IDLE
+    assert worker.alive
+    assert (tmp_path / f"{NAME}.sock").stat().st_mode & 0o777 == 0o600
+
+
+async def test_the_statistics_of_a_worker_are_found_by_its_pid(worker: Worker) -> None:
+    path = stats_path(worker.pid)
+    assert path is not None
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        assert read_stats(fd).ring_slots == read_stats(worker.stats_fd).ring_slots
+    finally:
+        os.close(fd)
+    assert stats_path(2**22 + 1) is None
+
+
+async def test_a_worker_inherits_nothing_but_its_socket_and_the_standard_streams(
+    tmp_path: Path, workers: list[Worker]
+) -> None:
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    workers.append(await Worker.spawn(NAME, tmp_path))
+    os.close(writer)
+    try:
+        os.set_blocking(reader, False)
+        assert os.read(reader, 1) == b"", "the worker holds the pipe's end"
+    finally:
+        os.close(reader)
+
+
+async def test_a_generation_is_attached_served_drained_and_detached(
+    worker: Worker, device: Device
+) -> None:
+    await device.attach(worker)
+    await device.start(worker)
+    await asyncio.to_thread(device.nbd.write, 4096, b"x" * 8192)
+    assert await asyncio.to_thread(device.nbd.read, 4096, 8192) == b"x" * 8192
+    assert device.disk[4096:12288] == b"x" * 8192
+    assert await worker.quiesce(1, PATIENCE)
+    await worker.detach(1, keep_target=False)
+    with pytest.raises(ConnectionError):
+        await asyncio.to_thread(device.nbd.read, 0, 512)
+    await worker.exit()
+    assert not worker.alive
+    assert not is_zombie_or_alive(worker.pid)
+
+
+async def test_a_refused_command_carries_the_workers_reason(worker: Worker, device: Device) -> None:
+    with pytest.raises(WorkerError, match="refused START") as refused:
+        await device.start(worker)
+    assert refused.value.error in (errno.EINVAL, errno.EBUSY, errno.ESTALE)
+    assert worker.alive
+
+
+async def test_a_generation_of_the_past_is_refused(worker: Worker, device: Device) -> None:
+    await device.attach(worker, generation=4)
+    with pytest.raises(WorkerError, match="ESTALE"):
+        await worker.quiesce(3, PATIENCE)
+    await device.start(worker, generation=4)
+
+
+async def test_a_worker_is_adopted_as_it_is_and_goes_on_serving(
+    worker: Worker, workers: list[Worker], device: Device, tmp_path: Path
+) -> None:
+    await device.attach(worker, generation=7)
+    await device.start(worker, generation=7)
+    await asyncio.to_thread(device.nbd.write, 0, b"a" * 512)
+    worker.close()
+    with pytest.raises(WorkerGone, match="closed the connection"):
+        await worker.quiesce(7, PATIENCE)
+    second = await Worker.adopt(NAME, tmp_path)
+    assert second is not None
+    workers.append(second)
+    assert second.pid == worker.pid
+    assert second.hello is not None
+    assert (second.hello.state, second.hello.generation) == (State.RUNNING, 7)
+    assert (second.hello.has_target, second.hello.name) == (True, NAME)
+    assert read_stats(second.stats_fd).write.requests == 1
+    assert await asyncio.to_thread(device.nbd.read, 0, 512) == b"a" * 512
+    assert await second.quiesce(7, PATIENCE)
+
+
+async def test_the_death_of_an_adopted_worker_is_noticed(
+    worker: Worker, workers: list[Worker], tmp_path: Path
+) -> None:
+    worker.close()
+    second = await Worker.adopt(NAME, tmp_path)
+    assert second is not None
+    workers.append(second)
+    events = Events(second)
+    second.kill()
+    await events.one(Exited)
+    assert not second.alive
+
+
+async def test_there_is_nothing_to_adopt_without_a_socket(tmp_path: Path) -> None:
+    assert await Worker.adopt(NAME, tmp_path) is None
+
+
+async def test_the_socket_of_a_dead_worker_is_cleared_away(worker: Worker, tmp_path: Path) -> None:
+    worker.kill()
+    assert await worker.ended(PATIENCE)
+    assert (tmp_path / f"{NAME}.sock").exists()
+    assert await Worker.adopt(NAME, tmp_path) is None
+    assert not (tmp_path / f"{NAME}.sock").exists()
+
+
+async def test_a_killed_worker_is_told_of_by_its_signal_and_leaves_no_zombie(
+    worker: Worker, device: Device
+) -> None:
+    await device.attach(worker)
+    events = Events(worker)
+    os.kill(worker.pid, signal.SIGKILL)
+    gone = await events.one(Exited)
+    assert f"pid {worker.pid} ended by signal 9 (Killed)" in gone.text
+    assert events == [gone]
+    assert not is_zombie_or_alive(worker.pid)
+    assert worker.stats_fd == -1
+    for command in (
+        worker.quiesce(1, PATIENCE),
+        worker.detach(1, keep_target=False),
+        device.start(worker),
+    ):
+        with pytest.raises(WorkerGone, match="ended by signal 9"):
+            await command
+    await worker.exit()
+
+
+async def test_a_command_in_flight_fails_when_the_worker_dies(
+    worker: Worker, device: Device
+) -> None:
+    await device.attach(worker)
+    await device.start(worker)
+    device.backend.hold = True
+    device.nbd.request(Nbd.READ, 0, 512)
+    await eventually("the request at the backend", lambda: device.backend.held)
+    drained = asyncio.create_task(worker.quiesce(1, PATIENCE))
+    await asyncio.sleep(0)
+    worker.kill()
+    with pytest.raises(WorkerGone):
+        await drained
+
+
+async def test_a_quiesce_that_the_backend_holds_up_is_not_drained_in_time(
+    worker: Worker, device: Device
+) -> None:
+    await device.attach(worker)
+    await device.start(worker)
+    device.backend.hold = True
+    device.nbd.request(Nbd.READ, 0, 512)
+    await eventually("the request at the backend", lambda: device.backend.held)
+    assert not await worker.quiesce(1, 0.2)
+    device.backend.release()
+    assert await worker.quiesce(1, PATIENCE)
+
+
+async def test_a_client_that_leaves_is_told(worker: Worker, device: Device) -> None:
+    await device.attach(worker)
+    await device.start(worker)
+    events = Events(worker)
+    device.client.close()
+    gone = await events.one(TargetGone)
+    assert gone.error == 0
+    assert str(gone).startswith("the NBD socket is gone (closed")
+
+
+async def test_a_client_that_breaks_nbd_is_told_with_its_error(
+    worker: Worker, device: Device
+) -> None:
+    await device.attach(worker)
+    await device.start(worker)
+    events = Events(worker)
+    device.client.send(bytes(28))
+    gone = await events.one(TargetGone)
+    assert gone.error == errno.EPROTO
+    assert "EPROTO" in str(gone)
+
+
+async def test_a_backend_that_breaks_a_rule_is_told_with_field_and_value(
+    worker: Worker, device: Device
+) -> None:
+    await device.attach(worker)
+    await device.start(worker)
+    events = Events(worker)
+    device.pages.set(RSP_PROD, 4711)
+    device.backend.event()
+    broken = await events.one(Broken)
+    assert broken.value == 4711
+    assert broken.rule > 0
+    assert broken.field
+    assert broken.field in str(broken)
+    with pytest.raises(WorkerError, match="EIO"):
+        await worker.quiesce(1, PATIENCE)
+    await worker.detach(1, keep_target=False)
+
+
+async def test_a_feature_that_the_backend_does_not_have_after_all_is_told(worker: Worker) -> None:
+    device = Device(Refusing)
+    try:
+        await device.attach(worker)
+        await device.start(worker)
+        events = Events(worker)
+        device.nbd.request(Nbd.FLUSH)
+        assert await events.one(FeatureOff) == FeatureOff("flush")
+    finally:
+        device.close()
+
+
+async def test_a_stall_is_told_with_its_beginning_and_its_end(
+    worker: Worker, device: Device
+) -> None:
+    await device.attach(worker)
+    await device.start(worker, stall_seconds=1)
+    events = Events(worker)
+    device.backend.hold = True
+    device.nbd.request(Nbd.READ, 0, 512)
+    begun = await events.one(Stalled)
+    assert begun.seconds >= 1
+    assert begun.in_flight == 1
+    device.backend.release()
+    await eventually("the end of the stall", lambda: len(events) == 2)
+    assert events[1] == Stalled(0, 0)
+
+
+async def test_fifty_workers_come_and_go_without_a_descriptor_or_a_zombie_left(
+    tmp_path: Path,
+) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+    before = descriptors()
+    for cycle in range(50):
+        worker = await Worker.spawn(NAME, tmp_path)
+        device = Device()
+        await device.attach(worker)
+        if cycle % 2:
+            await worker.exit()
+        else:
+            worker.kill()
+            assert await worker.ended(PATIENCE)
+        device.close()
+        assert not is_zombie_or_alive(worker.pid)
+    assert descriptors() == before
+
+
+# -- workers that cannot be started ----------------------------------------------------------------
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+async def test_a_worker_that_ends_at_once_is_named_with_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PVFRONT_WORKER", str(program(tmp_path / "fails", "exit 7")))
+    with pytest.raises(WorkerGone, match="status 7"):
+        await Worker.spawn(NAME, tmp_path)
+    assert not has_children()
+
+
+async def test_a_worker_that_says_nothing_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PVFRONT_WORKER", str(program(tmp_path / "hangs", "exec sleep 600")))
+    monkeypatch.setattr(module, "HELLO_DEADLINE", 0.3)
+    with pytest.raises(WorkerGone, match="did not say HELLO"):
+        await Worker.spawn(NAME, tmp_path)
+    assert not has_children()
+
+
+async def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVFRONT_WORKER", str(tmp_path / "nothing"))
+    with pytest.raises(PvfrontError, match="nothing is missing") as error:
+        await Worker.spawn(NAME, tmp_path)
+    assert error.value.hint
+
+
+def test_a_missing_user_is_named_with_the_command_that_makes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "USER", "no-such-user")
+    with pytest.raises(PvfrontError, match="no user 'no-such-user'") as error:
+        module.worker_ids()
+    assert "systemd-sysusers" in str(error.value.hint)
+
+
+# -- liars -----------------------------------------------------------------------------------------
+
+
+def packet(struct: str, kind: int, generation: int = 0, **fields: Any) -> bytes:
+    body = ffi.new(f"struct {struct} *", fields)
+    body.hdr.magic, body.hdr.version = lib.PVF_CTL_MAGIC, lib.PVF_CTL_VERSION
+    body.hdr.type, body.hdr.generation = kind, generation
+    body.hdr.length = ffi.sizeof(body[0])
+    return bytes(ffi.buffer(body))
+
+
+def hello(**fields: Any) -> bytes:
+    return packet("pvf_ctl_hello", lib.PVF_CTL_HELLO, name=NAME.encode(), **fields)
+
+
+class Liar:
+    """The far end of a Worker's connection. Its process is this one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind(str(run_dir / f"{NAME}.sock"))
+        self.listener.listen(4)
+        self.listener.setblocking(False)
+        self.sock: socket.socket | None = None
+        self.worker: Worker | None = None
+        self.events: Events | None = None
+
+    async def greet(self, first: bytes | None) -> Worker | None:
+        """Lets a Worker adopt us; `first` is what we say to it."""
+        adopting = asyncio.create_task(Worker.adopt(NAME, self.run_dir))
+        self.sock, _ = await asyncio.get_running_loop().sock_accept(self.listener)
+        if first is None:
+            self.sock.close()
+        else:
+            self.sock.send(first)
+        self.worker = await adopting
+        if self.worker is not None:
+            self.events = Events(self.worker)
+        return self.worker
+
+    def say(self, data: bytes, fds: list[int] | None = None) -> None:
+        assert self.sock is not None
+        socket.send_fds(self.sock, [data], fds or [])
+
+    async def asked(self) -> int:
+        """The type of the next command."""
+        assert self.sock is not None
+        self.sock.setblocking(False)
+        data = await asyncio.wait_for(
+            asyncio.get_running_loop().sock_recv(self.sock, 8192), PATIENCE
+        )
+        return int(ffi.from_buffer("struct pvf_ctl_hdr *", data).type)
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        if self.sock is not None:
+            self.sock.close()
+        self.listener.close()
+
+
+@pytest.fixture
+async def liar(tmp_path: Path) -> AsyncIterator[Liar]:
+    made = Liar(tmp_path)
+    yield made
+    made.close()
+
+
+LIES = {
+    "a header cut short": (b"PVFC\1", "truncated message"),
+    "another protocol": (bytes(64), "another version of the control protocol"),
+    "a type nobody knows": (packet("pvf_ctl_simple", 77), r"unknown shape \(type 77\)"),
+    "a command, not an answer": (
+        packet("pvf_ctl_simple", lib.PVF_CTL_EXIT),
+        r"unknown shape \(type 5\)",
+    ),
+    "a body cut short": (
+        packet("pvf_ctl_simple", lib.PVF_CTL_BROKEN),
+        r"unknown shape \(type 97\)",
+    ),
+    "a HELLO of no known state": (hello(state=99), "unknown shape"),
+    "more than a message can be": (bytes(lib.PVF_CTL_MAX + 1), "too long"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.replace(" ", "-"))
+async def test_nonsense_ends_the_connection_and_the_reason_is_named(liar: Liar, lie: str) -> None:
+    data, reason = LIES[lie]
+    worker = await liar.greet(hello())
+    assert worker is not None
+    assert liar.events is not None
+    pending = asyncio.create_task(worker.quiesce(0, PATIENCE))
+    await liar.asked()
+    liar.say(data)
+    with pytest.raises(WorkerGone, match=reason):
+        await pending
+    assert [type(event) for event in liar.events] == [Exited]
+    assert not worker.alive
+
+
+async def test_the_end_of_the_connection_is_named(liar: Liar) -> None:
+    worker = await liar.greet(hello())
+    assert worker is not None
+    assert liar.sock is not None
+    liar.sock.close()
+    assert await worker.ended(PATIENCE)
+    with pytest.raises(WorkerGone, match="closed the control connection"):
+        await worker.detach(0, keep_target=True)
+
+
+@pytest.mark.parametrize(
+    "first", [None, b"", b"short", bytes(512), hello(state=99)],
+    ids=["closes", "empty", "short", "zeros", "no-known-state"],
+)  # fmt: skip
+async def test_what_does_not_greet_is_not_adopted(
+    liar: Liar, first: bytes | None, tmp_path: Path
+) -> None:
+    assert await liar.greet(first) is None
+    assert not (tmp_path / f"{NAME}.sock").exists()
+
+
+async def test_what_does_not_speak_at_all_is_given_up(
+    liar: Liar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HELLO_DEADLINE", 0.2)
+    assert await Worker.adopt(NAME, tmp_path) is None
+
+
+async def test_the_pid_of_an_adopted_worker_is_the_kernels_word_not_its_own(liar: Liar) -> None:
+    worker = await liar.greet(hello(pid=1))
+    assert worker is not None
+    assert worker.pid == os.getpid()
+
+
+async def test_descriptors_that_nobody_asked_for_are_closed(liar: Liar) -> None:
+    worker = await liar.greet(hello())
+    assert worker is not None
+    reader, writer = os.pipe()
+    try:
+        liar.say(packet("pvf_ctl_feature_off", lib.PVF_CTL_FEATURE_OFF, feature=2), [writer] * 3)
+        os.close(writer)
+        assert liar.events is not None
+        await liar.events.one(FeatureOff)
+        assert os.read(reader, 1) == b"", "somebody still holds the pipe's end"
+    finally:
+        os.close(reader)
+
+
+async def test_events_are_decoded_and_told_in_order(liar: Liar) -> None:
+    assert await liar.greet(hello()) is not None
+    liar.say(
+        packet(
+            "pvf_ctl_broken", lib.PVF_CTL_BROKEN,
+            rule=3, value=1 << 40, field=b"rsp_prod", text=b"beyond the ring",
+        )
+    )  # fmt: skip
+    liar.say(
+        packet("pvf_ctl_target_gone", lib.PVF_CTL_TARGET_GONE, error=errno.EPROTO, text=b"\xff!")
+    )
+    liar.say(packet("pvf_ctl_feature_off", lib.PVF_CTL_FEATURE_OFF, feature=lib.PVF_BLK_DISCARD))
+    liar.say(packet("pvf_ctl_stalled", lib.PVF_CTL_STALLED, seconds=12, in_flight=3))
+    assert liar.events is not None
+    await liar.events.one(Stalled)
+    assert liar.events == [
+        Broken(3, "rsp_prod", 1 << 40, "beyond the ring"),
+        TargetGone(errno.EPROTO, "\N{REPLACEMENT CHARACTER}!"),
+        FeatureOff("discard"),
+        Stalled(12, 3),
+    ]
+
+
+async def test_a_text_without_an_end_is_cut_at_its_field(liar: Liar) -> None:
+    assert await liar.greet(hello()) is not None
+    liar.say(packet("pvf_ctl_broken", lib.PVF_CTL_BROKEN, field=b"f" * 64, text=b"t" * 192))
+    assert liar.events is not None
+    broken = await liar.events.one(Broken)
+    assert (broken.field, broken.text) == ("f" * 64, "t" * 192)
+
+
+async def test_what_the_worker_logs_is_logged_at_its_level(
+    liar: Liar, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await liar.greet(hello())
+    assert worker is not None
+    with caplog.at_level(logging.INFO):
+        for level in (3, 4, 6, 99):
+            liar.say(packet("pvf_ctl_log", lib.PVF_CTL_LOG, level=level, text=b"said %d" % level))
+        await eventually("the last line", lambda: "said 99" in caplog.text)
+    said = {r.getMessage().rpartition(" ")[2]: r.levelno for r in caplog.records}
+    assert said == {
+        "3": logging.ERROR, "4": logging.WARNING, "6": logging.INFO, "99": logging.INFO,
+    }  # fmt: skip
+
+
+async def test_a_command_without_an_answer_names_itself(
+    liar: Liar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker._command, "__defaults__", (None, (), 0.2))
+    worker = await liar.greet(hello())
+    assert worker is not None
+    with pytest.raises(WorkerGone, match="did not answer DETACH"):
+        await worker.detach(0, keep_target=False)
+
+
+async def test_answers_to_something_else_are_not_taken_for_ours(liar: Liar) -> None:
+    worker = await liar.greet(hello())
+    assert worker is not None
+    assert not await worker.quiesce(3, 0.1)
+    assert await liar.asked() == lib.PVF_CTL_QUIESCE
+    pending = asyncio.create_task(worker.detach(3, keep_target=False))
+    assert await liar.asked() == lib.PVF_CTL_DETACH
+    # The QUIESCE is answered late, and refused late; DETACHED of another generation comes.
+    liar.say(packet("pvf_ctl_simple", lib.PVF_CTL_DRAINED, 3))
+    liar.say(
+        packet(
+            "pvf_ctl_error", lib.PVF_CTL_ERROR, 3,
+            in_reply_to=lib.PVF_CTL_QUIESCE, error=errno.EIO, text=b"too late",
+        )
+    )  # fmt: skip
+    liar.say(packet("pvf_ctl_simple", lib.PVF_CTL_DETACHED, 2))
+    liar.say(packet("pvf_ctl_stalled", lib.PVF_CTL_STALLED))
+    assert liar.events is not None
+    await liar.events.one(Stalled)
+    assert not pending.done()
+    liar.say(packet("pvf_ctl_simple", lib.PVF_CTL_DETACHED, 3))
+    await asyncio.wait_for(pending, PATIENCE)
+
+
+async def test_commands_go_one_at_a_time(liar: Liar) -> None:
+    worker = await liar.greet(hello())
+    assert worker is not None
+    first = asyncio.create_task(worker.quiesce(1, PATIENCE))
+    second = asyncio.create_task(worker.detach(1, keep_target=True))
+    assert await liar.asked() == lib.PVF_CTL_QUIESCE
+    await asyncio.sleep(0.02)
+    assert liar.sock is not None
+    with pytest.raises(BlockingIOError):
+        liar.sock.recv(8192)
+    liar.say(packet("pvf_ctl_simple", lib.PVF_CTL_DRAINED, 1))
+    assert await first
+    assert await liar.asked() == lib.PVF_CTL_DETACH
+    liar.say(packet("pvf_ctl_simple", lib.PVF_CTL_DETACHED, 1))
+    await second
+
+
+async def test_a_worker_that_reads_nothing_is_given_up_instead_of_waited_for(liar: Liar) -> None:
+    worker = await liar.greet(hello())
+    assert worker is not None
+
+    async def ask_on_and_on() -> None:
+        for _ in range(5000):
+            await worker.quiesce(1, 0.0)
+
+    with pytest.raises(WorkerGone, match="the control connection failed"):
+        await ask_on_and_on()
