@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 RUN_DIR = Path("/run/pvfront")
 STOP_DEADLINE = 60.0
 READY_DEADLINE = 30.0
+_NEVER = 1e9  # seconds
 
 
 def sd_notify(*lines: str) -> None:
@@ -194,6 +195,7 @@ class Supervisor:
                 background.append(asyncio.create_task(self._follow(bus), name="bus"))
                 if self._suspend is not None:
                     background.append(asyncio.create_task(self._suspend.run(), name="suspend"))
+                    background.append(asyncio.create_task(self._show_suspend(self._suspend)))
                 background.append(asyncio.create_task(self._announce(), name="announce"))
                 stop = asyncio.create_task(self._stop.wait(), name="stop")
                 done, _ = await asyncio.wait(
@@ -365,6 +367,16 @@ class Supervisor:
         )
         save_state(self.run_dir, loop)
 
+    async def _show_suspend(self, suspend: Suspend) -> None:
+        """Keeps ``/run/pvfront/suspend.json`` what `Suspend.status` says."""
+        shown: dict[str, object] = {}
+        while True:
+            now = suspend.status()
+            if now != shown:
+                _write_json(self.run_dir / "suspend.json", now)
+                shown = now
+            await suspend.until(lambda s: s.status() != shown, _NEVER)  # noqa: B023 - awaited
+
     # -- questions -------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
@@ -459,6 +471,11 @@ def save_state(run_dir: Path, loop: DeviceLoop) -> None:
     if loop.phase is Phase.CLOSED:
         path.unlink(missing_ok=True)
         return
+    _write_json(path, state_of(loop))
+
+
+def _write_json(path: Path, value: object) -> None:
+    """Replaces a file in one step: whoever reads it finds the old text or the new."""
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(state_of(loop), indent=1) + "\n")
+    new.write_text(json.dumps(value, indent=1) + "\n")
     new.replace(path)

@@ -109,7 +109,7 @@ def test_list_shows_every_device_with_its_owner(pvf: Pvfront, guest: Guest) -> N
         ours = rows["vbd", "xvdb"]
         assert ours["owner"] == "pvfront"
         assert ours["os_device"] == guest.output("readlink -f /dev/pvfront/xvdb")
-        assert (ours["frontend_state"], ours["backend_state"]) == ("Connected", "Connected")
+        assert ours["frontend_state"] == ours["backend_state"] == "Connected (4)"
         assert rows["vbd", "xvda"]["owner"] == "kernel"
         assert any(row["class"] == "vif" and row["owner"] == "kernel" for row in rows.values())
         plain = guest.output("pvfront list")
