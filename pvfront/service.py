@@ -4,7 +4,7 @@
 A supervisor reconnects disks; while it does, writeback may wait for exactly that. So it must not
 wait for memory that only writeback can free (mlockall, PR_SET_IO_FLUSHER), nor for a journal whose
 own file may lie on the disk: log records go to a thread through a bounded queue, and are
-counted and dropped when it is full.
+counted and dropped when it is full. Nor does the end of the process wait for the journal.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import logging.handlers
 import os
 import queue
 import resource
-import sys
+import threading
+import time
 from pathlib import Path
 
 _MCL_CURRENT_FUTURE_ONFAULT = 1 | 2 | 4  # sys/mman.h
 _PR_SET_IO_FLUSHER = 57  # linux/prctl.h
 _LOG_QUEUE = 4096
+_LAST_WORDS = 2.0  # seconds that the log gets at the end of the process
 _SYSLOG_LEVEL = {
     logging.CRITICAL: 2,
     logging.ERROR: 3,
@@ -35,7 +37,7 @@ _SYSLOG_LEVEL = {
 class _DroppingHandler(logging.handlers.QueueHandler):
     """Hands records to the writing thread; never waits."""
 
-    def __init__(self, records: queue.Queue[logging.LogRecord]) -> None:
+    def __init__(self, records: queue.Queue[logging.LogRecord | None]) -> None:
         super().__init__(records)
         self.records = records
         self.dropped = 0
@@ -76,14 +78,41 @@ class _Formatter(logging.Formatter):
         return "\n".join(f"<{level}>{line}" for line in text.splitlines())
 
 
+class _Writer:
+    """The writing thread: writes every record to `fd`.
+
+    Not a StreamHandler, whose lock logging.shutdown() would wait for, held by a thread that hangs.
+    """
+
+    def __init__(
+        self, records: queue.Queue[logging.LogRecord | None], formatter: logging.Formatter, fd: int
+    ) -> None:
+        self._records = records
+        self._formatter = formatter
+        self._fd = fd
+        self.thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while (record := self._records.get()) is not None:
+            line = (self._formatter.format(record) + "\n").encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):
+                while line:
+                    line = line[os.write(self._fd, line) :]
+
+    def stop(self) -> None:
+        """Writes what is left, as far as that goes in `_LAST_WORDS` seconds."""
+        end = time.monotonic() + _LAST_WORDS
+        with contextlib.suppress(queue.Full):
+            self._records.put(None, timeout=_LAST_WORDS)
+            self.thread.join(max(0.0, end - time.monotonic()))
+
+
 def prepare_process(level: int) -> None:
     """Sets up logging and, as root, what a process in the writeback path needs."""
-    records: queue.Queue[logging.LogRecord] = queue.Queue(_LOG_QUEUE)
-    writer = logging.StreamHandler(sys.stderr)
-    writer.setFormatter(_Formatter(journal="JOURNAL_STREAM" in os.environ))
-    listener = logging.handlers.QueueListener(records, writer)
-    listener.start()
-    atexit.register(listener.stop)
+    records: queue.Queue[logging.LogRecord | None] = queue.Queue(_LOG_QUEUE)
+    writer = _Writer(records, _Formatter(journal="JOURNAL_STREAM" in os.environ), 2)
+    atexit.register(writer.stop)
     root = logging.getLogger()
     root.addHandler(_DroppingHandler(records))
     root.setLevel(level)

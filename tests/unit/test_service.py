@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The log of a process in the writeback path: it never waits, and says what it lost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pvfront import service
+from pvfront.service import _DroppingHandler, _Formatter, _Writer
+
+QUEUE = service._LOG_QUEUE
+PATIENCE = 20.0
+
+
+class Log:
+    """A logger that writes into a pipe, which is full until somebody reads."""
+
+    def __init__(self) -> None:
+        self.reader, self.fd = os.pipe()
+        os.set_blocking(self.fd, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(self.fd, bytes(4096))
+        os.set_blocking(self.fd, True)
+        self.records: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE)
+        self.handler = _DroppingHandler(self.records)
+        self.logger = logging.Logger("under test", logging.DEBUG)
+        self.logger.addHandler(self.handler)
+        self.writer = _Writer(self.records, _Formatter(journal=True), self.fd)
+        self._text = ""
+
+    def hang(self) -> None:
+        """The writer has taken one record and hangs on it."""
+        self.logger.info("taken")
+        self.eventually("the record in the writer's hands", self.records.empty)
+
+    def lines(self) -> list[str]:
+        """What has been written until now."""
+        while select.select([self.reader], [], [], 0)[0]:
+            data = os.read(self.reader, 1 << 16)
+            if not data:
+                break
+            self._text += data.decode().replace("\0", "")
+        return self._text.splitlines()
+
+    def eventually(self, what: str, holds: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < end, f"this never came: {what}"
+            time.sleep(0.002)
+
+    def close(self) -> None:
+        self.eventually("an empty queue", lambda: (self.lines(), self.records.empty())[1])
+        self.writer.stop()
+        os.close(self.fd)
+        os.close(self.reader)
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    made = Log()
+    yield made
+    made.close()
+
+
+def test_a_writer_that_hangs_holds_up_nobody(log: Log) -> None:
+    log.hang()
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(QUEUE + 1000):
+            log.logger.info("line %d", number)
+        done.set()
+
+    threading.Thread(target=write, daemon=True).start()
+    assert done.wait(PATIENCE), "logging waits for the writer"
+    assert log.handler.dropped == 1000
+
+
+def test_how_many_lines_were_dropped_is_said_once_there_is_room(log: Log) -> None:
+    log.hang()
+    for number in range(QUEUE + 17):
+        log.logger.info("line %d", number)
+    log.eventually("the last line kept", lambda: f"<6>line {QUEUE - 1}" in log.lines())
+    log.logger.info("after")
+    count = "<4>17 log lines were dropped: the log did not keep up"
+    log.eventually("the count", lambda: count in log.lines())
+    log.logger.info("later")
+    log.eventually("the line after that", lambda: "<6>later" in log.lines())
+    assert log.lines() == [
+        "<6>taken",
+        *(f"<6>line {number}" for number in range(QUEUE)),
+        "<6>after",
+        count,
+        "<6>later",
+    ]
+
+
+def test_nothing_is_said_when_nothing_was_dropped(log: Log) -> None:
+    for number in range(10):
+        log.logger.info("line %d", number)
+    log.eventually("the last line", lambda: "<6>line 9" in log.lines())
+    assert log.lines() == [f"<6>line {number}" for number in range(10)]
+
+
+def test_a_log_whose_reader_has_gone_is_no_reason_to_fail(log: Log) -> None:
+    log.hang()
+    os.close(log.reader)
+    log.logger.info("into the void")
+    log.eventually("an empty queue", log.records.empty)
+    log.reader = os.open(os.devnull, os.O_RDONLY)
+    assert log.writer.thread.is_alive()
+
+
+def record(level: int, text: str) -> logging.LogRecord:
+    return logging.LogRecord("pvfront", level, __file__, 1, text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("level", "prefix"),
+    [
+        (logging.CRITICAL, "<2>"),
+        (logging.ERROR, "<3>"),
+        (logging.WARNING, "<4>"),
+        (logging.INFO, "<6>"),
+        (logging.DEBUG, "<7>"),
+        (35, "<6>"),
+    ],
+)
+def test_the_journal_gets_a_level_before_every_line(level: int, prefix: str) -> None:
+    shown = _Formatter(journal=True).format(record(level, "one\ntwo"))
+    assert shown == f"{prefix}one\n{prefix}two"
+
+
+def test_a_terminal_gets_time_and_level_instead() -> None:
+    shown = _Formatter(journal=False).format(record(logging.WARNING, "said"))
+    assert shown.endswith(" WARNING said")
+    assert shown[:4].isdigit()
+    assert "<4>" not in shown
+
+
+PROGRAM = """
+import logging
+from pvfront.service import prepare_process
+prepare_process(logging.INFO)
+log = logging.getLogger("pvfront.test")
+log.debug("not shown")
+log.info("shown %d", 1)
+try:
+    raise ValueError("inside")
+except ValueError:
+    log.exception("broke")
+"""
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_what_was_logged_is_out_before_the_process_ends(journal: bool) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}
+    if journal:
+        env["JOURNAL_STREAM"] = "8:1"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = [line for line in done.stderr.splitlines() if "mlock" not in line.lower()]
+    lines = [line for line in lines if "PR_SET_IO_FLUSHER" not in line]
+    assert "not shown" not in done.stderr
+    assert lines[0].endswith("<6>shown 1" if journal else "INFO    shown 1")
+    assert lines[1].endswith("<3>broke" if journal else "ERROR   broke")
+    assert lines[-1] == ("<3>" if journal else "") + "ValueError: inside"
+    if journal:
+        assert all(line.startswith("<") for line in done.stderr.splitlines())
+
+
+FLOOD = """
+import logging
+from pvfront.service import prepare_process
+prepare_process(logging.INFO)
+for number in range(20000):
+    logging.getLogger("pvfront").info("a line that nobody reads %d", number)
+"""
+
+
+def test_a_journal_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    with subprocess.Popen([sys.executable, "-c", FLOOD], stderr=subprocess.PIPE) as process:
+        try:
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
