@@ -175,6 +175,7 @@ def test_a_new_nbd_socket_is_refused_while_the_ring_holds_requests() -> None:
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_START, errno.EBUSY)
         theirs.close()
         assert ours.recv(1) == b""  # refused: closed, not kept
+        ours.close()
         host.backend.release()
         host.supervisor.wait(lib.PVF_CTL_DRAINED)
         host.client = None
