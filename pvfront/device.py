@@ -287,7 +287,6 @@ class DeviceLoop:
             except DeviceGone:
                 raise
             except (PvfrontError, OSError) as error:
-                log.warning("%s: %s", self.device.name, error)
                 await self._enter(Phase.FAILED, str(error))
                 await self._pause(pause)
                 pause = min(pause * 2, RETRY_LAST)
@@ -458,28 +457,32 @@ class DeviceLoop:
             if view.moved or self._poisoned or view.frontend is XenbusState.INITIALISING:
                 self._poisoned = True
                 why = "the domain was suspended and resumed without us"
-                log.error("%s: %s", device.name, why)
                 await self._enter(Phase.RECONNECTING, why)
                 return False
             if not view.present:
                 raise DeviceGone(f"{device.name}: removed")
             if frontend.trouble is not None:
                 await self._enter(Phase.RECONNECTING, frontend.trouble)
-                log.warning("%s: reconnecting: %s", device.name, frontend.trouble)
                 return False
             if view.backend in (XenbusState.CLOSING, XenbusState.CLOSED) and not view.online:
                 return await self._detach_asked()
             if view.backend is not XenbusState.CONNECTED:
-                why = f"the backend went to {view.backend.label}"
-                log.warning("%s: reconnecting: %s", device.name, why)
-                await self._enter(Phase.RECONNECTING, why)
+                await self._enter(
+                    Phase.RECONNECTING, f"the backend went to {view.backend.label}"
+                )
+                return False
+            # A kernel's frontend that has bound the device walks to Connected as well: the state
+            # alone does not tell, but it was written.
+            if view.serial != seen and await asyncio.to_thread(frontend.stolen):
+                await self._enter(
+                    Phase.RECONNECTING, "the kernel's frontend had taken the device back"
+                )
                 return False
             if view.frontend is not XenbusState.CONNECTED:
-                why = f"someone else wrote the frontend's state: {view.frontend.label}"
-                if await asyncio.to_thread(frontend.stolen):
-                    why = "the kernel's frontend had taken the device back"
-                log.warning("%s: reconnecting: %s", device.name, why)
-                await self._enter(Phase.RECONNECTING, why)
+                await self._enter(
+                    Phase.RECONNECTING,
+                    f"someone else wrote the frontend's state: {view.frontend.label}",
+                )
                 return False
             if view.serial != seen or frontend.pending:
                 seen = view.serial
@@ -490,14 +493,9 @@ class DeviceLoop:
         """The toolstack wants the device back (online 0, backend Closing)."""
         device = self.device
         while (why := await asyncio.to_thread(self.frontend.busy)) is not None:
-            if self.phase is not Phase.DETACH_REFUSED:
-                log.warning(
-                    "%s: detach asked for, refused while in use: %s; it will complete by itself "
-                    "once that ends",
-                    device.name,
-                    why,
-                )
-            await self._enter(Phase.DETACH_REFUSED, why)
+            await self._enter(
+                Phase.DETACH_REFUSED, f"refused while in use: {why}; completes when that ends"
+            )
             self._poked.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poked.wait(), self.deadlines.busy_poll)
@@ -508,7 +506,6 @@ class DeviceLoop:
             if device.view.online:
                 await self._enter(Phase.CONNECTED, "detach withdrawn")
                 return False
-        log.info("%s: detached by the toolstack", device.name)
         await self._enter(Phase.CLOSING, "detached by the toolstack")
         drained = await self.frontend.quiesce(self.deadlines.detach)
         await self.frontend.close()
@@ -557,7 +554,6 @@ class DeviceLoop:
         await self._enter(Phase.CLOSED, reason)
 
     async def _gone(self, why: str) -> None:
-        log.info("%s", why)
         await self._enter(Phase.CLOSING, why)
         await self.frontend.detach(keep_target=False)
         self._attached = False
@@ -566,13 +562,23 @@ class DeviceLoop:
         await self._enter(Phase.CLOSED, why)
 
     async def _enter(self, phase: Phase, reason: str = "") -> None:
+        reason = reason.removeprefix(f"{self.device.name}: ")
         if (phase, reason) == (self.phase, self.reason):
             return
         if phase is Phase.CONNECTED and self.phase is not Phase.CONNECTED:
             self.connected_since = time.time()
-        log.info("%s: %s%s", self.device.name, phase.value, f" ({reason})" if reason else "")
+        log.log(
+            logging.WARNING if reason and phase in _TROUBLE else logging.INFO,
+            "%s: %s%s",
+            self.device.name,
+            phase.value,
+            f": {reason}" if reason else "",
+        )
         async with self._phase_changed:
             self.phase, self.reason = phase, reason
             self._phase_changed.notify_all()
         if self._on_change is not None:
             self._on_change(self)
+
+
+_TROUBLE = (Phase.FAILED, Phase.RECONNECTING, Phase.DETACH_REFUSED)
