@@ -28,6 +28,7 @@ from ..errors import PvfrontError
 from ..negotiate import BadValue, Keys, Problem, parse_uint
 
 SECTOR = 512
+VIRTUAL_DEVICE = "virtual-device"  # the toolstack's; we hide it while the disk is ours
 PROTOCOL = "x86_64-abi"  # XEN_IO_PROTO_ABI_X86_64 (io/protocols.h)
 
 # blkif.h

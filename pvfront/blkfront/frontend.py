@@ -112,7 +112,10 @@ class DiskFrontend:
         self._poke = poke
 
     def stale_key(self, key: str) -> bool:
-        return features.stale_key(key)
+        # Without virtual-device the kernel's blkfront refuses the device (blkfront_probe). Were it
+        # to bind a disk that we serve, it would read from a ring that nobody maps, inside the
+        # kernel's only watch thread: no watch of this guest would ever fire again.
+        return key == features.VIRTUAL_DEVICE or features.stale_key(key)
 
     def stolen(self) -> bool:
         return self._stolen()

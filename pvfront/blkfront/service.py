@@ -16,6 +16,7 @@ from ..supervisor import RUN_DIR, Supervisor
 from ..suspend import Suspend
 from ..xenbus import Bus, XenbusDevice
 from ..xenstore import Xenstore
+from .features import VIRTUAL_DEVICE
 from .frontend import DiskFrontend
 from .vdev import parse_name, vdev_name
 
@@ -63,6 +64,10 @@ class Disks:
 
     async def give_back(self, device: XenbusDevice) -> str:
         claim = self.claims.taken(device.name)
+        if not device.view.online:
+            self.forget(device.name)
+            return f"{self.label(device.devid)}: closed; the toolstack is detaching it"
+        await device.store.write(f"{device.path}/{VIRTUAL_DEVICE}", str(device.devid))
         if claim is not None and not claim.kernel_had_bound:
             # The kernel can bind a vbd only from a fresh start of both ends. One that it cannot
             # have any more stays Closed: that is what a later detach is answered from.
