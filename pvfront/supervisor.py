@@ -25,7 +25,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,10 +165,15 @@ class Supervisor:
         self.run_dir = run_dir
         self.served: dict[int, Served] = {}
         self.refused: dict[int, str] = {}
+        self._beginning: set[int] = set()
+        self._work: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._failure: PvfrontError | None = None
         self._suspend = suspend(self._participants) if suspend is not None else None
         self._seen_ids: set[int] = set()
+        self._beginning = asyncio.Lock()
+        self._listed = asyncio.Event()
+        self._later: set[asyncio.Task[None]] = set()
 
     # -- life ------------------------------------------------------------------------------
 
@@ -181,45 +186,54 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        bus = Bus(self.store, self.klass.klass, home=self.home)
-        background: list[asyncio.Task[None]] = []
-        if self.hot_plug:
-            self.klass.hold_hot_plug()
-        else:
-            self.klass.repair()
-        try:
-            async with self._answering():
-                if self.named:
-                    for devid in self.named:
-                        await self._begin(devid, strict=True)
-                background.append(asyncio.create_task(self._follow(bus), name="bus"))
-                if self._suspend is not None:
-                    background.append(asyncio.create_task(self._suspend.run(), name="suspend"))
-                    background.append(asyncio.create_task(self._show_suspend(self._suspend)))
-                background.append(asyncio.create_task(self._announce(), name="announce"))
-                stop = asyncio.create_task(self._stop.wait(), name="stop")
-                done, _ = await asyncio.wait(
-                    {stop, *background[:-1]}, return_when=asyncio.FIRST_COMPLETED
-                )
-                if stop not in done:
-                    stop.cancel()
-                    for task in done:
-                        task.result()  # a background task that ends has failed
-                sd_notify("STOPPING=1")
-                await self._end(background)
-        finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+        async with self._answering():  # first: a second supervisor must not change anything
             if self.hot_plug:
-                self.klass.release_hot_plug()
+                self.klass.hold_hot_plug()
+            else:
+                self.klass.repair()
+            try:
+                await self._run()
+            finally:
+                if self.hot_plug:
+                    self.klass.release_hot_plug()
         return 1 if self._failure else 0
+
+    async def _run(self) -> None:
+        background: list[asyncio.Task[None]] = []
+        try:
+            try:
+                for devid in self.named:
+                    await self._begin(devid, strict=True)
+            except (PvfrontError, OSError):
+                await self._end(background)
+                raise
+            bus = Bus(self.store, self.klass.klass, home=self.home)
+            background.append(asyncio.create_task(self._follow(bus), name="bus"))
+            if self._suspend is not None:
+                background.append(asyncio.create_task(self._suspend.run(), name="suspend"))
+                background.append(asyncio.create_task(self._show_suspend(self._suspend)))
+            background.append(asyncio.create_task(self._announce(), name="announce"))
+            stop = asyncio.create_task(self._stop.wait(), name="stop")
+            done, _ = await asyncio.wait(
+                {stop, *background[:-1]}, return_when=asyncio.FIRST_COMPLETED
+            )
+            if stop not in done:
+                stop.cancel()
+                for task in done:
+                    task.result()  # a background task that ends has failed
+            sd_notify("STOPPING=1")
+            await self._end(background)
+        finally:
+            for task in (*background, *self._later):
+                task.cancel()
+            await asyncio.gather(*background, *self._later, return_exceptions=True)
 
     def stop(self) -> None:
         self._stop.set()
 
     async def _announce(self) -> None:
         """READY once every device has its first result, good or bad, or after a deadline."""
+        await self._listed.wait()
         first = [s.loop for s in self.served.values()]
         with contextlib.suppress(TimeoutError, PvfrontError):
             await asyncio.gather(
@@ -236,9 +250,9 @@ class Supervisor:
 
     async def _end(self, background: Collection[asyncio.Task[None]]) -> None:
         # Hot plug and suspend stop first: nothing new may begin while we close.
-        for task in background:
+        for task in (*background, *self._later):
             task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
+        await asyncio.gather(*background, *self._later, return_exceptions=True)
         await asyncio.gather(*(self._finish(devid) for devid in list(self.served)))
         left = [s for s in self.served.values() if s.loop.phase is not Phase.CLOSED]
         if self._suspend is not None and not left:
@@ -293,10 +307,26 @@ class Supervisor:
                     continue
                 if self.wanted(devid):
                     await self._begin(devid, strict=False)
-                elif self.hot_plug:
-                    self.klass.pass_on(f"{self.klass.klass}-{devid}")
+                else:
+                    await self._pass_on(devid)
+            self._listed.set()
+
+    async def _pass_on(self, devid: int) -> None:
+        """Lets the kernel have a device: while we hold hot plug it takes none by itself."""
+        if not self.hot_plug:
+            return
+        try:
+            await asyncio.to_thread(self.klass.pass_on, f"{self.klass.klass}-{devid}")
+        except (PvfrontError, OSError) as error:
+            log.warning("%s: not passed on to the kernel: %s", self.klass.label(devid), error)
 
     async def _begin(self, devid: int, *, strict: bool) -> None:
+        async with self._beginning:  # the list and `_again` may both have seen it
+            if devid in self.served and not self.served[devid].task.done():
+                return
+            await self._begin_one(devid, strict=strict)
+
+    async def _begin_one(self, devid: int, *, strict: bool) -> None:
         name = self.klass.label(devid)
         try:
             device = await XenbusDevice.open(self.store, self.klass.klass, devid, home=self.home)
@@ -325,6 +355,7 @@ class Supervisor:
             raise error
         self.refused[devid] = str(error)
         log.warning("%s: not served: %s", self.klass.label(devid), error)
+        await self._pass_on(devid)
 
     async def _serve(self, devid: int, loop: DeviceLoop) -> None:
         try:
@@ -343,7 +374,9 @@ class Supervisor:
             ids = await Bus(self.store, self.klass.klass, home=self.home).ids()
             self._seen_ids &= set(ids) if loop.goal is Goal.CLOSED else set(ids) - {devid}
         if not self._stop.is_set() and loop.goal is not Goal.CLOSED:
-            asyncio.get_running_loop().create_task(self._again(devid))
+            again = asyncio.create_task(self._again(devid), name=f"again {devid}")
+            self._later.add(again)
+            again.add_done_callback(self._later.discard)
 
     async def _again(self, devid: int) -> None:
         """Serves an id again that was detached and is there once more."""
@@ -365,7 +398,10 @@ class Supervisor:
                 for devid, s in sorted(self.served.items())
             )
         )
-        save_state(self.run_dir, loop)
+        try:
+            save_state(self.run_dir, loop)
+        except OSError as error:
+            log.warning("%s: its state is not on record: %s", loop.device.name, error)
 
     async def _show_suspend(self, suspend: Suspend) -> None:
         """Keeps ``/run/pvfront/suspend.json`` what `Suspend.status` says."""
@@ -402,8 +438,8 @@ class Supervisor:
         try:
             line = await asyncio.wait_for(reader.readline(), 10)
             try:
-                answer = await self._do(json.loads(line))
-            except (PvfrontError, OSError, ValueError, KeyError, TypeError) as error:
+                answer = await self._do(_parse(line))
+            except (PvfrontError, OSError) as error:
                 answer = {
                     "ok": False,
                     "error": str(error),
@@ -431,7 +467,9 @@ class Supervisor:
         return {"ok": True, "devices": devices, "refused": self.refused}
 
     async def _do_release(self, request: dict[str, Any]) -> dict[str, Any]:
-        devid = int(request["id"])
+        devid = request.get("id")
+        if not isinstance(devid, int):
+            raise PvfrontError('release wants the "id" of a device, a number')
         served = self.served.get(devid)
         if served is None or served.task.done():
             raise PvfrontError(f"{self.klass.label(devid)}: not served by this supervisor")
@@ -443,6 +481,16 @@ class Supervisor:
         text = await self._finish(devid)
         self.served.pop(devid, None)
         return {"ok": True, "text": text}
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, dict):
+        raise PvfrontError("the request is no JSON object on one line")
+    return request
 
 
 def state_of(loop: DeviceLoop) -> dict[str, Any]:

@@ -1,0 +1,738 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""A supervisor with several devices on a store in memory: who is served, and how it ends.
+
+The class of devices is made up: it records what it is asked, and its frontends hold nothing. The
+backend of each device answers as blkback does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memstore import MemStore, SocketServer
+
+from pvfront import supervisor as module
+from pvfront.device import Phase
+from pvfront.errors import PvfrontError
+from pvfront.supervisor import Supervisor
+from pvfront.xenbus import XenbusDevice
+from pvfront.xenstore import Xenstore
+
+B, C, D = 51728, 51744, 51760
+LABELS = {B: "xvdb", C: "xvdc", D: "xvdd"}
+PATIENCE = 10.0
+
+
+def front(devid: int) -> str:
+    return f"/local/domain/5/device/vbd/{devid}"
+
+
+def back(devid: int) -> str:
+    return f"/local/domain/0/backend/vbd/5/{devid}"
+
+
+class Disk:
+    """A frontend that holds nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.trouble: str | None = None
+        self.pending = False
+        self.generation = 0
+        self.os_path = f"/dev/{name}"
+        self.in_use: str | None = None
+        self.adopts = False
+        self.calls: list[str] = []
+        self.hangs = False
+
+    def on_poke(self, poke: Callable[[], None]) -> None:
+        self.poke = poke
+
+    def details(self) -> dict[str, Any]:
+        return {"os_device": self.os_path}
+
+    def in_flight(self) -> int:
+        return 3
+
+    def stale_key(self, key: str) -> bool:
+        return key == "ring-ref"
+
+    def stolen(self) -> bool:
+        return False
+
+    async def adopt(self, device: XenbusDevice) -> bool:
+        return self.adopts
+
+    async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
+        self.calls.append("attach")
+        self.generation += 1
+        return {"ring-ref": "8"}
+
+    async def start(self, device: XenbusDevice) -> None:
+        self.calls.append("start")
+
+    async def update(self, device: XenbusDevice) -> None: ...
+
+    async def quiesce(self, timeout: float) -> bool:
+        self.calls.append("quiesce")
+        if self.hangs:
+            await asyncio.sleep(3600)
+        return True
+
+    async def detach(self, *, keep_target: bool) -> None:
+        self.calls.append("detach")
+
+    def busy(self) -> str | None:
+        return self.in_use
+
+    async def close(self) -> None:
+        self.calls.append("close")
+
+    async def end(self) -> None:
+        self.calls.append("end")
+
+    async def poisoned(self) -> None: ...
+
+
+class Class:
+    """A `DeviceClass` that writes down what it is asked."""
+
+    klass = "vbd"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.refuses: dict[str, Exception] = {}
+        self.disks: dict[str, Disk] = {}
+        self.taking: asyncio.Event | None = None
+        self.prepare: Callable[[Disk], None] = lambda disk: None
+
+    def label(self, devid: int) -> str:
+        return LABELS.get(devid, str(devid))
+
+    async def take(self, device: XenbusDevice, *, force: bool) -> None:
+        self.calls.append(("force" if force else "take", device.name))
+        if self.taking is not None:
+            await self.taking.wait()
+        if device.name in self.refuses:
+            raise self.refuses[device.name]
+
+    def frontend(self, device: XenbusDevice) -> Disk:
+        disk = self.disks[device.name] = Disk(device.name)
+        self.prepare(disk)
+        return disk
+
+    async def give_back(self, device: XenbusDevice) -> str:
+        self.calls.append(("give back", device.name))
+        return f"{device.name}: given back to the kernel"
+
+    def forget(self, name: str) -> None:
+        self.calls.append(("forget", name))
+
+    def repair(self) -> None:
+        self.calls.append(("repair", ""))
+
+    def hold_hot_plug(self) -> None:
+        self.calls.append(("hold", ""))
+
+    def release_hot_plug(self) -> None:
+        self.calls.append(("release", ""))
+
+    def pass_on(self, name: str) -> None:
+        self.calls.append(("pass on", name))
+        if name in self.refuses:
+            raise PvfrontError(f"{name}: no such device")
+
+    def count(self, verb: str, devid: int) -> int:
+        return self.calls.count((verb, f"vbd-{devid}"))
+
+
+class Notified:
+    """systemd's end of sd_notify(3)."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(str(path))
+        self.sock.setblocking(False)
+        self._seen: list[str] = []
+
+    def lines(self) -> list[str]:
+        while True:
+            try:
+                self._seen += self.sock.recv(4096).decode().splitlines()
+            except BlockingIOError:
+                return self._seen
+
+
+class World:
+    """Store, toolstack, backends, and the supervisors under test."""
+
+    def __init__(self, mem: MemStore, guest: Xenstore, dom0: Xenstore, run_dir: Path) -> None:
+        self.mem = mem
+        self.guest = guest
+        self.dom0 = dom0
+        self.run_dir = run_dir
+        self.klass = Class()
+        self.supervisor: Supervisor
+        self.run: asyncio.Task[int]
+        self.backends: dict[int, asyncio.Task[None]] = {}
+        self.supervisors: list[asyncio.Task[int]] = []
+
+    # -- the toolstack ---------------------------------------------------------------------
+
+    def plug(self, *devids: int, state: str = "1") -> None:
+        domain = "n5,r0"
+        self.mem.set("/local/domain/5", b"", domain)
+        for devid in devids:
+            for key, value in {"state": "2", "online": "1"}.items():
+                self.mem.set(f"{back(devid)}/{key}", value.encode(), "n0,r5")
+            for key, value in {"backend-id": "0", "state": state, "backend": back(devid)}.items():
+                self.mem.set(f"{front(devid)}/{key}", value.encode(), domain)
+            self.mem.set(front(devid), b"", domain)  # libxl makes the directory, not only keys
+            self.backends[devid] = asyncio.create_task(self._backend(devid))
+
+    async def unplug(self, devid: int) -> None:
+        """The forced kind: the nodes vanish."""
+        self.backends.pop(devid).cancel()
+        async for attempt in self.dom0.transaction():
+            async with attempt as t:
+                await t.remove(front(devid))
+                await t.remove(back(devid))
+
+    async def _backend(self, devid: int) -> None:
+        async with self.dom0.watch(f"{front(devid)}/state") as watch:
+            async for _ in watch:
+                state = await self.dom0.read_opt(f"{front(devid)}/state")
+                mine = await self.dom0.read_opt(f"{back(devid)}/state")
+                answer = {"1": "2", "3": "4", "5": "5", "6": "6"}.get(state or "")
+                if answer and mine and answer != mine:
+                    await self.dom0.write(f"{back(devid)}/state", answer)
+
+    # -- the supervisor --------------------------------------------------------------------
+
+    def serve(self, named: Collection[int] = (), **options: Any) -> Supervisor:
+        hot_plug = options.pop("hot_plug", not named)
+        wanted = options.pop("wanted", lambda devid: devid in named if named else True)
+        self.supervisor = Supervisor(
+            self.guest, options.pop("klass", self.klass), wanted,
+            named=named, hot_plug=hot_plug, run_dir=self.run_dir, **options,
+        )  # fmt: skip
+        self.run = asyncio.create_task(self.supervisor.run())
+        self.supervisors.append(self.run)
+        return self.supervisor
+
+    async def connected(self, *devids: int) -> None:
+        await self.eventually(
+            f"{devids} connected",
+            lambda: all(
+                d in self.supervisor.served
+                and self.supervisor.served[d].loop.phase is Phase.CONNECTED
+                for d in devids
+            ),
+        )
+
+    async def stopped(self) -> int:
+        self.supervisor.stop()
+        return await asyncio.wait_for(asyncio.shield(self.run), PATIENCE)
+
+    async def ask(self, request: object, *, raw: bytes | None = None) -> dict[str, Any]:
+        path = str(self.run_dir / "supervisor-vbd.sock")
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(raw if raw is not None else json.dumps(request).encode() + b"\n")
+        writer.write_eof()
+        try:
+            line = await asyncio.wait_for(reader.readline(), PATIENCE)
+        finally:
+            writer.close()
+            await writer.wait_closed()
+        answer = json.loads(line)
+        assert isinstance(answer, dict)
+        return answer
+
+    async def eventually(self, what: str, holds: Callable[[], Any]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not holds():
+            if self.run.done() and not self.run.cancelled() and self.run.exception():
+                raise AssertionError("the supervisor failed") from self.run.exception()
+            assert time.monotonic() < end, f"this never came: {what}; calls {self.klass.calls}"
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    mem = MemStore()
+    inside, outside = SocketServer(mem, domid=5), SocketServer(mem, domid=0)
+    await inside.start(str(tmp_path / "guest"))
+    await outside.start(str(tmp_path / "dom0"))
+    async with (
+        await Xenstore.connect(str(tmp_path / "guest")) as guest,
+        await Xenstore.connect(str(tmp_path / "dom0")) as dom0,
+    ):
+        made = World(mem, guest, dom0, tmp_path / "run")
+        yield made
+        tasks = [*made.supervisors, *made.backends.values()]
+        if made.supervisors:
+            tasks += [s.task for s in made.supervisor.served.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await inside.stop()
+    await outside.stop()
+
+
+@pytest.fixture
+def notified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Notified]:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    made = Notified(tmp_path / "notify")
+    yield made
+    made.sock.close()
+
+
+# -- who is served ---------------------------------------------------------------------------------
+
+
+async def test_a_named_device_that_is_not_there_is_an_error(world: World) -> None:
+    world.plug(B)
+    world.serve([C])
+    with pytest.raises(PvfrontError, match=f"device/vbd/{C}"):
+        await world.run
+
+
+async def test_a_named_device_that_is_refused_is_an_error_and_the_others_are_given_back(
+    world: World,
+) -> None:
+    world.plug(B, C)
+    world.klass.refuses[f"vbd-{C}"] = PvfrontError("xvdc: in use: mounted at /")
+    world.serve([B, C])
+    with pytest.raises(PvfrontError, match="mounted at /"):
+        await asyncio.wait_for(world.run, PATIENCE)
+    assert world.klass.count("give back", B) == 1
+    assert world.supervisor.served[B].loop.phase is Phase.CLOSED
+    assert not list(world.run_dir.iterdir())
+
+
+async def test_named_devices_are_served_and_others_left_alone(world: World) -> None:
+    world.plug(B, C)
+    world.serve([B], force=True)
+    await world.connected(B)
+    world.plug(D)
+    await world.unplug(C)
+    assert world.mem.value(f"{front(B)}/state") == b"4"
+    assert world.klass.calls == [("repair", ""), ("force", f"vbd-{B}")]
+
+
+async def test_a_refused_device_is_reported_and_the_others_are_served(world: World) -> None:
+    world.plug(B, C, D)
+    world.klass.refuses[f"vbd-{C}"] = PvfrontError("xvdc: in use: mounted at /srv")
+    world.serve()
+    await world.connected(B, D)
+    answer = await world.ask({"verb": "list"})
+    assert [device["id"] for device in answer["devices"]] == [B, D]
+    assert answer["refused"] == {str(C): "xvdc: in use: mounted at /srv"}
+
+
+async def test_a_refused_device_is_left_to_the_kernel_which_does_not_probe_by_itself(
+    world: World,
+) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    world.klass.refuses[f"vbd-{C}"] = PvfrontError("it is a cdrom, not a disk")
+    world.plug(C, D)
+    await world.connected(D)
+    await world.eventually("the pass on", lambda: world.klass.count("pass on", C))
+
+
+async def test_a_device_plugged_later_is_served_and_one_not_wanted_passed_on(
+    world: World,
+) -> None:
+    world.plug(B)
+    world.serve(wanted=lambda devid: devid != C)
+    await world.connected(B)
+    world.plug(C, D)
+    await world.connected(D)
+    assert world.klass.count("pass on", C) == 1
+    assert world.klass.count("take", C) == 0
+    assert world.klass.calls[0] == ("hold", "")
+
+
+async def test_a_device_that_vanishes_while_it_is_passed_on_is_no_reason_to_end(
+    world: World,
+) -> None:
+    world.klass.refuses[f"vbd-{C}"] = PvfrontError("no such device")
+    world.plug(C)
+    world.serve(wanted=lambda devid: devid != C)
+    await world.eventually("the pass on", lambda: world.klass.count("pass on", C))
+    world.plug(B)
+    await world.connected(B)
+
+
+async def test_a_vanished_device_is_forgotten_and_its_id_served_again(world: World) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    first = world.supervisor.served[B].loop
+    await world.unplug(B)
+    await world.eventually("the end of the first", lambda: first.phase is Phase.CLOSED)
+    await world.eventually("the claim forgotten", lambda: world.klass.count("forget", B))
+    world.plug(D)
+    await world.connected(D)  # the list was read without B
+    world.plug(B)
+    await world.eventually("a second loop", lambda: world.supervisor.served[B].loop is not first)
+    await world.connected(B)
+    assert world.klass.count("take", B) == 2
+
+
+async def test_an_id_that_is_back_before_its_end_was_noticed_has_one_loop(world: World) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    await world.unplug(B)
+    world.plug(B)
+    await world.eventually(
+        "a second generation",
+        lambda: (
+            world.klass.disks[f"vbd-{B}"].calls.count("attach") == 2
+            or world.klass.count("take", B) == 2
+        ),
+    )
+    await world.connected(B)
+    assert world.mem.value(f"{front(B)}/state") == b"4"
+    loops = [t for t in asyncio.all_tasks() if t.get_name() == "serve xvdb"]
+    assert len(loops) == 1
+
+
+async def test_an_orderly_detach_ends_the_loop_and_the_id_is_served_again(world: World) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    first = world.supervisor.served[B]
+    await world.dom0.write(f"{back(B)}/online", "0")
+    await world.dom0.write(f"{back(B)}/state", "5")
+    await world.eventually("the end of the loop", first.task.done)
+    assert world.klass.disks[f"vbd-{B}"].calls[-1] == "end"
+    await world.unplug(B)
+    world.plug(D)
+    await world.connected(D)
+    world.plug(B)
+    await world.eventually("a second loop", lambda: world.supervisor.served[B] is not first)
+    await world.connected(B)
+
+
+async def test_one_device_is_begun_once_however_often_it_is_seen(world: World) -> None:
+    world.klass.taking = asyncio.Event()
+    world.plug(B)
+    world.serve()
+    await world.eventually("the take", lambda: world.klass.count("take", B))
+    again = asyncio.create_task(world.supervisor._again(B))
+    await asyncio.sleep(0.05)
+    world.klass.taking.set()
+    await again
+    await world.connected(B)
+    assert world.klass.count("take", B) == 1
+
+
+# -- the end ---------------------------------------------------------------------------------------
+
+
+async def test_a_stop_drains_closes_and_gives_back(world: World) -> None:
+    world.plug(B, C)
+    world.serve()
+    await world.connected(B, C)
+    assert await world.stopped() == 0
+    for devid in (B, C):
+        calls = world.klass.disks[f"vbd-{devid}"].calls
+        assert calls == ["attach", "start", "close", "quiesce", "detach", "end"]
+        assert world.mem.value(f"{front(devid)}/state") == b"6"
+        assert world.klass.count("give back", devid) == 1
+    assert world.klass.calls[-1] == ("release", "")
+    assert not list(world.run_dir.iterdir())
+
+
+async def test_sigterm_is_a_stop(world: World) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    os.kill(os.getpid(), 15)
+    assert await asyncio.wait_for(asyncio.shield(world.run), PATIENCE) == 0
+    assert world.klass.count("give back", B) == 1
+
+
+async def test_a_device_in_use_is_left_to_its_worker(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.plug(B, C)
+    world.serve()
+    await world.connected(B, C)
+    world.klass.disks[f"vbd-{B}"].in_use = "mounted at /srv"
+    assert await world.stopped() == 0
+    assert world.klass.disks[f"vbd-{B}"].calls == ["attach", "start"]
+    assert world.mem.value(f"{front(B)}/state") == b"4"
+    assert world.klass.count("give back", B) == 0
+    assert world.klass.count("give back", C) == 1
+    assert "xvdb: still in use (mounted at /srv): its worker goes on" in caplog.text
+    state = json.loads((world.run_dir / f"vbd-{B}.json").read_text())
+    assert state["phase"] == "connected", "what it left is what list and status show"
+
+
+async def test_what_an_earlier_supervisor_left_is_adopted(world: World) -> None:
+    world.klass.prepare = lambda disk: setattr(disk, "adopts", True)
+    world.plug(B, state="4")
+    world.mem.set(f"{back(B)}/state", b"4", "n0,r5")
+    world.serve()
+    await world.connected(B)
+    assert world.klass.disks[f"vbd-{B}"].calls == []
+    assert world.supervisor.served[B].loop.reason == "adopted"
+
+
+async def test_a_device_that_does_not_close_in_time_is_named_and_the_status_is_1(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "STOP_DEADLINE", 0.2)
+    world.plug(B, C)
+    world.serve()
+    await world.connected(B, C)
+    world.klass.disks[f"vbd-{B}"].hangs = True
+    assert await world.stopped() == 1
+    assert "xvdb: not closed within" in caplog.text
+    assert world.klass.count("give back", C) == 1
+
+
+async def test_a_second_supervisor_is_refused_and_changes_nothing(world: World) -> None:
+    world.plug(B)
+    first = world.serve()
+    await world.connected(B)
+    before = list(world.klass.calls)
+    second = Supervisor(
+        world.guest, world.klass, lambda devid: True, named=[B], run_dir=world.run_dir
+    )
+    with pytest.raises(PvfrontError, match="another supervisor already serves vbd") as refused:
+        await second.run()
+    assert "pvfront list" in str(refused.value.hint)
+    third = Supervisor(
+        world.guest, world.klass, lambda devid: True, hot_plug=True, run_dir=world.run_dir
+    )
+    with pytest.raises(PvfrontError, match="another supervisor"):
+        await third.run()
+    assert world.klass.calls == before
+    assert (await world.ask({"verb": "list"}))["devices"][0]["id"] == B
+    assert first.served[B].loop.phase is Phase.CONNECTED
+
+
+async def test_the_socket_of_a_dead_supervisor_is_no_hindrance(world: World) -> None:
+    world.run_dir.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(world.run_dir / "supervisor-vbd.sock"))
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    assert (world.run_dir / "supervisor-vbd.sock").stat().st_mode & 0o777 == 0o600
+    assert (await world.ask({"verb": "list"}))["ok"] is True
+
+
+# -- questions -------------------------------------------------------------------------------------
+
+
+async def test_list_tells_both_states_generation_and_what_the_frontend_adds(
+    world: World,
+) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    [device] = (await world.ask({"verb": "list"}))["devices"]
+    assert device["name"] == f"vbd-{B}"
+    assert (device["class"], device["id"]) == ("vbd", B)
+    assert (device["backend"], device["backend_id"]) == (back(B), 0)
+    assert (device["phase"], device["generation"], device["reconnects"]) == ("connected", 1, 0)
+    assert (device["frontend_state"], device["backend_state"]) == ("Connected (4)",) * 2
+    assert device["os_device"] == f"/dev/vbd-{B}"
+    assert abs(device["connected_since"] - time.time()) < 60
+
+
+async def test_a_released_device_is_given_back_and_not_taken_again(world: World) -> None:
+    world.plug(B, C)
+    world.serve()
+    await world.connected(B, C)
+    answer = await world.ask({"verb": "release", "id": B})
+    assert answer == {"ok": True, "text": f"vbd-{B}: given back to the kernel"}
+    assert [d["id"] for d in (await world.ask({"verb": "list"}))["devices"]] == [C]
+    assert not (world.run_dir / f"vbd-{B}.json").exists()
+    world.plug(D)  # the list is read once more
+    await world.connected(D)
+    assert world.klass.count("take", B) == 1
+
+
+async def test_a_device_in_use_is_not_released(world: World) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    world.klass.disks[f"vbd-{B}"].in_use = "mounted at /srv"
+    answer = await world.ask({"verb": "release", "id": B})
+    assert answer == {
+        "ok": False, "error": "xvdb: in use: mounted at /srv", "hint": "end that use first",
+    }  # fmt: skip
+    assert world.supervisor.served[B].loop.phase is Phase.CONNECTED
+
+
+async def test_what_is_not_served_is_not_released(world: World) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    answer = await world.ask({"verb": "release", "id": C})
+    assert answer["ok"] is False
+    assert answer["error"] == "xvdc: not served by this supervisor"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\n",
+        b"nonsense\n",
+        b"\xff\xfe\n",
+        b"[]\n",
+        b'"list"\n',
+        b"null\n",
+        b"[" * 60000 + b"\n",
+        b'{"verb": 3}\n',
+        b'{"verb": ["list"]}\n',
+        b'{"verb": "explode"}\n',
+        b'{"verb": "release"}\n',
+        b'{"verb": "release", "id": "xvdb"}\n',
+        b'{"verb": "release", "id": null}\n',
+        b'{"verb": "release", "id": 1e999}\n',
+    ],
+    ids=lambda raw: raw[:32].decode("latin-1").strip(),
+)
+async def test_a_request_of_nonsense_gets_an_error_and_the_supervisor_goes_on(
+    world: World, raw: bytes
+) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    answer = await world.ask(None, raw=raw)
+    assert answer["ok"] is False
+    assert answer["error"]
+    assert (await world.ask({"verb": "list"}))["ok"] is True
+
+
+@pytest.mark.parametrize("raw", [b"", b"x" * 200000])
+async def test_who_asks_nothing_or_without_end_is_hung_up_on(world: World, raw: bytes) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    reader, writer = await asyncio.open_unix_connection(str(world.run_dir / "supervisor-vbd.sock"))
+    try:
+        writer.write(raw)
+        writer.write_eof()
+        line = await asyncio.wait_for(reader.read(), PATIENCE)
+        assert not line or json.loads(line)["ok"] is False
+    except ConnectionError:
+        pass  # hung up with half of it unread
+    finally:
+        writer.close()
+    assert (await world.ask({"verb": "list"}))["ok"] is True
+
+
+# -- systemd and the state file --------------------------------------------------------------------
+
+
+async def test_ready_is_said_once_every_device_has_a_result(
+    world: World, notified: Notified
+) -> None:
+    world.plug(B, C)
+    world.klass.refuses[f"vbd-{C}"] = PvfrontError("in use")
+    world.klass.taking = asyncio.Event()
+    world.serve()
+    await world.eventually("the take", lambda: world.klass.count("take", B))
+    await asyncio.sleep(0.05)
+    assert "READY=1" not in notified.lines()
+    world.klass.taking.set()
+    await world.eventually("READY", lambda: "READY=1" in notified.lines())
+    assert world.supervisor.served[B].loop.phase is Phase.CONNECTED
+    assert "STATUS=serving 1 of 1 devices" in notified.lines()
+    assert "STATUS=xvdb connecting" in notified.lines()
+    assert "STATUS=xvdb connected" in notified.lines()
+    assert "STOPPING=1" not in notified.lines()
+    await world.stopped()
+    lines = notified.lines()
+    assert lines.index("STOPPING=1") < lines.index("STATUS=xvdb closing")
+    assert lines.count("READY=1") == 1
+
+
+async def test_ready_does_not_wait_for_a_backend_for_ever(
+    world: World, notified: Notified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READY_DEADLINE", 0.2)
+    world.plug(B)
+    world.backends[B].cancel()
+    world.serve([B])
+    await world.eventually("READY", lambda: "READY=1" in notified.lines())
+    assert "STATUS=serving 0 of 1 devices" in notified.lines()
+
+
+async def test_ready_is_said_without_any_device(world: World, notified: Notified) -> None:
+    world.serve()
+    await world.eventually("READY", lambda: "READY=1" in notified.lines())
+    assert "STATUS=serving 0 of 0 devices" in notified.lines()
+
+
+async def test_a_notify_socket_that_nobody_reads_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, notified: Notified, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    for _ in range(2000):
+        module.sd_notify("STATUS=" + "x" * 1000)
+    assert time.monotonic() - started < PATIENCE
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    module.sd_notify("READY=1")
+
+
+async def test_an_abstract_notify_socket_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(f"\0pvfront-test-{os.getpid()}")
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@pvfront-test-{os.getpid()}")
+        module.sd_notify("READY=1", "STATUS=x")
+        sock.setblocking(False)
+        assert sock.recv(100) == b"READY=1\nSTATUS=x"
+
+
+async def test_the_state_file_is_always_whole_and_goes_with_the_device(world: World) -> None:
+    world.plug(B)
+    path = world.run_dir / f"vbd-{B}.json"
+    phases: list[str] = []
+
+    async def read_all_the_time() -> None:
+        while True:
+            if path.exists():
+                phases.append(json.loads(path.read_text())["phase"])
+            await asyncio.sleep(0)
+
+    reading = asyncio.create_task(read_all_the_time())
+    world.serve()
+    await world.connected(B)
+    await world.eventually("the state connected", lambda: phases[-1:] == ["connected"])
+    assert await world.stopped() == 0
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert set(phases) >= {"connecting", "connected", "closing"}
+    assert not path.exists()
+
+
+async def test_a_full_run_directory_costs_the_state_file_and_not_the_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_state", full)
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    assert "No space left" in caplog.text
