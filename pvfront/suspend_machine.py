@@ -22,11 +22,11 @@ class Limits:
     threads) must stay below it.
     """
 
-    freeze: float = 10.0
-    settle: float = 15.0
-    drain: float = 5.0  # of which waiting for nothing in flight
+    freeze: float = 20.0  # fsync on a slow disk: a task is frozen when its disk has answered
+    settle: float = 10.0
+    drain: float = 3.0  # of which waiting for nothing in flight
     close: float = 15.0
-    last_write: float = 45.0  # since the request
+    last_write: float = 46.0  # since the request
     retry_before: float = 25.0  # since the request: a further attempt may begin
     kernel_freeze: float = 5.0  # pm_freeze_timeout during our own suspend
     taken: float = 5.0  # from writing "suspend" to the kernel's acknowledgement
@@ -254,15 +254,15 @@ class Machine:
 
     def _on_done(self, event: Done, now: float) -> list[Action]:
         failure = event.failure or self._stop
+        late = now - self.requested_at
+        if not failure and late > self.limits.last_write:
+            failure = f"not ready {late:.0f} s after the request: too late for the toolstack"
         match self.stage, event.action:
             case Stage.FREEZING, Action.FREEZE:
                 return self._go(failure, Stage.SETTLING, Action.SETTLE, else_thaw=True)
             case Stage.SETTLING, Action.SETTLE:
                 return self._go(failure, Stage.CLOSING, Action.CLOSE, else_thaw=True)
             case Stage.CLOSING, Action.CLOSE:
-                late = now - self.requested_at
-                if not failure and late > self.limits.last_write:
-                    failure = f"ready {late:.0f} s after the request: too late for the toolstack"
                 if not failure:
                     self.armed, self.why_unarmed = False, "suspending"
                 return self._go(failure, Stage.SUSPENDING, Action.SUSPEND, else_thaw=False)
