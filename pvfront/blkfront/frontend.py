@@ -159,8 +159,8 @@ class DiskFrontend:
     # -- the walk ----------------------------------------------------------------------------
 
     async def adopt(self, device: XenbusDevice) -> bool:
-        """A worker that lives but does not serve is kept for the next `attach`; its generation is
-        remembered, since it refuses to go back.
+        """A worker that lives but does not serve lets go of what it holds and is kept for the next
+        `attach`; its generation is remembered, since it refuses to go back.
         """
         worker = await Worker.adopt(self.name, self.run_dir)
         if worker is None:
@@ -184,7 +184,12 @@ class DiskFrontend:
                 hello.state.name,
                 view,
             )
-            self._has_socket = hello.has_target
+            if hello.state is not State.IDLE:
+                # Detached as the walk begins at state 1, so there it is a restore's (device.py).
+                if view.moved or view.frontend is XenbusState.INITIALISING:
+                    await self.poisoned()
+                else:
+                    await self.detach(keep_target=False)
             return False
         self.geometry = await self._read_geometry(device)
         self._has_socket = True

@@ -1,0 +1,702 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""A disk's half of the device loop, with the real worker on an embedded backend.
+
+Made up are what a guest of Xen would give: the event channel and the granted pages (a socket and a
+memfd that the embedded backend of tests/worker/embedded.py has the other side of), the keys of
+the store, and the OS device: a target that only hands out sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
+
+from embedded import RSP_PROD, Backend, Nbd, Pages
+
+from pvfront import worker as worker_module
+from pvfront.blkfront import frontend as module
+from pvfront.blkfront.features import DiskGeometry, GeometryError
+from pvfront.blkfront.frontend import DiskFrontend
+from pvfront.blkfront.target import TargetError
+from pvfront.errors import PvfrontError
+from pvfront.gntalloc import GrantsExhausted
+from pvfront.parking import CannotPark
+from pvfront.states import XenbusState
+from pvfront.xenbus import View
+
+NAME = "vbd-51728"
+PATIENCE = 20.0
+SECTORS = 2048
+PORT, RING_GREF = 5, 6999
+KEYS = {
+    "sectors": str(SECTORS),
+    "sector-size": "512",
+    "info": "0",
+    "mode": "w",
+    "feature-flush-cache": "1",
+    "feature-discard": "1",
+}
+
+
+class Refusing(Backend):
+    """Offers flush and does not have it."""
+
+    def execute(self, request: Any) -> int:
+        return -2 if request.op == 3 else super().execute(request)
+
+
+class Host:
+    """What Xen would give to one guest: ports and pages, with a backend behind them."""
+
+    def __init__(self) -> None:
+        self.disk = bytearray(2 * SECTORS * 512)
+        self.limit = 10000
+        self.pages: Pages | None = None
+        self.backend: Backend | None = None
+        self.backend_class = Backend
+        self.asked: list[int] = []
+        self.open = 0
+
+    def end_generation(self) -> None:
+        if self.backend is not None:
+            self.backend.stop()
+            self.backend.sock.close()
+            self.backend = None
+        if self.pages is not None:
+            self.pages.close()
+            self.pages = None
+
+
+class Channels:
+    """`EventChannels` whose port is a socket to the embedded backend."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        host.end_generation()
+        self.theirs, self.ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def __enter__(self) -> Channels:
+        self.host.open += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.host.open -= 1
+        self.ours.close()
+        if self.host.pages is None:
+            self.theirs.close()
+            return
+        self.host.backend = self.host.backend_class(
+            self.host.pages, self.theirs, PORT, self.host.disk
+        )
+        self.host.backend.start()
+
+    def fileno(self) -> int:
+        return self.ours.fileno()
+
+    def bind_unbound(self, domid: int) -> int:
+        assert domid == 0
+        return PORT
+
+
+class Allocator:
+    """`GrantAllocator` whose pages are a memfd; `host.limit` of them."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.fd = -1
+
+    def __enter__(self) -> Allocator:
+        self.host.open += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.host.open -= 1
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def alloc(self, domid: int, pages: int) -> Any:
+        assert domid == 0
+        self.host.asked.append(pages)
+        if pages > self.host.limit:
+            raise GrantsExhausted(wanted=pages, held=0, limit=self.host.limit)
+        made = self.host.pages = Pages(1, pages - 1)
+        self.fd = os.dup(made.fd)
+        return SimpleNamespace(offset=made.ring_offset, pages=pages, grefs=(RING_GREF, *made.grefs))
+
+
+class OsDevice:
+    """A `Target` that hands out sockets and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.name = self.path = ""
+        self.link = "/dev/pvfront/xvdb"
+        self.exists = False
+        self.calls: list[str] = []
+        self.published: list[DiskGeometry] = []
+        self.client: socket.socket | None = None
+        self.refuses_close: TargetError | None = None
+
+    async def adopt(self) -> bool:
+        return self.exists
+
+    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int:
+        self.calls.append("attach")
+        if self.client is not None:
+            self.client.close()
+        self.client, theirs = socket.socketpair()
+        self.client.settimeout(PATIENCE)
+        self.exists, self.path = True, "/dev/nbd0"
+        return theirs.detach()
+
+    async def publish(self, geometry: DiskGeometry) -> None:
+        self.calls.append("publish")
+        self.published.append(geometry)
+
+    async def feature_off(self, feature: str) -> None:
+        self.calls.append(f"{feature} off")
+
+    def busy(self) -> str | None:
+        return "mounted at /srv"
+
+    def in_flight(self) -> int:
+        return 7
+
+    async def close(self, *, drain: float = 10.0) -> None:
+        self.calls.append(f"close {drain:g}")
+        error, self.refuses_close = self.refuses_close, None
+        if error is not None:
+            raise error
+        self.exists = False
+        if self.client is not None:
+            self.client.close()
+
+    @property
+    def nbd(self) -> Nbd:
+        assert self.client is not None
+        return Nbd(self.client)
+
+
+class Device:
+    """The store's view of the disk."""
+
+    def __init__(self) -> None:
+        self.keys = dict(KEYS)
+        self.front: dict[str, str] = {}
+        self.path = "device/vbd/51728"
+        self.backend = "/local/domain/0/backend/vbd/5/51728"
+        self.backend_id = 0
+        self.view = View(XenbusState.CONNECTED, XenbusState.CONNECTED, True, True)
+        self.store = self
+
+    async def backend_keys(self) -> dict[str, str]:
+        return dict(self.keys)
+
+    async def read_opt(self, path: str) -> str | None:
+        return self.front.get(path.removeprefix(f"{self.path}/"))
+
+
+class World:
+    """A frontend and everything around it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.host = Host()
+        self.target = OsDevice()
+        self.device: Any = Device()
+        self.pokes = 0
+        self.frontends: list[DiskFrontend] = []
+        self.disk = self.frontend()
+
+    def frontend(self) -> DiskFrontend:
+        made = DiskFrontend(NAME, 51728, "xvdb", self.run_dir, target=self.target)
+
+        def poke() -> None:
+            self.pokes += 1
+
+        made.on_poke(poke)
+        self.frontends.append(made)
+        return made
+
+    async def attach(self) -> dict[str, str]:
+        return dict(await self.disk.attach(self.device))
+
+    async def running(self) -> DiskFrontend:
+        await self.attach()
+        await self.disk.start(self.device)
+        return self.disk
+
+    @property
+    def backend(self) -> Backend:
+        assert self.host.backend is not None
+        return self.host.backend
+
+    def pid(self) -> int:
+        pid = self.disk.details()["worker_pid"]
+        assert isinstance(pid, int)
+        return pid
+
+    async def read(self, at: int, length: int) -> bytes:
+        return await asyncio.to_thread(self.target.nbd.read, at, length)
+
+    async def write(self, at: int, data: bytes) -> None:
+        await asyncio.to_thread(self.target.nbd.write, at, data)
+
+
+async def eventually(what: str, holds: Callable[[], Any]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, f"this never came: {what}"
+        await asyncio.sleep(0.005)
+
+
+def descriptors(pid: int) -> list[str]:
+    return [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    made = World(tmp_path)
+    monkeypatch.setattr(worker_module, "USER", "nobody")
+    monkeypatch.setattr(module, "EventChannels", SimpleNamespace(open=lambda: Channels(made.host)))
+    monkeypatch.setattr(
+        module, "GrantAllocator", SimpleNamespace(open=lambda: Allocator(made.host))
+    )
+    yield made
+    for frontend in made.frontends:
+        worker = frontend._worker
+        if worker is not None:
+            worker.kill()
+            await worker.ended(PATIENCE)
+            frontend._forget()
+    made.host.end_generation()
+    if made.target.client is not None:
+        made.target.client.close()
+
+
+# -- a generation ----------------------------------------------------------------------------------
+
+
+async def test_attach_publishes_port_ring_and_protocol_and_keeps_no_descriptor(
+    world: World,
+) -> None:
+    keys = await world.attach()
+    assert keys == {
+        "event-channel": str(PORT),
+        "ring-ref": str(RING_GREF),
+        "protocol": "x86_64-abi",
+        "feature-persistent": "0",
+    }
+    assert world.disk.generation == 1
+    assert world.host.asked == [1 + 32 * 11]
+    assert world.host.open == 0, "the worker is the only holder"
+    assert all(world.disk.stale_key(key) for key in keys)
+    assert world.target.calls == [], "nothing is served before the backend is Connected"
+
+
+async def test_start_gives_the_worker_a_socket_and_publishes_the_disk(world: World) -> None:
+    disk = await world.running()
+    assert world.target.calls == ["attach", "publish"]
+    assert world.target.published[0].sectors == SECTORS
+    await world.write(4096, b"x" * 512)
+    assert world.host.disk[4096:4608] == b"x" * 512
+    assert await world.read(4096, 512) == b"x" * 512
+    assert disk.trouble is None
+    assert not disk.pending
+    details = disk.details()
+    assert details["geometry"]["size"] == SECTORS * 512
+    assert details["geometry"]["flush"] is True
+    assert (details["pool_pages"], details["ring_pages"]) == (352, 1)
+    assert (details["os_device"], details["link"]) == ("/dev/nbd0", "/dev/pvfront/xvdb")
+    assert (disk.busy(), disk.in_flight(), disk.os_path) == ("mounted at /srv", 7, "/dev/nbd0")
+
+
+async def test_a_read_only_disk_refuses_writes(world: World) -> None:
+    world.device.keys["mode"] = "r"
+    disk = await world.running()
+    assert disk.details()["geometry"]["read_only"] is True
+    with pytest.raises(Exception, match="NBD error 1"):
+        await world.write(0, bytes(512))
+    assert not world.backend.log
+
+
+async def test_pages_are_cleared_for_a_backend_that_is_not_trusted(world: World) -> None:
+    world.device.front["trusted"] = "0"
+    await world.running()
+    await world.write(0, b"s" * 4096)
+    await world.read(8192, 512)
+    assert world.host.pages is not None
+    assert b"s" * 512 not in world.host.pages.pool()
+
+
+async def test_a_new_generation_with_the_socket_kept_asks_for_no_other(world: World) -> None:
+    disk = await world.running()
+    assert await disk.quiesce(PATIENCE)
+    await disk.detach(keep_target=True)
+    await world.running()
+    assert disk.generation == 2
+    assert world.target.calls == ["attach", "publish", "publish"]
+    await world.write(0, b"2" * 512)
+    assert world.host.disk[:512] == b"2" * 512
+
+
+async def test_a_new_generation_without_the_socket_gets_another(world: World) -> None:
+    disk = await world.running()
+    pid = world.pid()
+    await disk.detach(keep_target=False)
+    await world.running()
+    assert world.target.calls == ["attach", "publish", "attach", "publish"]
+    assert world.pid() == pid, "the worker is the same"
+    await world.write(0, b"2" * 512)
+
+
+async def test_end_ends_the_worker_and_removes_its_socket(world: World) -> None:
+    disk = await world.running()
+    pid = world.pid()
+    await disk.detach(keep_target=False)
+    await disk.end()
+    await disk.end()
+    assert gone(pid)
+    assert not (world.run_dir / f"{NAME}.sock").exists()
+    assert disk.details()["worker_pid"] is None
+    assert disk.trouble is None, "an end that was asked for is no trouble"
+
+
+# -- keys that make no sense -----------------------------------------------------------------------
+
+
+async def test_problems_of_single_keys_are_said_and_the_disk_is_served(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.device.keys.update({"discard-granularity": "700", "physical-sector-size": "-1"})
+    disk = await world.running()
+    assert "vbd-51728: backend key discard-granularity" in caplog.text
+    assert "physical-sector-size" in caplog.text
+    assert disk.details()["geometry"]["discard"] is False
+    assert disk.details()["geometry"]["physical_sector_size"] == 512
+
+
+@pytest.mark.parametrize("field", ["sectors", "sector-size", "info"])
+async def test_a_missing_key_that_a_disk_needs_is_named_and_no_device_made(
+    world: World, field: str
+) -> None:
+    await world.attach()
+    del world.device.keys[field]
+    with pytest.raises(GeometryError, match=field):
+        await world.disk.start(world.device)
+    assert world.target.calls == []
+    assert world.disk.geometry is None
+
+
+async def test_a_cdrom_is_refused_by_its_type_or_by_its_flag(world: World) -> None:
+    await world.attach()
+    world.device.front["device-type"] = "cdrom"
+    with pytest.raises(PvfrontError, match="xvdb: it is a cdrom, not a disk") as refused:
+        await world.disk.start(world.device)
+    assert refused.value.hint
+    world.device.front.clear()
+    world.device.keys["info"] = "1"
+    with pytest.raises(PvfrontError, match="it is a cdrom"):
+        await world.disk.start(world.device)
+    assert world.target.calls == []
+
+
+# -- grants ----------------------------------------------------------------------------------------
+
+
+async def test_without_room_the_pool_is_halved_said_and_served(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.host.limit = 100
+    disk = await world.running()
+    assert world.host.asked == [353, 177, 89]
+    assert disk.details()["pool_pages"] == 88
+    assert "trying 176 pages" in caplog.text
+    assert "trying 88 pages" in caplog.text
+    data = os.urandom(256 * 1024)  # more than the pool holds
+    await world.write(0, data)
+    assert await world.read(0, len(data)) == data
+
+
+async def test_the_least_pool_still_carries_one_request(world: World) -> None:
+    world.host.limit = 12
+    disk = await world.running()
+    assert disk.details()["pool_pages"] == 11
+    await world.write(0, b"x" * 131072)
+    assert world.host.disk[:131072] == b"x" * 131072
+
+
+async def test_without_room_for_the_least_pool_the_limit_is_named(world: World) -> None:
+    world.host.limit = 11
+    with pytest.raises(GrantsExhausted, match="no room for 12 granted pages") as refused:
+        await world.attach()
+    assert "16384" in str(refused.value.hint)
+    assert world.host.open == 0
+    world.host.limit = 1000
+    await world.disk.detach(keep_target=False)
+    await world.running()
+    await world.write(0, bytes(512))
+
+
+# -- what the worker tells -------------------------------------------------------------------------
+
+
+async def test_a_feature_that_is_refused_is_taken_from_the_device(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.host.backend_class = Refusing
+    disk = await world.running()
+    assert world.target.client is not None
+    world.target.nbd.request(Nbd.FLUSH)
+    await eventually("the worker's word", lambda: disk.pending)
+    assert world.pokes == 1
+    assert "flush off" not in world.target.calls, "events only poke; update acts"
+    await disk.update(world.device)
+    assert world.target.calls[-1] == "flush off"
+    assert not disk.pending
+    assert disk.trouble is None
+    assert disk.details()["geometry"]["flush"] is False
+    assert disk.details()["geometry"]["discard"] is True
+    assert "does not support flush" in caplog.text
+
+
+async def test_a_resize_restarts_the_worker_and_publishes(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = await world.running()
+    caplog.set_level(logging.INFO)
+    world.device.keys["sectors"] = str(2 * SECTORS)
+    await disk.update(world.device)
+    assert world.target.calls == ["attach", "publish", "publish"]
+    assert world.target.published[-1].sectors == 2 * SECTORS
+    assert disk.generation == 1
+    assert f"resized from {SECTORS} to {2 * SECTORS} sectors" in caplog.text
+    await world.write(SECTORS * 512, b"beyond".ljust(512))
+    assert world.host.disk[SECTORS * 512 :][:6] == b"beyond"
+
+
+async def test_an_update_that_changes_nothing_does_nothing(world: World) -> None:
+    disk = await world.running()
+    await disk.update(world.device)
+    assert world.target.calls == ["attach", "publish"]
+
+
+async def test_the_death_of_the_worker_is_trouble_and_the_next_attach_starts_another(
+    world: World,
+) -> None:
+    disk = await world.running()
+    pid = world.pid()
+    os.kill(pid, 9)
+    await eventually("trouble", lambda: disk.trouble)
+    assert "signal 9" in str(disk.trouble)
+    assert world.pokes == 1
+    assert gone(pid)
+    assert not await disk.quiesce(1.0)
+    await disk.detach(keep_target=True)
+    await world.running()
+    assert disk.trouble is None
+    assert disk.generation == 2
+    assert world.target.calls == ["attach", "publish"] * 2
+    await world.write(0, b"2" * 512)
+
+
+async def test_the_end_of_the_socket_is_trouble_and_the_worker_is_kept(world: World) -> None:
+    disk = await world.running()
+    pid = world.pid()
+    assert world.target.client is not None
+    world.target.client.close()
+    await eventually("trouble", lambda: disk.trouble)
+    assert "NBD socket is gone" in str(disk.trouble)
+    await disk.detach(keep_target=True)
+    await world.running()
+    assert world.pid() == pid
+    assert world.target.calls == ["attach", "publish"] * 2
+    await world.write(0, b"2" * 512)
+
+
+async def test_a_backend_that_breaks_a_rule_is_trouble_that_names_it(world: World) -> None:
+    disk = await world.running()
+    assert world.host.pages is not None
+    world.host.pages.set(RSP_PROD, 4711)
+    world.backend.event()
+    await eventually("trouble", lambda: disk.trouble)
+    assert "the backend broke rule" in str(disk.trouble)
+    assert not await disk.quiesce(PATIENCE), "a broken ring cannot be drained"
+    await disk.detach(keep_target=True)
+    await world.running()
+    assert disk.trouble is None
+    await world.write(0, b"2" * 512)
+
+
+async def test_a_stall_is_shown_until_it_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "STALL_SECONDS", 1)
+    caplog.set_level(logging.INFO)
+    disk = await world.running()
+    world.backend.hold = True
+    world.target.nbd.request(Nbd.READ, 0, 512)
+    await eventually("the stall", lambda: disk.stalled)
+    assert disk.details()["stalled_seconds"] >= 1
+    assert "1 requests outstanding" in caplog.text
+    world.backend.release()
+    await eventually("its end", lambda: not disk.stalled)
+    assert "answers again" in caplog.text
+    assert disk.trouble is None
+
+
+async def test_a_worker_that_does_not_obey_is_ended_and_detach_never_raises(
+    world: World,
+) -> None:
+    disk = await world.running()
+    pid = world.pid()
+    disk._generation += 5  # the worker refuses a DETACH of a generation that it never had
+    await disk.detach(keep_target=True)
+    assert gone(pid)
+    await disk.detach(keep_target=True)
+    await world.running()
+    assert world.target.calls == ["attach", "publish"] * 2
+
+
+async def test_a_device_that_cannot_be_closed_costs_the_worker(world: World) -> None:
+    disk = await world.running()
+    pid = world.pid()
+    world.target.refuses_close = TargetError("nbd disconnect did not end within 15 s")
+    await disk.close()
+    assert world.target.calls[-2:] == ["close 10", "close 0"]
+    await eventually("the end of the worker", lambda: gone(pid))
+
+
+# -- other supervisors, and a suspend that nobody asked for ----------------------------------------
+
+
+async def test_a_serving_worker_is_adopted_and_nothing_is_done_to_it(world: World) -> None:
+    first = await world.running()
+    await world.write(0, b"1" * 512)
+    pid = world.pid()
+    assert first._worker is not None
+    first._worker.close()
+    world.disk = world.frontend()
+    assert await world.disk.adopt(world.device)
+    assert (world.pid(), world.disk.generation) == (pid, 1)
+    assert world.target.calls == ["attach", "publish", "publish"]
+    assert await world.read(0, 512) == b"1" * 512
+    assert await world.disk.quiesce(PATIENCE)
+    await world.disk.detach(keep_target=True)
+    await world.running()
+    assert world.disk.generation == 2
+    assert world.target.calls == ["attach", "publish", "publish", "publish"]
+
+
+async def test_without_a_worker_nothing_is_adopted(world: World) -> None:
+    assert not await world.disk.adopt(world.device)
+    await world.running()
+
+
+@pytest.mark.parametrize("what", ["backend", "target"])
+async def test_a_worker_of_a_connection_that_is_over_serves_the_next_one(
+    world: World, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = await world.running()
+    pid = world.pid()
+    assert first._worker is not None
+    first._worker.close()
+    world.disk = world.frontend()
+    if what == "backend":
+        world.device.view = View(XenbusState.CONNECTED, XenbusState.CLOSED, True, True)
+    else:
+        world.target.exists = False
+    assert not await world.disk.adopt(world.device)
+    assert "cannot be adopted as it is" in caplog.text
+    await world.running()
+    assert world.pid() == pid
+    assert world.disk.generation == 2
+    await world.write(0, b"2" * 512)
+    assert world.host.disk[:512] == b"2" * 512
+
+
+async def test_a_worker_left_over_from_before_a_restore_is_parked_not_detached(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await world.running()
+    pid = world.pid()
+    assert first._worker is not None
+    first._worker.close()
+    parked: list[int] = []
+
+    async def park(of: int) -> tuple[int, int]:
+        assert any("memfd:grants" in link for link in descriptors(of)), "it was detached before"
+        parked.append(of)
+        return 4711, 1
+
+    monkeypatch.setattr(module, "park", park)
+    world.disk = world.frontend()
+    world.device.view = View(XenbusState.INITIALISING, XenbusState.INIT_WAIT, True, True)
+    assert not await world.disk.adopt(world.device)
+    assert parked == [pid]
+    os.waitpid(pid, 0)  # noqa: ASYNC222 - killed; an adopted worker is no child, but here it is
+    await world.running()
+    await world.write(0, b"2" * 512)
+
+
+async def test_after_a_suspend_the_ports_are_parked_before_the_worker_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = await world.running()
+    pid = world.pid()
+    parked: list[int] = []
+
+    async def park(of: int) -> tuple[int, int]:
+        assert not gone(of), "the worker had let go already"
+        parked.append(of)
+        return 4711, 1
+
+    monkeypatch.setattr(module, "park", park)
+    await disk.poisoned()
+    assert parked == [pid]
+    assert gone(pid)
+    assert "suspended" in str(disk.trouble)
+    await world.running()
+    assert disk.trouble is None
+    assert world.target.calls == ["attach", "publish"] * 2
+    await world.write(0, b"2" * 512)
+
+
+async def test_ports_that_cannot_be_parked_keep_their_worker_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = await world.running()
+    pid = world.pid()
+
+    async def park(of: int) -> tuple[int, int]:
+        raise CannotPark("no permission")
+
+    monkeypatch.setattr(module, "park", park)
+    try:
+        await disk.poisoned()
+        await world.running()
+        assert world.pid() != pid
+        assert not gone(pid), "its end would unbind the port"
+        assert not any("memfd:grants" in link for link in descriptors(pid)), "it holds more"
+        await world.write(0, b"2" * 512)
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)  # noqa: ASYNC222 - it is dead
