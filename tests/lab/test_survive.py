@@ -44,7 +44,7 @@ def test_fio_direct_runs_through_save_and_restore_without_an_error(
         guest.save()
         guest.restore()
         pvf.wait_served(deadline=120)
-        assert load.running(), "the load must have been under way during the suspend"
+        assert load.running, "the load must have been under way during the suspend"
         before = _progress(pvf)
         wait_until("I/O after the restore", lambda: _progress(pvf) > before + 50, 60)
         result = load.wait(timeout=400)
@@ -71,7 +71,7 @@ def test_fio_buffered_with_fsync_on_ext4_runs_through_save_and_restore(
         guest.save()
         guest.restore()
         pvf.wait_served(deadline=120)
-        assert load.running(), "the load must have been under way during the suspend"
+        assert load.running, "the load must have been under way during the suspend"
         result = load.wait(timeout=400)
         assert result.ok, result
         assert "I/O error" not in guest.output("dmesg")
