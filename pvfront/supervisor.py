@@ -25,7 +25,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,8 +165,6 @@ class Supervisor:
         self.run_dir = run_dir
         self.served: dict[int, Served] = {}
         self.refused: dict[int, str] = {}
-        self._beginning: set[int] = set()
-        self._work: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._failure: PvfrontError | None = None
         self._suspend = suspend(self._participants) if suspend is not None else None
