@@ -29,6 +29,7 @@ from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
+from .claim import CannotTake
 from .device import DeviceLoop, Frontend, Goal, Phase
 from .errors import PvfrontError
 from .states import XenbusState
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 RUN_DIR = Path("/run/pvfront")
 STOP_DEADLINE = 60.0
 READY_DEADLINE = 30.0
+OTHERS_AFTER = (0.1, 0.9)
+# The kernel may announce a device to us before it has made it.
+TAKE_AGAIN_AFTER = (0.1, 0.4, 1.0, 2.0)
 _NEVER = 1e9  # seconds
 
 
@@ -92,6 +96,10 @@ class DeviceClass(Protocol):
 
     def pass_on(self, name: str) -> None:
         """Lets the kernel have a device that is not ours."""
+        ...
+
+    def pass_on_others(self) -> None:
+        """Lets the kernel have every device of another class that nobody has."""
         ...
 
 
@@ -207,6 +215,8 @@ class Supervisor:
                 raise
             bus = Bus(self.store, self.klass.klass, home=self.home)
             background.append(asyncio.create_task(self._follow(bus), name="bus"))
+            if self.hot_plug:
+                background.append(asyncio.create_task(self._follow_others(), name="others"))
             if self._suspend is not None:
                 background.append(asyncio.create_task(self._suspend.run(), name="suspend"))
                 background.append(asyncio.create_task(self._show_suspend(self._suspend)))
@@ -309,6 +319,21 @@ class Supervisor:
                     await self._pass_on(devid)
             self._listed.set()
 
+    async def _follow_others(self) -> None:
+        """Hands devices of other classes to the kernel: hot plug is held for the whole bus."""
+        ours = f"{self.home}device/{self.klass.klass}"
+        async with self.store.watch(f"{self.home}device") as watch:
+            async for fired in watch:
+                if fired == ours or fired.startswith(ours + "/"):
+                    continue
+                # The kernel makes the device when it gets the same event, maybe after us.
+                for pause in OTHERS_AFTER:
+                    await asyncio.sleep(pause)
+                    try:
+                        await asyncio.to_thread(self.klass.pass_on_others)
+                    except (PvfrontError, OSError) as error:
+                        log.warning("a device is not passed on to the kernel: %s", error)
+
     async def _pass_on(self, devid: int) -> None:
         """Lets the kernel have a device: while we hold hot plug it takes none by itself."""
         if not self.hot_plug:
@@ -332,7 +357,7 @@ class Supervisor:
             await self._cannot(devid, error, strict)
             return
         try:
-            await self.klass.take(device, force=self.force)
+            await self._take(device, patient=not strict)
         except (PvfrontError, OSError) as error:
             await device.close()
             await self._cannot(devid, error, strict)
@@ -347,6 +372,16 @@ class Supervisor:
         )
         task = asyncio.create_task(self._serve(devid, loop), name=f"serve {name}")
         self.served[devid] = Served(loop, task)
+
+    async def _take(self, device: XenbusDevice, *, patient: bool) -> None:
+        for pause in TAKE_AGAIN_AFTER if patient else ():
+            try:
+                await self.klass.take(device, force=self.force)
+            except CannotTake:
+                await asyncio.sleep(pause)
+            else:
+                return
+        await self.klass.take(device, force=self.force)
 
     async def _cannot(self, devid: int, error: Exception, strict: bool) -> None:
         if strict:
@@ -477,6 +512,8 @@ class Supervisor:
                 f"{self.klass.label(devid)}: in use: {why}", hint="end that use first"
             )
         text = await self._finish(devid)
+        if served.loop.phase is not Phase.CLOSED:
+            raise PvfrontError(text)
         self.served.pop(devid, None)
         return {"ok": True, "text": text}
 

@@ -377,6 +377,8 @@ class DiskFrontend:
             log.error("%s: %s", self.name, error)
             with contextlib.suppress(PvfrontError):
                 await worker.detach(self._generation, keep_target=False, park=True)
+            # Nobody must find it again: a worker that holds a parked port is never to be ended.
+            (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
         else:
             log.warning("%s: %d event channel(s) parked in process %d", self.name, ports, parker)
             worker.kill()

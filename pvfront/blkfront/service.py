@@ -94,6 +94,10 @@ class Disks:
     def pass_on(self, name: str) -> None:
         self.claims.probe(name)
 
+    def pass_on_others(self) -> None:
+        for name in self.claims.probe_others(lambda name: name.startswith(f"{self.klass}-")):
+            log.info("%s: passed on to the kernel", name)
+
 
 async def serve(names: Collection[str], *, everything: bool, force: bool) -> int:
     """Serves the named disks, or every disk, until SIGTERM; returns the exit status."""

@@ -286,6 +286,18 @@ def test_the_kernel_cannot_bind_a_served_disk_and_the_attempt_costs_a_reconnect(
         assert result.ok, result
 
 
+def test_an_interface_attached_while_all_disks_are_served_goes_to_the_kernel(
+    pvf: Pvfront, guest: Guest, lab: Lab
+) -> None:
+    lab.xl("network-attach", guest.kind, "bridge=xenbr0")
+    try:
+        wait_until(
+            "the kernel's eth1", lambda: guest.run("test -e /sys/class/net/eth1", check=False).ok
+        )
+    finally:
+        lab.xl("network-detach", guest.kind, "1")
+
+
 def test_an_idle_disk_costs_no_cpu_and_no_events(pvf: Pvfront, guest: Guest) -> None:
     with pvf.disk():
         guest.run("udevadm settle", timeout=60)

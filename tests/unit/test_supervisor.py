@@ -20,6 +20,7 @@ import pytest
 from memstore import MemStore, SocketServer
 
 from pvfront import supervisor as module
+from pvfront.claim import CannotTake
 from pvfront.device import Phase
 from pvfront.errors import PvfrontError
 from pvfront.supervisor import Supervisor
@@ -144,6 +145,9 @@ class Class:
 
     def release_hot_plug(self) -> None:
         self.calls.append(("release", ""))
+
+    def pass_on_others(self) -> None:
+        self.calls.append(("pass on others", ""))
 
     def pass_on(self, name: str) -> None:
         self.calls.append(("pass on", name))
@@ -361,6 +365,26 @@ async def test_a_device_plugged_later_is_served_and_one_not_wanted_passed_on(
     assert world.klass.count("pass on", C) == 1
     assert world.klass.count("take", C) == 0
     assert world.klass.calls[0] == ("hold", "")
+
+
+async def test_a_device_of_another_class_plugged_later_goes_to_the_kernel(world: World) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    world.mem.set("/local/domain/5/device/vif/1/state", b"1", "n5,r0")
+    await world.eventually(
+        "the interface passed on", lambda: ("pass on others", "") in world.klass.calls
+    )
+
+
+async def test_a_device_that_the_kernel_makes_a_little_later_is_taken_then(world: World) -> None:
+    world.klass.refuses[f"vbd-{B}"] = CannotTake("the kernel knows no such device")
+    world.plug(B)
+    world.serve()
+    await world.eventually("a first try", lambda: world.klass.count("take", B) >= 1)
+    world.klass.refuses.clear()
+    await world.connected(B)
+    assert B not in world.supervisor.refused
 
 
 async def test_a_device_that_vanishes_while_it_is_passed_on_is_no_reason_to_end(
