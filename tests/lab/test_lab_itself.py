@@ -16,6 +16,14 @@ FAULT = """\
 """
 
 
+@pytest.fixture(autouse=True)
+def stock(request: pytest.FixtureRequest) -> None:
+    """The kernel's frontends have the disks: our service, if another test left it, is stopped."""
+    if "guest" in request.fixturenames:
+        guest = request.getfixturevalue("guest")
+        guest.run("systemctl stop pvfront-vbd", check=False, timeout=180)
+
+
 @pytest.mark.parametrize(
     ("rip", "guest_said", "emulator"),
     [
