@@ -108,6 +108,10 @@ def _free_ports(count: int) -> list[int]:
         return [int(sock.getsockname()[1]) for sock in sockets]
 
 
+_STARTED: list[subprocess.Popen[bytes]] = []
+"""Kept to the end: Python warns of a Popen that goes before its process has ended."""
+
+
 class Outer:
     """The virtual machine."""
 
@@ -166,6 +170,7 @@ class Outer:
         time.sleep(0.3)
         if process.poll() is not None:
             raise LabError("qemu", f"ended at once: {(run / 'qemu.log').read_text()}")
+        _STARTED.append(process)
         return cls(run, ports, process.pid)
 
     @staticmethod
