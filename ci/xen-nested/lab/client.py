@@ -54,6 +54,10 @@ class Result:
         return f"{self.command!r} ended with {self.code}\n{self.stdout}{self.stderr}"
 
 
+LOST_AFTER = 20.0
+"""Seconds of silence after which it is worth asking whether the machine is still there."""
+
+
 class AgentError(Exception):
     """The agent answered that it could not do what was asked."""
 
@@ -84,6 +88,7 @@ class Machine:
     ) -> tuple[Header, bytes]:
         """One request, sent again on new connections until answered or `deadline` (monotonic)."""
         deadline = time.monotonic() + 30 if deadline is None else deadline
+        look = time.monotonic() + LOST_AFTER
         while True:
             sock = None
             try:
@@ -104,6 +109,10 @@ class Machine:
                     raise DeadlineExceeded(
                         f"{self.name}: the agent did not answer {header['op']!r}: {error}"
                     ) from error
+                if time.monotonic() > look:
+                    look = time.monotonic() + LOST_AFTER
+                    if why := self.lost():
+                        raise DeadlineExceeded(f"{self.name}: {why}") from error
                 time.sleep(0.2)
                 continue
             with self._lock:
@@ -111,6 +120,10 @@ class Machine:
             if "error" in answer:
                 raise AgentError(f"{self.name}: {answer['error']}")
             return answer, data
+
+    def lost(self) -> str | None:
+        """Why no answer will ever come; None if one may."""
+        return None
 
     def close(self) -> None:
         """Drop the kept connections; the object stays usable."""

@@ -277,6 +277,9 @@ class Guest(Machine):
     def running(self) -> bool:
         return self.domid() is not None
 
+    def lost(self) -> str | None:
+        return None if self.running() else "the domain is gone (see Xen's console)"
+
     def destroy(self) -> None:
         """`xl destroy`, if it exists."""
         if self.running():
