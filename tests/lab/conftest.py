@@ -168,9 +168,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """A test in which the emulator triple-faulted the guest runs again, counted and printed.
 
-    At most REPEATS times: one fault in about 15 minutes of a guest's life was seen, so a run of half
-    an hour meets two, and one repeat alone would lose every tenth of them to another fault. Nothing
-    else is ever repeated.
+    At most REPEATS times: one fault in about 15 minutes of a guest's life was seen, so a run of
+    half an hour meets two, and one repeat alone would lose every tenth of them to another fault.
+    Nothing else is ever repeated.
     """
     if Path(__file__).parent not in item.path.parents:
         return None
