@@ -248,8 +248,19 @@ async def test_keys_and_initialised_appear_together_and_start_follows_connected(
     world: World,
 ) -> None:
     world.nodes()
+    found: list[bool] = []
+    react = world.backend.react
+
+    async def look(state: str) -> None:
+        if state == "3":
+            keys = await world.backend.store.directory(FRONT)
+            found.append({"ring-ref", "event-channel"} <= set(keys))
+        await react(state)
+
+    world.backend.react = look  # type: ignore[method-assign]
     await world.connected()
-    assert world.backend.seen[-2:] == ["3", "4"] or "3" in world.backend.seen
+    assert found == [True], "the backend saw Initialised without the keys, or never"
+    assert world.disk.calls == ["attach", "start"]
 
 
 async def test_a_backend_with_pending_io_is_asked_again(world: World) -> None:
