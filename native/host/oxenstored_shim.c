@@ -5,7 +5,7 @@
  * domain but this one. Everything behind its Unix socket then works. The socket
  * is made at $OXENSTORED_SOCKET; the one of a real store is left alone.
  */
-#define _GNU_SOURCE
+#undef _FILE_OFFSET_BITS /* with 64 this would define setrlimit64, which nobody calls */
 #include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
