@@ -10,7 +10,6 @@
 
 #define PVF_NBD_HEADER 28u
 #define PVF_NBD_REPLY 16u
-#define PVF_NBD_MAX_PAYLOAD (32u << 20)
 
 /* Error values of the protocol; they are Linux's numbers by intent. */
 enum pvf_nbd_error {

@@ -195,8 +195,10 @@ static void handle_start(struct pvf_worker *w)
 		return send_error(w, PVF_CTL_START, ENOTCONN,
 				  "no usable connection: DETACH and ATTACH first");
 	if (w->ctl.nfds) {
-		/* The fence: a replayed write must not overtake an old one that is still in the ring. */
-		if (q->blk.in_flight || w->state == PVF_RUNNING || w->state == PVF_DRAINING)
+		/* The fence: a new client's write, or a replayed one, must not be overtaken by an old
+		 * one that is still in the ring. */
+		if (q->blk.in_flight || w->state == PVF_DRAINING ||
+		    (w->state == PVF_RUNNING && q->target.fd >= 0))
 			return send_error(w, PVF_CTL_START, EBUSY,
 					  "a new NBD socket needs an empty ring: QUIESCE first");
 		if (!stream_socket(w->ctl.fds[0]))
@@ -207,11 +209,16 @@ static void handle_start(struct pvf_worker *w)
 		if (rc)
 			return send_error(w, PVF_CTL_START, -rc, "the NBD socket cannot be watched");
 		w->ctl.fds[0] = -1;
-	} else if (q->target.fd < 0) {
+	} else if (q->target.fd < 0 && !(m->options & PVF_START_CLIENTS)) {
 		return send_error(w, PVF_CTL_START, ENOTCONN,
 				  "there is no NBD socket to keep: pass one");
 	}
 	pvf_blk_start(&q->blk, &geo);
+	if (w->state == PVF_TARGET_LOST && q->target.fd < 0) {
+		/* A resize while the former client's requests are still in the ring: DRAINED is owed. */
+		send_simple(w, PVF_CTL_STARTED);
+		return;
+	}
 	q->serving = true;
 	q->no_new = false;
 	w->quiesce_asked = false;

@@ -23,6 +23,7 @@
 #define PVF_TEXT_MAX 192u     /* human-readable text, NUL-terminated */
 #define PVF_MAX_RING_PAGES 16u
 #define PVF_MAX_POOL_PAGES 1056u
+#define PVF_NBD_MAX_PAYLOAD 33554432u /* bytes of the largest NBD read or write: 32 MiB */
 #define PVF_PAGE_SIZE 4096u
 
 enum pvf_class {
@@ -34,7 +35,7 @@ enum pvf_class {
 enum pvf_ctl_type {
 	/* supervisor to worker */
 	PVF_CTL_ATTACH = 1,  /* fds: event channel, gntalloc */
-	PVF_CTL_START = 2,   /* fds: NBD socket, or none to keep the present one */
+	PVF_CTL_START = 2,   /* fds: NBD socket, or none: see PVF_START_CLIENTS */
 	PVF_CTL_QUIESCE = 3,
 	PVF_CTL_DETACH = 4,
 	PVF_CTL_EXIT = 5,
@@ -97,8 +98,10 @@ struct pvf_ctl_start {
 	uint32_t discard_alignment;   /* bytes */
 	uint32_t stall_seconds; /* report STALLED after this long without a response; 0: never */
 	uint32_t vdev;          /* handle: the vbd's number, goes into blkif_request.handle */
-	uint32_t reserved;
+	uint32_t options;       /* PVF_START_* */
 };
+
+#define PVF_START_CLIENTS 1u /* clients come and go: run without an NBD socket until one is given */
 
 #define PVF_BLK_READ_ONLY 1u
 #define PVF_BLK_FLUSH 2u

@@ -119,6 +119,11 @@ static void starts(void)
 	start();
 	m.start.flags = 8;
 	CHECK(pvf_ctl_check(&m, size, 1));
+	start();
+	m.start.options = PVF_START_CLIENTS;
+	CHECK(!pvf_ctl_check(&m, size, 0));
+	m.start.options = 2;
+	CHECK(pvf_ctl_check(&m, size, 0));
 }
 
 /* Any bytes at all: the check may say yes or no, but not read beyond the packet. */

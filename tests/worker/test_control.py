@@ -183,6 +183,90 @@ def test_a_new_nbd_socket_is_refused_while_the_ring_holds_requests() -> None:
         assert host.nbd().read(0, 512) == bytes(512)
 
 
+def waiting(**options: int) -> Host:
+    """A host whose worker is RUNNING without a client."""
+    host = Host()
+    host.attach()
+    host.start(keep=True, options=lib.PVF_START_CLIENTS, **options)
+    return host
+
+
+def test_without_a_socket_start_is_refused_unless_clients_come_and_go() -> None:
+    with Host() as host:
+        host.attach()
+        host.supervisor.send(lib.PVF_CTL_START, host.start_body(), host.generation)
+        assert host.supervisor.error()[:2] == (lib.PVF_CTL_START, errno.ENOTCONN)
+        host.start(keep=True, options=lib.PVF_START_CLIENTS)
+        assert host.stats().state == lib.PVF_RUNNING
+
+
+def test_an_unknown_option_of_start_is_refused() -> None:
+    with Host() as host:
+        host.attach()
+        host.supervisor.send(lib.PVF_CTL_START, host.start_body(options=2), host.generation)
+        assert host.supervisor.error()[:2] == (lib.PVF_CTL_START, errno.EINVAL)
+
+
+def test_clients_come_and_go_within_one_generation() -> None:
+    with waiting() as host:
+        for round_ in range(3):
+            host.start(options=lib.PVF_START_CLIENTS)
+            host.nbd().write(512 * round_, bytes([65 + round_]) * 512)
+            host.client.close()
+            gone = host.supervisor.wait(lib.PVF_CTL_TARGET_GONE)
+            assert (gone.error, gone.hdr.generation) == (0, 1)
+            host.supervisor.wait(lib.PVF_CTL_DRAINED)
+            host.client = None
+        assert host.disk[:1536] == b"A" * 512 + b"B" * 512 + b"C" * 512
+
+
+def test_a_second_client_is_refused_while_one_is_connected() -> None:
+    with waiting() as host:
+        host.start(options=lib.PVF_START_CLIENTS)
+        ours, theirs = socket.socketpair()
+        body = host.start_body(options=lib.PVF_START_CLIENTS)
+        host.supervisor.send(lib.PVF_CTL_START, body, host.generation, [theirs.fileno()])
+        assert host.supervisor.error()[:2] == (lib.PVF_CTL_START, errno.EBUSY)
+        theirs.close()
+        assert ours.recv(1) == b""
+        ours.close()
+        host.nbd().write(0, bytes(512))
+
+
+def test_a_next_client_waits_until_the_formers_requests_have_left_the_ring() -> None:
+    with waiting() as host:
+        host.start(options=lib.PVF_START_CLIENTS)
+        host.backend.hold = True
+        host.nbd().request(Nbd.WRITE, 0, 512, b"1" * 512)
+        wait_for("the write in the ring", lambda: host.backend.held)
+        host.client.close()
+        assert host.supervisor.wait(lib.PVF_CTL_TARGET_GONE).in_flight == 1
+        ours, theirs = socket.socketpair()
+        body = host.start_body(options=lib.PVF_START_CLIENTS)
+        host.supervisor.send(lib.PVF_CTL_START, body, host.generation, [theirs.fileno()])
+        assert host.supervisor.error()[:2] == (lib.PVF_CTL_START, errno.EBUSY)
+        ours.close()
+        theirs.close()
+        # A resize meanwhile changes nothing of that.
+        host.start(keep=True, options=lib.PVF_START_CLIENTS, sectors=4096)
+        assert host.stats().state == lib.PVF_TARGET_LOST
+        host.backend.release()
+        host.supervisor.wait(lib.PVF_CTL_DRAINED)
+        host.client = None
+        host.start(options=lib.PVF_START_CLIENTS)
+        assert host.nbd().read(0, 512) == b"1" * 512
+
+
+def test_without_a_client_quiesce_and_detach_are_answered_at_once() -> None:
+    with waiting() as host:
+        host.quiesce()
+        host.detach(lib.PVF_DETACH_KEEP_TARGET)
+        host.attach()
+        host.start(keep=True, options=lib.PVF_START_CLIENTS)
+        host.start(options=lib.PVF_START_CLIENTS)
+        host.nbd().write(0, bytes(512))
+
+
 def test_quiesce_waits_for_the_ring_and_start_goes_on_where_it_stopped() -> None:
     with serving() as host:
         host.backend.hold = True
