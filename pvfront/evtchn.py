@@ -153,6 +153,14 @@ class EventChannels(DeviceHandle):
                     loop.remove_reader(fd)
         return ports
 
+    def hand_over(self, port: int) -> int:
+        """The descriptor that gives `port` to another process (over SCM_RIGHTS); still ours.
+
+        The new owner has the port from then on: close this handle when it has the descriptor.
+        """
+        self._mine(port)
+        return self.fileno()
+
     def _forget(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.get_loop().is_closed():

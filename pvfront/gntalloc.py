@@ -115,6 +115,13 @@ class GrantAllocator(DeviceHandle):
         self._held += pages
         return GrantPool(self, offset, grefs)
 
+    def hand_over(self) -> int:
+        """The descriptor that gives all pools to another process (over SCM_RIGHTS); still ours.
+
+        The new owner has the pages from then on: close this handle when it has the descriptor.
+        """
+        return self.fileno()
+
     def _forget(self) -> None:
         self._held = 0
 

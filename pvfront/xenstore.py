@@ -84,9 +84,13 @@ class _Operations(ABC):
     @abstractmethod
     def _seconds(self, timeout: float | None) -> float: ...
 
+    @abstractmethod
+    def _terminated(self, path: str, op: str) -> bytes:
+        """The path as it goes to the store, NUL included."""
+
     async def read_bytes(self, path: str, *, timeout: float | None = None) -> bytes:
         """The value of a node: any bytes, perhaps none."""
-        return await self._call(Op.READ, path, _terminated(path, "read"), timeout)
+        return await self._call(Op.READ, path, self._terminated(path, "read"), timeout)
 
     async def read(self, path: str, *, timeout: float | None = None) -> str:
         """The value of a node as text (UTF-8 with surrogateescape). Hostile: parse it, clamp it."""
@@ -104,11 +108,11 @@ class _Operations(ABC):
     async def write(self, path: str, value: str | bytes, *, timeout: float | None = None) -> None:
         """Sets the value of a node; makes it and its parents if need be."""
         data = encode_text(value) if isinstance(value, str) else value
-        await self._call(Op.WRITE, path, _terminated(path, "write") + data, timeout)
+        await self._call(Op.WRITE, path, self._terminated(path, "write") + data, timeout)
 
     async def mkdir(self, path: str, *, timeout: float | None = None) -> None:
         """Makes an empty node, and its parents. One that exists stays as it is."""
-        await self._call(Op.MKDIR, path, _terminated(path, "mkdir"), timeout)
+        await self._call(Op.MKDIR, path, self._terminated(path, "mkdir"), timeout)
 
     async def remove(
         self, path: str, *, missing_ok: bool = False, timeout: float | None = None
@@ -119,7 +123,7 @@ class _Operations(ABC):
         forgives a missing parent too.
         """
         try:
-            await self._call(Op.RM, path, _terminated(path, "rm"), timeout)
+            await self._call(Op.RM, path, self._terminated(path, "rm"), timeout)
         except XenstoreError as exc:
             if not (missing_ok and exc.errno == errno.ENOENT):
                 raise
@@ -129,7 +133,7 @@ class _Operations(ABC):
 
         A large directory that changes meanwhile is read again from its start, until the timeout.
         """
-        payload = _terminated(path, "directory")
+        payload = self._terminated(path, "directory")
         seconds = self._seconds(timeout)
         async with _deadline("directory", path, seconds):
             try:
@@ -166,7 +170,7 @@ class _Operations(ABC):
 
     async def get_permissions(self, path: str, *, timeout: float | None = None) -> list[Permission]:
         """A node's permissions; the first names the owner."""
-        payload = _terminated(path, "get_perms")
+        payload = self._terminated(path, "get_perms")
         reply = await self._call(Op.GET_PERMS, path, payload, timeout)
         try:
             return [Permission.parse(text) for text in split_strings(reply)]
@@ -180,7 +184,7 @@ class _Operations(ABC):
         encoded = [permission.encode() + b"\0" for permission in permissions]
         if not encoded:
             raise ValueError("a node has at least one permission, its owner's")
-        payload = _terminated(path, "set_perms") + b"".join(encoded)
+        payload = self._terminated(path, "set_perms") + b"".join(encoded)
         await self._call(Op.SET_PERMS, path, payload, timeout)
 
 
@@ -190,8 +194,11 @@ class Xenstore(_Operations):
     `timeout` is the number of seconds that a call may take if it does not say otherwise.
     """
 
-    def __init__(self, path: str, timeout: float, link: Link, *, device: bool) -> None:
+    def __init__(
+        self, path: str, timeout: float, link: Link, *, device: bool, home: str | None = None
+    ) -> None:
         self.path = path
+        self.home = home
         self.timeout = timeout
         self._link = link
         self._device = device
@@ -200,12 +207,19 @@ class Xenstore(_Operations):
         self._transactions = asyncio.Semaphore(_TRANSACTIONS)
 
     @classmethod
-    async def connect(cls, path: str | None = None, *, timeout: float = 10.0) -> Self:
+    async def connect(
+        cls, path: str | None = None, *, timeout: float = 10.0, home: str | None = None
+    ) -> Self:
         """Connects to the store at `path`, a Unix socket or a character device.
 
         None: /dev/xen/xenbus if it is there, else $XENSTORED_PATH, else xenstored's usual socket.
+        home: the absolute directory that relative paths begin at, "/local/domain/1", for a
+        connection that the store takes for another domain's (every socket is dom0's); None: the
+        store knows whose they are.
         Raises XenstoreError; its hint says what to do.
         """
+        if home is not None and (not home.startswith("/") or home.endswith("/")):
+            raise ValueError(f"home {home!r} is no absolute directory")
         where = _find_store() if path is None else path
         try:
             device = _is_device(where)
@@ -221,7 +235,7 @@ class Xenstore(_Operations):
             if isinstance(exc, XenstoreError):
                 raise
             raise _cannot_connect(where, exc) from exc
-        return cls(where, timeout, link, device=device)
+        return cls(where, timeout, link, device=device, home=home)
 
     async def domain_path(self, domid: int, *, timeout: float | None = None) -> str:
         """The directory of a domain, `/local/domain/N`; it need not exist."""
@@ -271,6 +285,21 @@ class Xenstore(_Operations):
 
     def _seconds(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else timeout
+
+    def _wire_path(self, path: str, op: str, *, watch: bool = False) -> bytes:
+        data = encode_path(path, op, watch=watch)
+        if self.home is None or data[:1] in (b"/", b"@"):
+            return data
+        return encode_path(f"{self.home}/{path}", op)
+
+    def _shown_path(self, path: str, watched: str) -> str:
+        """The path of an event as the store reports it for a watch on `watched`."""
+        if self.home is None or watched[:1] in ("/", "@"):
+            return path
+        return path.removeprefix(f"{self.home}/")
+
+    def _terminated(self, path: str, op: str) -> bytes:
+        return self._wire_path(path, op) + b"\0"
 
     async def _call(
         self,
@@ -390,6 +419,9 @@ class Transaction(_Operations):
     def _seconds(self, timeout: float | None) -> float:
         return self._store._seconds(timeout)
 
+    def _terminated(self, path: str, op: str) -> bytes:
+        return self._store._terminated(path, op)
+
     async def _call(self, op: Op, path: str, payload: bytes, timeout: float | None) -> bytes:
         if self._tx_id is None:
             raise ClosedError(f"xenstore: {op.name.lower()} {printable(path)}: no open transaction")
@@ -424,7 +456,7 @@ class Watch:
     async def __aenter__(self) -> Self:
         if self._token:
             raise RuntimeError("a watch can be entered only once: make another one")
-        wire_path = encode_path(self.path, "watch", watch=True)
+        wire_path = self._store._wire_path(self.path, "watch", watch=True)
         link = self._store._watch_link(self.path)
         token = self._token = b"%d" % next(self._store._tokens)
         payload = self._payload = wire_path + b"\0" + token + b"\0"
@@ -472,6 +504,7 @@ class Watch:
 
     def _event(self, path: str | None) -> None:
         if path is not None:
+            path = self._store._shown_path(path, self.path)
             if len(self._pending) >= self.MAX_PENDING and path not in self._pending:
                 self._pending.clear()
                 path = self.path
@@ -489,10 +522,6 @@ async def _deadline(op: str, path: str, seconds: float) -> AsyncIterator[None]:
         raise
     except TimeoutError:
         raise XenstoreTimeout(op, path, seconds) from None
-
-
-def _terminated(path: str, op: str) -> bytes:
-    return encode_path(path, op) + b"\0"
 
 
 def _number(reply: bytes) -> int:
