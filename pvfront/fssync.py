@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
-from .veto import in_daemon_thread
+from .threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from .errors import PvfrontError
-from .veto import in_daemon_thread
+from .threads import in_daemon_thread
 
 PARKER = Path(__file__).with_name("portparker.py")
 NAME = "@pvfront-parker"

@@ -25,19 +25,17 @@ Theory of operation
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import errno
 import os
 import re
 import select
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from .errors import DeviceUnavailable, PvfrontError
+from .threads import in_daemon_thread
 
 WAKEUP_COUNT = Path("/sys/power/wakeup_count")
 KMSG = Path("/dev/kmsg")
@@ -48,38 +46,6 @@ EPOLLWAKEUP = 1 << 29  # include/uapi/linux/eventpoll.h; in the select module fr
 # The kernel's count has 16 bits (IN_PROGRESS_BITS), so this one is never right.
 WRONG_COUNT = b"4294967295"
 RECORD_MAX = 8192  # CONSOLE_EXT_LOG_MAX, include/linux/printk.h
-
-T = TypeVar("T")
-
-
-async def in_daemon_thread(name: str, function: Callable[[], T]) -> T:
-    """Runs a call that may block for ever. Being cancelled abandons the thread.
-
-    A daemon thread, because the threads of the loop's executor are joined when the program ends.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def body() -> None:
-        result: T | None = None
-        error: BaseException | None = None
-        try:
-            result = function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, result, error)
-
-    threading.Thread(target=body, name=name, daemon=True).start()
-    return await future
 
 
 class Line(enum.Enum):

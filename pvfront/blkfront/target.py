@@ -44,14 +44,13 @@ import contextlib
 import logging
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
-from .. import sysfs
+from .. import sysfs, threads
 from ..errors import PvfrontError
 from . import inuse, nbd
 from .features import DiskGeometry
@@ -238,7 +237,7 @@ class NbdTarget:
                 )
 
         with ours:
-            self._index = await in_thread(connect, _COMMAND_DEADLINE, "nbd connect")
+            self._index = await _command(connect, "nbd connect")
             self._off.clear()
             self._tune()
             return ours.detach()
@@ -256,7 +255,7 @@ class NbdTarget:
                     )
 
             with ours:
-                await in_thread(reconfigure, _COMMAND_DEADLINE, "nbd reconfigure")
+                await _command(reconfigure, "nbd reconfigure")
                 if not _hung_up(ours):
                     self._tune()
                     return ours.detach()
@@ -292,7 +291,7 @@ class NbdTarget:
                         block_size=geometry.sector_size,
                     )
 
-            await in_thread(resize, _COMMAND_DEADLINE, "nbd resize")
+            await _command(resize, "nbd resize")
         if not geometry.flush:
             self._off.add("flush")
         if not geometry.discard:
@@ -329,7 +328,7 @@ class NbdTarget:
                 control.reconfigure(index, identifier=self.identifier, size=0)
 
         with contextlib.suppress(nbd.NbdError):  # not connected any more: nothing to drain
-            await in_thread(refuse_requests, _COMMAND_DEADLINE, "nbd resize")
+            await _command(refuse_requests, "nbd resize")
         if not await _within(drain, lambda: self.in_flight() == 0):
             log.warning(
                 "%s: %d requests did not end within %.0f s and fail now",
@@ -355,7 +354,7 @@ class NbdTarget:
             with nbd.NbdControl(self._roots) as control:
                 control.disconnect(index)
 
-        await in_thread(disconnect, _COMMAND_DEADLINE, "nbd disconnect")
+        await _command(disconnect, "nbd disconnect")
 
     def _pair(self) -> tuple[socket.socket, socket.socket]:
         ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -426,45 +425,11 @@ async def _within(seconds: float, wanted: Callable[[], bool]) -> bool:
     return came
 
 
-async def in_thread(work: Callable[[], T], deadline: float, what: str) -> T:
-    """Runs `work` in a daemon thread of its own; raises TargetError after `deadline` seconds.
-
-    asyncio's own executor would wait for a hung thread when the process ends. A caller that is
-    cancelled still waits for the thread's end, so that no command runs beside the next one.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result: T | None = None
-        error: BaseException | None = None
-        try:
-            result = work()
-        except BaseException as problem:
-            error = problem
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name=what, daemon=True).start()
+async def _command(work: Callable[[], T], what: str) -> T:
+    """A netlink command in a thread of its own. Raises TargetError if it hangs."""
     try:
-        done, _ = await asyncio.wait({future}, timeout=deadline)
-    except asyncio.CancelledError:
-        await asyncio.wait({future}, timeout=deadline)
-        if future.done():
-            future.exception()  # nobody else will look at it
-        raise
-    if not done:
-        future.cancel()
+        return await threads.to_its_end(what, work, _COMMAND_DEADLINE)
+    except threads.Late as error:
         raise TargetError(
-            f"{what} did not end within {deadline:.0f} s",
-            hint="the kernel waits for a worker that does not read its socket",
-        )
-    return future.result()
+            str(error), hint="the kernel waits for a worker that does not read its socket"
+        ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pvfront.errors import DeviceUnavailable
+from pvfront.threads import in_daemon_thread
 from pvfront.veto import (
     WRONG_COUNT,
     CannotVeto,
@@ -20,7 +21,6 @@ from pvfront.veto import (
     LogEvent,
     Veto,
     classify,
-    in_daemon_thread,
     may_block_suspend,
     parse_record,
 )
@@ -297,11 +297,3 @@ def test_a_missing_capability_is_reported_because_the_kernel_would_not(
     weak.write_text("CapEff:\t0000000000000000\n")
     with pytest.raises(CannotVeto, match="CAP_BLOCK_SUSPEND is missing"):
         Veto(count, weak)
-
-
-async def test_an_error_in_a_thread_comes_out_where_it_is_awaited() -> None:
-    def fail() -> None:
-        raise OSError(5, "Input/output error")
-
-    with pytest.raises(OSError, match="Input/output"):
-        await in_daemon_thread("fails", fail)

@@ -18,7 +18,6 @@ import pytest
 from pvfront.blkfront import nbd, target
 from pvfront.blkfront.features import DiskGeometry
 from pvfront.blkfront.target import NbdSettings, NbdTarget, TargetError
-from pvfront.errors import PvfrontError
 from pvfront.sysfs import Roots
 
 ID = "pvfront:vbd-51728"
@@ -465,12 +464,15 @@ async def test_busy_without_a_device_is_nobody(kernel: FakeKernel) -> None:
     assert disk(kernel).in_flight() == 0
 
 
-async def test_an_error_of_the_thread_is_raised_in_the_task() -> None:
-    def fail() -> None:
-        raise PvfrontError("no")
-
-    with pytest.raises(PvfrontError, match="no"):
-        await target.in_thread(fail, 5, "failing")
+async def test_a_command_that_hangs_is_a_target_error_with_a_hint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(target, "_COMMAND_DEADLINE", 0.05)
+    release = threading.Event()
+    with pytest.raises(TargetError, match="nbd resize did not end within") as caught:
+        await target._command(release.wait, "nbd resize")
+    release.set()
+    assert "does not read" in str(caught.value.hint)
 
 
 async def serve(kernel: FakeKernel) -> Worker:
