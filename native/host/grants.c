@@ -183,22 +183,32 @@ static bool covers(struct pvf_arena *arena, uint64_t end)
 	return end <= arena->bytes;
 }
 
+/* The table is shared with other mappers: what was read once counts, never the entry again. */
+static uint32_t page_of(const struct pvf_grant *grant)
+{
+	return __atomic_load_n(&grant->page, __ATOMIC_RELAXED);
+}
+
+static uint16_t arena_of(const struct pvf_grant *grant)
+{
+	return __atomic_load_n(&grant->arena, __ATOMIC_RELAXED);
+}
+
 /* Maps the run of neighbours that begins with refs[0], all pinned, at `at`. Returns its length, or
  * -errno. */
 static int map_run(struct pvf_mapper *m, const uint32_t *refs, uint32_t count, int protection,
 		   unsigned char *at, uint32_t *arena)
 {
-	const struct pvf_grant *first = &m->table[refs[0]];
-	uint64_t page = first->page;
-	uint32_t number = first->arena, n = 1;
+	uint64_t page = page_of(&m->table[refs[0]]);
+	uint32_t number = arena_of(&m->table[refs[0]]), n = 1;
 
 	if (number >= m->arenas || m->arena[number].fd < 0) {
 		*arena = number;
 		return -ENXIO;
 	}
-	while (n < count && m->table[refs[n]].arena == number && m->table[refs[n]].page == page + n)
+	while (n < count && arena_of(&m->table[refs[n]]) == number &&
+	       page_of(&m->table[refs[n]]) == page + n)
 		n++;
-	/* The table is shared with other mappers: what was read above counts, never the entry again. */
 	while (!covers(&m->arena[number], (page + n) * PAGE))
 		if (!--n)
 			return -EFAULT;
