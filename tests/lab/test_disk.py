@@ -30,17 +30,19 @@ def pvf(lab: Lab, guest: Guest) -> Pvfront:
 
 @pytest.mark.core
 def test_a_disk_is_partitioned_formatted_filled_checked_and_equal_on_both_sides(
-    pvf: Pvfront, guest: Guest
+    pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
-    with pvf.disk() as backing:
-        guest.run("echo 'label: gpt\nsize=60M, type=L' | sfdisk -q /dev/pvfront/xvdb")
+    tree = "/usr/lib/python3.11/asyncio /usr/lib/python3.11/json /etc"
+    with pvf.disk(lab.loop_disk(32)) as backing:
+        guest.run("echo 'label: gpt\nsize=30M, type=L' | sfdisk -q /dev/pvfront/xvdb")
         node = guest.output("readlink -f /dev/pvfront/xvdb")
         wait_until("the partition's node", lambda: guest.run(f"test -b {node}p1", check=False).ok)
         guest.run(f"mkfs.ext4 -q {node}p1", timeout=120)
         guest.run(
             f"mkdir -p /mnt/xvdb && mount {node}p1 /mnt/xvdb "
-            "&& cp -a /usr/lib/python3.11 /mnt/xvdb/ && sync "
-            "&& diff -r --no-dereference /usr/lib/python3.11 /mnt/xvdb/python3.11 "
+            f"&& cp -a --parents {tree} /mnt/xvdb/ && umount /mnt/xvdb "
+            f"&& mount -o ro {node}p1 /mnt/xvdb "
+            f"&& for d in {tree}; do diff -r --no-dereference $d /mnt/xvdb$d || exit 1; done "
             "&& umount /mnt/xvdb",
             timeout=300,
         )
@@ -48,16 +50,15 @@ def test_a_disk_is_partitioned_formatted_filled_checked_and_equal_on_both_sides(
         assert pvf.sha256() == backing.sha256()
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("bs", "depth", "extra"),
     [
         ("512", 1, "--size=512k"),
         ("4k", 1, "--size=2M --fsync=16"),
-        ("4k", 64, ""),
+        pytest.param("4k", 64, "", marks=pytest.mark.core),
         ("64k", 16, "--fsync=8"),
         ("1M", 4, "--size=48M"),
-        ("512-1M", 32, "--bsrange=512-1M --blockalign=512"),
+        pytest.param("512-1M", 32, "--bsrange=512-1M --blockalign=512", marks=pytest.mark.core),
     ],
 )
 def test_what_fio_writes_it_reads_back(
@@ -106,7 +107,7 @@ def test_a_read_only_disk_refuses_writes_and_says_so(pvf: Pvfront, guest: Guest)
 
 @pytest.mark.core
 def test_list_shows_every_device_with_its_owner(pvf: Pvfront, guest: Guest) -> None:
-    with pvf.disk():
+    with pvf.disk(stock=True):
         rows = {(row["class"], row["name"]): row for row in pvf.list()}
         ours = rows["vbd", "xvdb"]
         assert ours["owner"] == "pvfront"
@@ -300,21 +301,23 @@ def test_an_interface_attached_while_all_disks_are_served_goes_to_the_kernel(
 
 def test_an_idle_disk_costs_no_cpu_and_no_events(pvf: Pvfront, guest: Guest) -> None:
     with pvf.disk():
-        guest.run("udevadm settle", timeout=60)
-        pids = f"{pvf.worker()} {pvf.pid()}"
-        cpu = f"for p in {pids}; do cut -d' ' -f14,15 /proc/$p/stat; done"
+        pids = (pvf.worker(), pvf.pid())
+
+        def spent(seconds: int) -> list[int]:
+            """Ticks (10 ms) that the worker and the supervisor used in so many seconds."""
+            look = f"cat /proc/{pids[0]}/stat /proc/{pids[1]}/stat"
+            lines = guest.output(f"{look}; sleep {seconds}; {look}", timeout=60).splitlines()
+            ticks = [sum(map(int, line.rpartition(")")[2].split()[11:13])) for line in lines]
+            return [ticks[2] - ticks[0], ticks[3] - ticks[1]]
 
         def events() -> int:
             return int(pvf.status()["statistics"]["events"])
 
-        before = guest.output(f"{cpu}; sleep 10; {cpu}", timeout=60).split("\n")
-        ticks = [sum(map(int, line.split())) for line in before]
-        worker_spent, supervisor_spent = ticks[2] - ticks[0], ticks[3] - ticks[1]
-        assert worker_spent == 0, f"{worker_spent} ticks in 10 s"
-        assert supervisor_spent <= 10, f"{supervisor_spent} ticks in 10 s"
-        first = events()
-        guest.run("sleep 3")
-        assert events() == first
+        # What the attach set going (udev's probes, the log, the state file) ends first.
+        wait_until("the end of what the attach began", lambda: spent(2) == [0, 0], 90)
+        before = events()
+        assert spent(10) == [0, 0]
+        assert events() == before
 
 
 def test_attach_and_detach_20_times_leaks_nothing(
@@ -341,14 +344,14 @@ def test_attach_and_detach_20_times_leaks_nothing(
             if cycle % 5 == 0:
                 guest.run("dd if=/dev/pvfront/xvdb of=/dev/null bs=1M count=4 status=none")
             pvf.detach()
-            if cycle == 2:
+            if cycle == 9:  # by then Python's and libc's arenas have what a cycle needs
                 before = held()
         after = held()
     finally:
         backing.remove()
     memory = after.pop("supervisor KiB") - before.pop("supervisor KiB")
     assert after == before
-    assert memory < 40 * cycles, f"{memory} KiB more after {cycles} cycles"
+    assert memory < 512 + 2 * cycles, f"{memory} KiB more after {cycles} cycles"
     # Every page that was ever granted is free again: the whole limit can be granted at once.
     limit = int(guest.output("cat /sys/module/xen_gntalloc/parameters/limit"))
     probe = (

@@ -56,7 +56,6 @@ def test_the_status_and_both_outputs_of_a_command_arrive(guest: Guest) -> None:
         guest.run("exit 7")
 
 
-@pytest.mark.core
 def test_a_command_past_its_deadline_is_killed_with_its_children(guest: Guest) -> None:
     with pytest.raises(DeadlineExceeded, match="did not end within 2 s"):
         guest.run("sleep 4242 & sleep 4242", timeout=2)
@@ -78,7 +77,6 @@ def test_the_store_is_one_store_seen_from_both_sides(lab: Lab, guest: Guest) -> 
     assert guest.xenstore_read("data/absent") is None
 
 
-@pytest.mark.core
 @pytest.mark.disk
 def test_an_attached_disk_appears_through_the_kernels_blkfront(lab: Lab, guest: Guest) -> None:
     disk = lab.ram_disk(32)
@@ -120,24 +118,4 @@ def test_a_job_runs_in_a_scope_that_can_be_frozen_without_the_agent(guest: Guest
     assert job.stdout.count("tick") == ticks
     guest.run(["systemctl", "thaw", "frozen-client.scope"])
     wait_until("a tick after the thaw", lambda: job.running and job.stdout.count("tick") > ticks)
-    job.kill()
-
-
-@pytest.mark.survive
-@pytest.mark.core
-def test_save_and_restore_keep_the_guest_and_its_jobs(lab: Lab, guest: Guest) -> None:
-    boot, domid = guest.boot_id(), guest.domid()
-    job = guest.start("i=0; while sleep 0.5; do i=$((i+1)); echo $i; done")
-    wait_until("output before the save", lambda: job.running and "2\n" in job.stdout)
-    guest.save()
-    assert not guest.running()
-    before = job.stdout
-    guest.restore()
-    assert guest.boot_id() == boot
-    assert guest.domid() != domid
-    wait_until(
-        "output after the restore", lambda: job.running and len(job.stdout) > len(before) + 4
-    )
-    numbers = [int(line) for line in job.stdout.split()]
-    assert numbers == list(range(1, len(numbers) + 1))
     job.kill()

@@ -34,15 +34,20 @@ def _progress(pvf: Pvfront) -> int:
     return int(pvf.status()["statistics"]["write"]["requests"])
 
 
+@pytest.mark.core
 @pytest.mark.timeout(1500)
 def test_fio_direct_runs_through_save_and_restore_without_an_error(
     pvf: Pvfront, guest: Guest
 ) -> None:
+    boot, domid = guest.boot_id(), guest.domid()
     with pvf.disk():
-        load = guest.start(DIRECT.format(seconds=60), unit="direct")
+        load = guest.start(DIRECT.format(seconds=40), unit="direct")
         wait_until("I/O", lambda: _progress(pvf) > 50)
         guest.save()
+        assert not guest.running()
         guest.restore()
+        assert guest.boot_id() == boot
+        assert guest.domid() != domid
         pvf.wait_served(deadline=120)
         assert load.running, "the load must have been under way during the suspend"
         before = _progress(pvf)
@@ -66,7 +71,7 @@ def test_fio_buffered_with_fsync_on_ext4_runs_through_save_and_restore(
             "&& mount /dev/pvfront/xvdb /mnt/xvdb",
             timeout=120,
         )
-        load = guest.start(BUFFERED.format(seconds=60), unit="buffered")
+        load = guest.start(BUFFERED.format(seconds=40), unit="buffered")
         wait_until("I/O", lambda: _progress(pvf) > 50)
         guest.save()
         guest.restore()
@@ -81,7 +86,7 @@ def test_fio_buffered_with_fsync_on_ext4_runs_through_save_and_restore(
 @pytest.mark.timeout(900)
 def test_a_checkpointed_guest_goes_on_with_its_disk(pvf: Pvfront, guest: Guest, lab: Lab) -> None:
     with pvf.disk():
-        load = guest.start(DIRECT.format(seconds=45), unit="direct")
+        load = guest.start(DIRECT.format(seconds=30), unit="direct")
         wait_until("I/O", lambda: _progress(pvf) > 50)
         # -c: the domain goes on after it was saved; for the guest that is a cancelled suspend.
         lab.xl("save", "-c", guest.kind, "/var/lib/lab/checkpoint", timeout=240)

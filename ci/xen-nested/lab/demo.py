@@ -33,7 +33,7 @@ def demo(lab: Lab) -> bool:
     """True if both sides agree in the end."""
     guest = lab.guest("hvm")
     backing = lab.loop_disk(MIB)
-    disk = backing.spec("xvdb")
+    disk = backing.spec("xvdb", stock=True)
     say(f"xl create of an HVM guest with a second disk: disk = [ ..., '{disk}' ]")
     guest.create(disks=[disk])
     pvf = Pvfront(lab, guest)

@@ -17,6 +17,7 @@ from typing import Literal
 
 from .client import Machine, Result
 from .errors import CommandFailed, DeadlineExceeded, LabError
+from .paths import BLOCK_SCRIPT
 from .progress import say
 from .xen import ADDRESS, Outer
 
@@ -42,6 +43,16 @@ OWN_CRASH = re.compile(
 
 Value = str | int | Sequence[str]
 
+
+
+def disk_spec(vdev: str, mode: str, device: str, *, stock: bool = False) -> str:
+    """A vbd for xl: "format=raw,vdev=xvdb,access=w,...,target=/dev/ram0".
+
+    With the lab's own hotplug script (scripts/block-lab) or, if `stock`, xl's: the same keys,
+    3 s later.
+    """
+    script = "" if stock else f"script={BLOCK_SCRIPT.name},"
+    return f"format=raw,vdev={vdev},access={mode},{script}target={device}"
 
 
 @dataclass
@@ -116,8 +127,8 @@ class Guest(Machine):
             "cmdline": self._command_line(cmdline),
             "memory": 640,
             "vcpus": 1,
-            "disk": [f"phy:{self.root},xvda,w"]
-            + ([f"phy:{self.payload},xvdz,r"] if self.payload else [])
+            "disk": [disk_spec("xvda", "w", self.root)]
+            + ([disk_spec("xvdz", "r", self.payload)] if self.payload else [])
             + list(disks),
             "vif": [f"mac={self.mac},bridge={BRIDGE},type=vif", *vifs],
             "on_poweroff": "destroy",

@@ -9,6 +9,9 @@ from pathlib import Path
 LAB = Path(__file__).resolve().parent
 """This package; `files/` holds what goes into the images."""
 
+BLOCK_SCRIPT = LAB / "scripts" / "block-lab"
+"""dom0's hotplug script for vbds; it goes there when the lab starts."""
+
 HERE = LAB.parent
 """ci/xen-nested: package lists."""
 

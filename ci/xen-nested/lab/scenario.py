@@ -31,7 +31,7 @@ from typing import TypeVar
 from . import image, paths
 from .client import Machine, Result
 from .errors import CommandFailed, DeadlineExceeded, LabError
-from .guest import FILES, KINDS, Guest, Kind, Tally
+from .guest import FILES, KINDS, Guest, Kind, Tally, disk_spec
 from .progress import say, step
 from .xen import Disk, Outer, new_run_directory
 
@@ -82,9 +82,9 @@ class BackingDisk:
         self.device = device
         self._undo = list(undo)
 
-    def spec(self, vdev: str, mode: str = "w") -> str:
-        """For xl: "phy:/dev/ram0,xvdb,w"."""
-        return f"phy:{self.device},{vdev},{mode}"
+    def spec(self, vdev: str, mode: str = "w", *, stock: bool = False) -> str:
+        """For xl; `stock` as in `guest.disk_spec`."""
+        return disk_spec(vdev, mode, self.device, stock=stock)
 
     @property
     def size(self) -> int:
@@ -242,6 +242,7 @@ class Lab:
                 outer.dom0.push(guest.kernel, f"{FILES}/vmlinuz")
                 outer.dom0.push(guest.initrd, f"{FILES}/initrd.img")
                 outer.dom0.push(guest.grub, f"{FILES}/grub.lnx")
+                outer.dom0.push(paths.BLOCK_SCRIPT, f"/etc/xen/scripts/{paths.BLOCK_SCRIPT.name}")
         except BaseException:
             outer.stop()
             raise
