@@ -21,7 +21,6 @@ HERE = Path(__file__).resolve().parent
 SOURCE = """
 #include "pvf_ctl.h"
 #include "nbd.h"
-#include "port.h"
 #include "ring.h"
 #include <xen/xen.h>
 #include <xen/io/blkif.h>
@@ -48,23 +47,12 @@ def declarations(text: str) -> str:
     return "\n".join(kept)
 
 
-def struct_of(header: str, name: str) -> str:
-    """One structure or enum of a header that is not wanted as a whole."""
-    text = declarations((HERE / header).read_text())
-    found = re.search(rf"^(struct|enum) {name} \{{.*?^\}};", text, flags=re.S | re.M)
-    if found is None:
-        raise SystemExit(f"{header} has no {name}")
-    return found[0]
-
-
 def main(output: str) -> None:
     ffi = cffi.FFI()
     ffi.cdef(declarations((HERE / "include/pvf_ctl.h").read_text()))
     ffi.cdef("\n".join(f"static const int {name};" for name in CONSTANTS))
     ffi.cdef("struct pvf_fault { uint32_t rule; uint64_t value; const char *field, *text; };")
     ffi.cdef(declarations((HERE / "ring.h").read_text()))
-    ffi.cdef(struct_of("port.h", "pvf_port_packet"))
-    ffi.cdef(struct_of("port.h", "pvf_port_op"))
     ffi.set_source("pvfront._abi", SOURCE)
     ffi.emit_c_code(output)
 

@@ -109,14 +109,16 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 /* The calls of the event loop, and who makes them. */
 static const int plain_calls[] = {
 	SCMP_SYS(epoll_wait), SCMP_SYS(epoll_pwait), SCMP_SYS(epoll_ctl), /* worker, queue */
-	SCMP_SYS(read), SCMP_SYS(write),                  /* port_xen, timers, PVF_ASSERT */
-	SCMP_SYS(recvfrom), SCMP_SYS(sendto),             /* port_embedded */
-	SCMP_SYS(recvmsg), SCMP_SYS(sendmsg),             /* target, ctl */
+	SCMP_SYS(read), SCMP_SYS(write),                  /* ports, timers, PVF_ASSERT */
+	SCMP_SYS(recvmsg), SCMP_SYS(sendmsg),             /* target, ctl, port_embedded */
 	SCMP_SYS(accept4), SCMP_SYS(close), SCMP_SYS(munmap), SCMP_SYS(madvise),
 	SCMP_SYS(fstat), SCMP_SYS(newfstatat), SCMP_SYS(getsockopt), /* port_open, worker */
 	SCMP_SYS(timerfd_settime), SCMP_SYS(clock_gettime), SCMP_SYS(restart_syscall),
 	SCMP_SYS(rt_sigreturn), SCMP_SYS(exit), SCMP_SYS(exit_group),
 };
+
+/* port_xen and port_embedded, when they open. */
+static const uint64_t fcntl_commands[] = {F_GETFL, F_SETFL, F_GET_SEALS};
 
 int pvf_confine_calls(struct pvf_confine *c, const char **why)
 {
@@ -137,12 +139,9 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 	if (!rc)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(ioctl), 1,
 				      SCMP_A1(SCMP_CMP_MASKED_EQ, UINT32_MAX, IOCTL_EVTCHN_NOTIFY));
-	if (!rc)
+	for (size_t i = 0; !rc && i < sizeof(fcntl_commands) / sizeof(*fcntl_commands); i++)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
-				      SCMP_A1(SCMP_CMP_EQ, F_GETFL, 0));
-	if (!rc)
-		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
-				      SCMP_A1(SCMP_CMP_EQ, F_SETFL, 0));
+				      SCMP_A1(SCMP_CMP_EQ, fcntl_commands[i], 0));
 	if (!rc)
 		rc = seccomp_load(filter);
 	seccomp_release(filter);

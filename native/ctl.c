@@ -7,6 +7,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "scm.h"
+
 _Static_assert(sizeof(struct pvf_ctl_broken) <= PVF_CTL_UP_MAX, "largest message upwards");
 _Static_assert(sizeof(struct pvf_ctl_attach) + PVF_MAX_POOL_PAGES * 4 <= PVF_CTL_MAX, "attach");
 
@@ -127,37 +129,8 @@ const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nf
 
 void pvf_ctl_release(struct pvf_ctl *ctl)
 {
-	for (uint32_t i = 0; i < PVF_CTL_MAX_FDS; i++) {
-		if (ctl->fds[i] >= 0)
-			close(ctl->fds[i]);
-		ctl->fds[i] = -1;
-	}
+	pvf_scm_close(ctl->fds, PVF_CTL_MAX_FDS);
 	ctl->nfds = 0;
-}
-
-/* Takes the descriptors out of a control message; all that do not fit are closed. */
-static bool take_fds(struct pvf_ctl *ctl, struct msghdr *msg)
-{
-	bool fit = true;
-
-	for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
-		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
-			continue;
-		size_t n = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-
-		for (size_t i = 0; i < n; i++) {
-			int fd;
-
-			memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(int));
-			if (ctl->nfds < PVF_CTL_MAX_FDS) {
-				ctl->fds[ctl->nfds++] = fd;
-			} else {
-				close(fd);
-				fit = false;
-			}
-		}
-	}
-	return fit;
 }
 
 int pvf_ctl_receive(struct pvf_ctl *ctl, const char **why)
@@ -179,17 +152,17 @@ int pvf_ctl_receive(struct pvf_ctl *ctl, const char **why)
 
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return 0;
-	for (uint32_t i = 0; i < PVF_CTL_MAX_FDS; i++)
-		ctl->fds[i] = -1;
-	ctl->nfds = 0;
-	bool fit = n < 0 || take_fds(ctl, &msg);
+	if (n < 0)
+		msg.msg_controllen = 0;
+	uint32_t came = pvf_scm_take(&msg, ctl->fds, PVF_CTL_MAX_FDS);
 
+	ctl->nfds = pvf_min32(came, PVF_CTL_MAX_FDS);
 	if (n <= 0) {
 		pvf_ctl_release(ctl);
 		pvf_ctl_drop(ctl);
 		return -1;
 	}
-	if (!fit || msg.msg_flags & MSG_CTRUNC)
+	if (came > PVF_CTL_MAX_FDS || msg.msg_flags & MSG_CTRUNC)
 		*why = "more descriptors than any message has";
 	else if (msg.msg_flags & MSG_TRUNC)
 		*why = "a packet larger than any message";

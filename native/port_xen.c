@@ -8,11 +8,28 @@
 #include "port.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <xen/xen.h>
 #include <xen/sys/evtchn.h>
+
+static int xen_open(struct pvf_port *port, const struct pvf_ctl_attach *attach, const char **why)
+{
+	int flags = fcntl(port->event_source, F_GETFL);
+
+	*why = "the event channel cannot be made non-blocking";
+	if (flags < 0 || fcntl(port->event_source, F_SETFL, flags | O_NONBLOCK))
+		return -errno;
+	port->event_fd = port->event_source;
+	return pvf_port_map(port, port->grant_source, attach, why);
+}
+
+static void xen_release(struct pvf_port *port)
+{
+	(void)port;
+}
 
 static int xen_read(struct pvf_port *port)
 {
@@ -43,6 +60,8 @@ static int xen_notify(struct pvf_port *port)
 
 const struct pvf_port_ops pvf_port_xen = {
 	.name = "xen",
+	.open = xen_open,
+	.release = xen_release,
 	.read = xen_read,
 	.unmask = xen_unmask,
 	.notify = xen_notify,

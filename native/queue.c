@@ -58,7 +58,7 @@ int pvf_queue_init(struct pvf_queue *q, int epoll_fd)
 {
 	memset(q, 0, sizeof(*q));
 	q->epoll_fd = epoll_fd;
-	q->target.fd = q->port.event_fd = q->port.grant_fd = -1;
+	q->target.fd = q->port.event_fd = -1;
 	pvf_blk_init(&q->blk);
 	q->unmask_timer = make_timer(q, PVF_TAG_UNMASK);
 	if (q->unmask_timer < 0)
@@ -91,10 +91,10 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 
 	if (rc)
 		return rc;
-	rc = watch(q, event_fd, PVF_TAG_EVENT);
+	rc = watch(q, q->port.event_fd, PVF_TAG_EVENT);
 	if (rc) {
 		*why = "the event channel cannot be watched";
-		q->port.event_fd = q->port.grant_fd = -1; /* the caller's again */
+		pvf_port_release(&q->port);
 		return rc;
 	}
 	pvf_blk_attach(&q->blk, q->port.ring, q->port.ring_bytes, q->port.pool, a->pool_pages,
@@ -102,7 +102,7 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 	q->attached = true;
 	q->serving = q->no_new = false;
 	/* An event from before may be waiting; the ring is new, so begin as if one had come. */
-	q->masked = q->delayed = q->notify_owed = q->stalled = q->unseen = false;
+	q->masked = q->delayed = q->stalled = q->unseen = false;
 	q->idle = true;
 	q->patience = 0;
 	q->spurious_run = 0;
@@ -174,11 +174,6 @@ static void unmask(struct pvf_queue *q)
 {
 	int rc = q->port.ops->unmask(&q->port);
 
-	if (rc == -EAGAIN) { /* the embedded host does not read: try again, without haste */
-		q->delayed = true;
-		arm(q->unmask_timer, 10 * MS);
-		return;
-	}
 	if (rc)
 		port_failed(q, -rc, "the event channel cannot be unmasked");
 	q->masked = q->delayed = false;
@@ -213,11 +208,10 @@ static void notify(struct pvf_queue *q)
 {
 	int rc = q->port.ops->notify(&q->port);
 
-	q->notify_owed = rc == -EAGAIN;
-	if (!rc)
-		q->blk.stats.notifies++;
-	else if (rc != -EAGAIN)
+	if (rc)
 		port_failed(q, -rc, "the backend cannot be notified");
+	else
+		q->blk.stats.notifies++;
 }
 
 static void watch_ring(struct pvf_queue *q)
@@ -278,8 +272,6 @@ static void watchdog(struct pvf_queue *q)
 	q->watching = false;
 	if (!q->attached || blk->fault.rule)
 		return;
-	if (q->notify_owed)
-		notify(q);
 	if (!q->masked)
 		take_event(q); /* it may just not have had its turn */
 	if (blk->fault.rule)
@@ -339,7 +331,7 @@ void pvf_queue_event(struct pvf_queue *q, uint32_t tag, uint32_t events)
 			pvf_target_event(&q->target, events);
 		break;
 	case PVF_TAG_UNMASK:
-		/* Delayed for its spuriousness or for the host: look at the ring again, then unmask. */
+		/* Delayed for its spuriousness: look at the ring again, then unmask. */
 		if (timer_fired(q->unmask_timer) && q->delayed && !q->blk.fault.rule) {
 			drain(q);
 			if (!q->blk.fault.rule)

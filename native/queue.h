@@ -55,7 +55,6 @@ struct pvf_queue {
 	bool again;         /* more to do: do not sleep */
 	bool masked;        /* the port was delivered and not given back */
 	bool delayed;       /* the unmask waits for its timer */
-	bool notify_owed;   /* the host could not take it */
 	bool watching;      /* the watchdog is armed */
 	bool idle;          /* the ring was empty when last seen */
 	bool stalled;

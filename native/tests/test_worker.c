@@ -4,8 +4,10 @@
  * the thread sanitizer needs in order to see the two ends of a ring meet.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -22,7 +24,10 @@
 static struct pvf_worker worker;
 static struct backend backend;
 static unsigned char disk[DISK], expected[DISK];
-static int control, client, events;
+static struct pvf_channel *channel;
+static int control, client;
+static int wakeup[2]; /* the eventfds: the worker's, the backend's */
+static int hub_event, hub_grants;
 
 static void *run_worker(void *status)
 {
@@ -30,66 +35,92 @@ static void *run_worker(void *status)
 	return NULL;
 }
 
-/* The host's half of the event channel, and the backend behind it. */
+/* The backend's end of the channel, until the worker lets the hub's connection go. */
 static void *run_backend(void *arg)
 {
-	bool masked = false, pending = false;
-	struct pvf_port_packet p;
+	struct pollfd polled[2] = {{.fd = wakeup[1], .events = POLLIN}, {.fd = hub_event}};
 	uint64_t seed = 11;
 
 	(void)arg;
-	while (recv(events, &p, sizeof(p), 0) == sizeof(p)) {
+	for (;;) {
 		bool event = false;
 
-		CHECK_EQ(p.port, PORT);
-		if (p.op == PVF_PORT_UNMASK) {
-			masked = false;
-			event = pending;
-			pending = false;
-		} else {
-			CHECK_EQ(p.op, PVF_PORT_NOTIFY);
+		CHECK(poll(polled, 2, -1) > 0);
+		if (pvf_channel_take(channel, 1, wakeup[1])) {
 			backend_take(&backend);
 			while (backend.held)
 				event |= backend_answer(&backend, below(&seed, backend.held),
 							BLKIF_RSP_OKAY);
+			if (event)
+				CHECK_EQ(pvf_channel_notify(channel, 1, wakeup[0]), 0);
+			CHECK_EQ(pvf_channel_unmask(channel, 1, wakeup[1]), 0);
+		} else if (polled[1].revents & POLLHUP) {
+			return NULL;
 		}
-		if (!event)
-			continue;
-		if (masked) {
-			pending = true;
-			continue;
-		}
-		masked = true;
-		p = (struct pvf_port_packet){.port = PORT, .op = PVF_PORT_EVENT};
-		CHECK(send(events, &p, sizeof(p), MSG_NOSIGNAL) == sizeof(p));
 	}
-	return NULL;
+}
+
+static void send_packet(int sock, const void *data, size_t size, const int *fds, size_t n)
+{
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(3 * sizeof(int))];
+	} c = {0};
+	struct iovec iov = {(void *)(uintptr_t)data, size};
+	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+
+	if (n) {
+		msg.msg_control = &c;
+		msg.msg_controllen = CMSG_SPACE(sizeof(int) * n);
+		struct cmsghdr *h = CMSG_FIRSTHDR(&msg);
+
+		h->cmsg_level = SOL_SOCKET;
+		h->cmsg_type = SCM_RIGHTS;
+		h->cmsg_len = CMSG_LEN(sizeof(int) * n);
+		memcpy(CMSG_DATA(h), fds, sizeof(int) * n);
+	}
+	CHECK(sendmsg(sock, &msg, 0) == (ssize_t)size);
 }
 
 static void tell(void *message, uint16_t type, size_t size, int fd1, int fd2)
 {
 	struct pvf_ctl_hdr *hdr = message;
 	int fds[2] = {fd1, fd2};
-	int n = (fd1 >= 0) + (fd2 >= 0);
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(sizeof(fds))];
-	} c = {0};
-	struct iovec iov = {message, size};
-	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
 
 	*hdr = (struct pvf_ctl_hdr){PVF_CTL_MAGIC, PVF_CTL_VERSION, type, 1, (uint32_t)size};
-	if (n) {
-		msg.msg_control = &c;
-		msg.msg_controllen = CMSG_SPACE(sizeof(int) * (size_t)n);
-		struct cmsghdr *h = CMSG_FIRSTHDR(&msg);
+	send_packet(control, message, size, fds, (size_t)((fd1 >= 0) + (fd2 >= 0)));
+}
 
-		h->cmsg_level = SOL_SOCKET;
-		h->cmsg_type = SCM_RIGHTS;
-		h->cmsg_len = CMSG_LEN(sizeof(int) * (size_t)n);
-		memcpy(CMSG_DATA(h), fds, sizeof(int) * (size_t)n);
-	}
-	CHECK(sendmsg(control, &msg, 0) == (ssize_t)size);
+static int memfd(size_t bytes)
+{
+	int fd = memfd_create("test", MFD_ALLOW_SEALING);
+
+	CHECK(fd >= 0 && !ftruncate(fd, (off_t)bytes));
+	CHECK(!fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK));
+	return fd;
+}
+
+/* What the hub does: the two connections that ATTACH brings, with a packet in each. */
+static void hand_over(int grants, int *event_source, int *grant_source)
+{
+	struct pvf_host_packet event = {PVF_HOST_MAGIC, PVF_HOST_EVENT, PORT, 0};
+	struct pvf_host_packet pages = {.magic = PVF_HOST_MAGIC, .kind = PVF_HOST_PAGES};
+	int fds[3] = {memfd(4096)}, pair[2];
+
+	channel = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
+	CHECK(channel != MAP_FAILED);
+	pvf_channel_init(channel);
+	for (int side = 0; side < 2; side++)
+		CHECK((fds[1 + side] = wakeup[side] = eventfd(0, EFD_NONBLOCK)) >= 0);
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
+	send_packet(pair[0], &event, sizeof(event), fds, 3);
+	close(fds[0]);
+	hub_event = pair[0];
+	*event_source = pair[1];
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
+	send_packet(pair[0], &pages, sizeof(pages), &grants, 1);
+	hub_grants = pair[0];
+	*grant_source = pair[1];
 }
 
 static void hear(uint16_t type)
@@ -181,7 +212,7 @@ static void serve(void)
 	struct sockaddr_un name = {.sun_family = AF_UNIX};
 	pthread_t threads[3];
 	int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0), status = -1;
-	int channel[2], nbd[2];
+	int sources[2], nbd[2];
 	socklen_t length = sizeof(name);
 	const char *why;
 	uint64_t seed = 99;
@@ -196,18 +227,16 @@ static void serve(void)
 	control = socket(AF_UNIX, SOCK_SEQPACKET, 0);
 	CHECK(!connect(control, (struct sockaddr *)&name, length));
 
-	int grants = memfd_create("grants", 0);
+	int grants = memfd(4096 * (1 + POOL));
 
-	CHECK(!ftruncate(grants, 4096 * (1 + POOL)));
-	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, channel));
+	hand_over(grants, &sources[0], &sources[1]);
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, nbd));
-	events = channel[0];
 	client = nbd[0];
 	*attach = (struct pvf_ctl_attach){.device_class = PVF_CLASS_BLK, .port = PORT,
 					  .ring_pages = 1, .pool_pages = POOL, .ring_offset = 0,
 					  .pool_offset = 4096, .name = "vbd-1"};
 	backend_grefs(attach->pool_grefs, POOL);
-	tell(attach, PVF_CTL_ATTACH, sizeof(message), channel[1], grants);
+	tell(attach, PVF_CTL_ATTACH, sizeof(message), sources[0], sources[1]);
 	hear(PVF_CTL_ATTACHED);
 	unsigned char *shared = mmap(NULL, 4096 * (1 + POOL), PROT_READ | PROT_WRITE, MAP_SHARED,
 				     grants, 0);
@@ -217,7 +246,8 @@ static void serve(void)
 	CHECK(!pthread_create(&threads[1], NULL, run_backend, NULL));
 	tell(&start, PVF_CTL_START, sizeof(start), nbd[1], -1);
 	hear(PVF_CTL_STARTED);
-	close(channel[1]);
+	close(sources[0]);
+	close(sources[1]);
 	close(nbd[1]);
 
 	CHECK(!pthread_create(&threads[2], NULL, send_writes, NULL));
@@ -246,7 +276,10 @@ static void serve(void)
 	hear(PVF_CTL_DETACHED);
 	tell(&simple, PVF_CTL_EXIT, sizeof(simple), -1, -1);
 	pthread_join(threads[0], NULL);
-	pthread_join(threads[1], NULL); /* its socket ended: DETACH has closed the event channel */
+	pthread_join(threads[1], NULL); /* DETACH has closed the event channel */
+	char end;
+
+	CHECK_EQ(recv(hub_grants, &end, 1, MSG_DONTWAIT), 0); /* and the pages */
 	CHECK_EQ(status, 0);
 	CHECK(!memcmp(disk, expected, DISK));
 	CHECK_EQ(worker.stats.shared->write.bytes, DISK);

@@ -23,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 
-from embedded import RSP_PROD, Backend, Nbd, Pages
+from embedded import RSP_PROD, Backend, Nbd, Pages, Port
 
 from pvfront import worker as worker_module
 from pvfront.blkfront import frontend as module
@@ -72,7 +72,6 @@ class Host:
     def end_generation(self) -> None:
         if self.backend is not None:
             self.backend.stop()
-            self.backend.sock.close()
             self.backend = None
         if self.pages is not None:
             self.pages.close()
@@ -80,12 +79,12 @@ class Host:
 
 
 class Channels:
-    """`EventChannels` whose port is a socket to the embedded backend."""
+    """`EventChannels` whose port leads to the backend."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
         host.end_generation()
-        self.theirs, self.ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.port = Port(PORT)
 
     def __enter__(self) -> Channels:
         self.host.open += 1
@@ -93,17 +92,19 @@ class Channels:
 
     def __exit__(self, *_: object) -> None:
         self.host.open -= 1
-        self.ours.close()
+        self.port.theirs.close()
         if self.host.pages is None:
-            self.theirs.close()
+            self.port.close()
             return
-        self.host.backend = self.host.backend_class(
-            self.host.pages, self.theirs, PORT, self.host.disk
-        )
+        self.host.backend = self.host.backend_class(self.host.pages, self.port, self.host.disk)
         self.host.backend.start()
 
     def fileno(self) -> int:
-        return self.ours.fileno()
+        return self.port.theirs.fileno()
+
+    def hand_over(self, port: int) -> int:
+        assert port == PORT
+        return self.fileno()
 
     def bind_unbound(self, domid: int) -> int:
         assert domid == 0
@@ -111,11 +112,11 @@ class Channels:
 
 
 class Allocator:
-    """`GrantAllocator` whose pages are a memfd; `host.limit` of them."""
+    """`GrantAllocator` of `host.limit` pages."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.fd = -1
+        self.connection: socket.socket | None = None
 
     def __enter__(self) -> Allocator:
         self.host.open += 1
@@ -123,11 +124,15 @@ class Allocator:
 
     def __exit__(self, *_: object) -> None:
         self.host.open -= 1
-        if self.fd >= 0:
-            os.close(self.fd)
+        if self.connection is not None:
+            self.connection.close()
 
     def fileno(self) -> int:
-        return self.fd
+        assert self.connection is not None
+        return self.connection.fileno()
+
+    def hand_over(self) -> int:
+        return self.fileno()
 
     def alloc(self, domid: int, pages: int) -> Any:
         assert domid == 0
@@ -135,7 +140,7 @@ class Allocator:
         if pages > self.host.limit:
             raise GrantsExhausted(wanted=pages, held=0, limit=self.host.limit)
         made = self.host.pages = Pages(1, pages - 1)
-        self.fd = os.dup(made.fd)
+        self.connection = made.hand_over()
         return SimpleNamespace(offset=made.ring_offset, pages=pages, grefs=(RING_GREF, *made.grefs))
 
 
@@ -643,7 +648,7 @@ async def test_a_worker_left_over_from_before_a_restore_is_parked_not_detached(
     parked: list[int] = []
 
     async def park(of: int) -> tuple[int, int]:
-        assert any("memfd:grants" in link for link in descriptors(of)), "it was detached before"
+        assert any("[eventfd]" in link for link in descriptors(of)), "it was detached before"
         parked.append(of)
         return 4711, 1
 

@@ -25,7 +25,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 
-from embedded import RSP_PROD, Backend, Nbd, Pages
+from embedded import RSP_PROD, Backend, Nbd, Pages, Port
 
 from pvfront import worker as module
 from pvfront.abi import ffi, lib, read_stats
@@ -62,8 +62,8 @@ class Device:
     def __init__(self, backend: type[Backend] = Backend) -> None:
         self.pages = Pages(1, 32)
         self.disk = bytearray(DISK)
-        ours, self.channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.backend = backend(self.pages, ours, 5, self.disk)
+        self.channel, self.granted = Port(), self.pages.hand_over()
+        self.backend = backend(self.pages, self.channel, self.disk)
         self.client, self.socket = socket.socketpair()
         self.client.settimeout(PATIENCE)
         self.nbd = Nbd(self.client)
@@ -78,9 +78,10 @@ class Device:
             pool_offset=self.pages.pool_offset,
             pool_grefs=self.pages.grefs,
             scrub=False,
-            fds=(self.channel.fileno(), self.pages.fd),
+            fds=(self.channel.theirs.fileno(), self.granted.fileno()),
         )
-        self.channel.close()
+        self.channel.theirs.close()
+        self.granted.close()
         self.backend.start()
 
     async def start(self, worker: Worker, generation: int = 1, stall_seconds: int = 0) -> None:
@@ -101,10 +102,8 @@ class Device:
     def close(self) -> None:
         self.client.close()
         self.socket.close()
-        self.channel.close()
-        if self.backend.is_alive():
-            self.backend.stop()
-        self.backend.sock.close()
+        self.granted.close()
+        self.backend.stop()
         self.pages.close()
 
 

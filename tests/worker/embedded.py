@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""An embedded host for one worker: event channel, granted pages, a backend and a supervisor.
+"""A host for one worker: event channel, granted pages, a backend and a supervisor.
 
-The backend is written against Xen's headers (io/ring.h, io/blkif.h) and shares no code with the
+The event channel and the pages are handed over as the embedded host's hub does (docs/host.md). The
+backend is written against Xen's headers (io/ring.h, io/blkif.h) and shares no code with the
 frontend's ring. It is honest and serves a disk in memory; tests make it hostile by overriding
 `answer` or `respond`, or by writing into the shared page directly.
 
-Layout of the memfd: one guard page, the ring, the pool. Grant references are deliberately not page
+Layout of the arena: one guard page, the ring, the pool. Grant references are deliberately not page
 numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import select
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from pvfront.abi import BlkStats, ffi, lib, read_stats
+from pvfront.host import _host
 
 PAGE = 4096
 SECTOR = 512
@@ -44,8 +47,6 @@ RESPONSE = struct.Struct("<QBxhxxxx")
 SLOT = 112
 # io/ring.h: req_prod, req_event, rsp_prod, rsp_event, then 48 bytes
 REQ_PROD, REQ_EVENT, RSP_PROD, RSP_EVENT, SLOTS = 0, 4, 8, 12, 64
-PACKET = struct.Struct("<II")
-EVENT, UNMASK, NOTIFY = 0, 1, 2
 MASK = 0xFFFFFFFF
 
 
@@ -59,6 +60,78 @@ def wait_for(what: str, condition: Callable[[], Any], deadline: float = DEADLINE
         if time.monotonic() > end:
             raise AssertionError(f"within {deadline:.0f} s this never came: {what}")
         time.sleep(0.002)
+
+
+def sealed(name: str, size: int, *, seal: bool = True) -> int:
+    """A memfd as the hub makes them: nobody can shrink it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    if seal:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return fd
+
+
+def hand_over(kind: int, fds: list[int], **fields: int) -> tuple[socket.socket, socket.socket]:
+    """A connection to the hub in which a `struct pvf_host_packet` waits: both its ends."""
+    hub, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    packet = _host.ffi.new(
+        "struct pvf_host_packet *", {"magic": _host.lib.PVF_HOST_MAGIC, "kind": kind, **fields}
+    )
+    socket.send_fds(hub, [bytes(_host.ffi.buffer(packet))], fds)
+    return hub, theirs
+
+
+class Port:
+    """One event channel. End 0 is the worker's, end 1 the backend's."""
+
+    PENDING, MASKED = _host.lib.PVF_CHANNEL_PENDING, _host.lib.PVF_CHANNEL_MASKED
+
+    def __init__(self, number: int = 5) -> None:
+        self.fd = sealed("channel", PAGE)
+        self._map = mmap.mmap(self.fd, PAGE)
+        self._channel = _host.ffi.from_buffer("struct pvf_channel *", self._map)
+        _host.lib.pvf_channel_init(self._channel)
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        self.worker_fd, self.backend_fd = os.eventfd(0, flags), os.eventfd(0, flags)
+        # Readable at its end: nobody holds the worker's side any more.
+        self.hub, self.theirs = hand_over(
+            _host.lib.PVF_HOST_EVENT, [self.fd, self.worker_fd, self.backend_fd], port=number
+        )
+
+    def __enter__(self) -> Port:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def worker_flags(self) -> int:
+        """PENDING and MASKED of the worker's end."""
+        return int(self._channel.end[0].flags)
+
+    @worker_flags.setter
+    def worker_flags(self, value: int) -> None:
+        self._channel.end[0].flags = value
+
+    def notify(self) -> None:
+        assert _host.lib.pvf_channel_notify(self._channel, 1, self.worker_fd) == 0
+
+    def take(self) -> bool:
+        return bool(_host.lib.pvf_channel_take(self._channel, 1, self.backend_fd))
+
+    def unmask(self) -> None:
+        assert _host.lib.pvf_channel_unmask(self._channel, 1, self.backend_fd) == 0
+
+    def close(self) -> None:
+        if self.fd < 0:
+            return
+        _host.ffi.release(self._channel)
+        self._map.close()
+        for fd in (self.fd, self.worker_fd, self.backend_fd):
+            os.close(fd)
+        self.fd = -1
+        self.hub.close()
+        self.theirs.close()
 
 
 @dataclass
@@ -81,14 +154,21 @@ class Pages:
         self.pool_offset = PAGE * (1 + ring_pages)
         self.pool_pages = pool_pages
         size = self.pool_offset + PAGE * pool_pages
-        self.fd = os.memfd_create("grants", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
+        self.fd = sealed("grants", size)
+        self.hub: socket.socket | None = None
         self.map = mmap.mmap(self.fd, size)
         # Indices are read and written as whole words: struct.pack_into clears its target first,
         # and a frontend would see an index of 0.
         self._words = memoryview(self.map).cast("I")
         self.grefs = [7000 + 3 * i for i in range(pool_pages)]
         self._page = {gref: i for i, gref in enumerate(self.grefs)}
+
+    def hand_over(self) -> socket.socket:
+        """A new connection to the hub, with the arena waiting in it."""
+        if self.hub is not None:
+            self.hub.close()
+        self.hub, theirs = hand_over(_host.lib.PVF_HOST_PAGES, [self.fd])
+        return theirs
 
     def of(self, gref: int) -> int:
         """Offset of a granted page; KeyError: the frontend named a gref it never granted."""
@@ -107,27 +187,27 @@ class Pages:
         self._words.release()
         self.map.close()
         os.close(self.fd)
+        if self.hub is not None:
+            self.hub.close()
 
 
 class Backend(threading.Thread):
-    """An honest disk in memory behind the event channel `sock` (PACKETs)."""
+    """An honest disk in memory behind an event channel. Ends when nobody holds the other end."""
 
-    def __init__(self, pages: Pages, sock: socket.socket, port: int, disk: bytearray) -> None:
+    def __init__(self, pages: Pages, port: Port, disk: bytearray) -> None:
         super().__init__(daemon=True)
         self.pages = pages
-        self.sock = sock
         self.port = port
         self.disk = disk
         slots = (pages.ring_pages * PAGE - SLOTS) // SLOT
         self.slots = 1 << (slots.bit_length() - 1)
         self.req_cons = 0
         self.rsp_prod = 0
-        self.masked = self.pending = False
         self.hold = False  # take requests, answer none until released
         self.held: list[Request] = []
         self.log: list[Request] = []  # every request taken
         self.overrun = False
-        self.events = self.unmasks = self.notifies = 0
+        self.notified = 0  # events that were delivered to us
         self.mute = False  # answer without an event
         self.problem: BaseException | None = None
         self._ending = threading.Event()
@@ -136,47 +216,32 @@ class Backend(threading.Thread):
     # -- events ----------------------------------------------------------------------------------
 
     def event(self) -> None:
-        """One event for the frontend, as the hypervisor and evtchn.c would deliver it."""
+        """One event for the frontend."""
         with self.lock:
-            if self.masked:
-                self.pending = True
-                return
-            self.masked = True
-            self.events += 1
-            with contextlib.suppress(BrokenPipeError, ConnectionError):
-                self.sock.send(PACKET.pack(self.port, EVENT))
+            self.port.notify()
 
     def run(self) -> None:
         try:
             while not self._ending.is_set():
-                readable, _, _ = select.select([self.sock], [], [], 0.05)
-                if not readable:
-                    continue
-                data = self.sock.recv(64)
-                if not data:
-                    return
-                port, op = PACKET.unpack(data)
-                assert port == self.port
-                with self.lock:
-                    if op == UNMASK:
-                        self.unmasks += 1
-                        self.masked = False
-                        if self.pending:
-                            self.pending = False
-                            self.event()
-                    else:
-                        assert op == NOTIFY
-                        self.notifies += 1
+                readable, _, _ = select.select([self.port.backend_fd, self.port.hub], [], [])
+                if self.port.take():
+                    with self.lock:
+                        self.notified += 1
                         self.work()
-        except ConnectionError:
-            return
+                    self.port.unmask()
+                elif self.port.hub in readable:
+                    return
         except BaseException as error:
             self.problem = error
 
     def stop(self) -> None:
+        """Ends the thread and closes the port; raises what went wrong in it."""
         self._ending.set()
-        self.join(DEADLINE)
-        assert not self.is_alive()
+        if self.is_alive():
+            os.eventfd_write(self.port.backend_fd, 1)
+            self.join(DEADLINE)
+            assert not self.is_alive()
+        self.port.close()
         if self.problem is not None:
             raise self.problem
 
@@ -433,7 +498,6 @@ class Host:
         if self.backend is not None:
             backend, self.backend = self.backend, None
             backend.stop()
-            backend.sock.close()
         if self.pages is not None:
             self.pages.close()
             self.pages = None
@@ -445,13 +509,14 @@ class Host:
         self._drop_backend()
         self.generation += 1
         self.pages = Pages(self.ring_pages, self.pool_pages)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.backend = self.backend_class(self.pages, ours, 5, self.disk)
-        self.supervisor.send(
-            lib.PVF_CTL_ATTACH, self.attach_body(**override), self.generation,
-            [theirs.fileno(), self.pages.fd],
-        )
-        theirs.close()
+        port = Port()
+        self.backend = self.backend_class(self.pages, port, self.disk)
+        with self.pages.hand_over() as pages:
+            self.supervisor.send(
+                lib.PVF_CTL_ATTACH, self.attach_body(**override), self.generation,
+                [port.theirs.fileno(), pages.fileno()],
+            )
+        port.theirs.close()
         self.supervisor.wait(lib.PVF_CTL_ATTACHED)
         self.backend.start()
 

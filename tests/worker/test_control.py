@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -15,9 +16,22 @@ import time
 from pathlib import Path
 
 import pytest
-from embedded import DEADLINE, Host, Nbd, Supervisor, binary, serving, text, wait_for
+from embedded import (
+    DEADLINE,
+    Host,
+    Nbd,
+    Port,
+    Supervisor,
+    binary,
+    hand_over,
+    sealed,
+    serving,
+    text,
+    wait_for,
+)
 
 from pvfront.abi import ffi, lib
+from pvfront.host import _host
 
 
 def descriptors(host: Host) -> int:
@@ -117,48 +131,121 @@ def test_a_message_of_another_generation_is_refused_and_ignored() -> None:
 
 
 def test_attach_needs_a_newer_generation_and_an_idle_worker() -> None:
-    with serving() as host:
-        assert host.pages is not None
+    with Host() as host:
+        idle = descriptors(host)
+        host.attach()
         a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        before = descriptors(host)
-        host.supervisor.send(
-            lib.PVF_CTL_ATTACH, host.attach_body(), 2, [a.fileno(), host.pages.fd]
-        )
+        fds = [a.fileno(), b.fileno()]
+        host.supervisor.send(lib.PVF_CTL_ATTACH, host.attach_body(), 2, fds)
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_ATTACH, errno.EBUSY)
         host.detach()
-        host.supervisor.send(
-            lib.PVF_CTL_ATTACH, host.attach_body(), 1, [a.fileno(), host.pages.fd]
-        )
+        host.supervisor.send(lib.PVF_CTL_ATTACH, host.attach_body(), 1, fds)
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_ATTACH, errno.ESTALE)
-        assert descriptors(host) == before - 3
+        assert descriptors(host) == idle
         a.close()
         b.close()
 
 
+def refused(host: Host, event: int, pages: int, **override: int) -> str:
+    """What the worker says of these two descriptors. Nothing of them may stay."""
+    before = descriptors(host)
+    host.supervisor.send(
+        lib.PVF_CTL_ATTACH, host.attach_body(**override), host.generation + 1, [event, pages]
+    )
+    what, _, why = host.supervisor.error()
+    assert what == lib.PVF_CTL_ATTACH
+    assert descriptors(host) == before
+    return why
+
+
 def test_attach_refuses_descriptors_that_are_no_provider() -> None:
-    with Host() as host:
+    with Host() as host, contextlib.ExitStack() as stack:
+        host.attach()
+        host.detach()
+        null = os.open("/dev/null", os.O_RDWR)
+        stack.callback(os.close, null)
+        stream, other = socket.socketpair()
+        seq, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (stream, other, seq, end):
+            stack.enter_context(sock)
+        assert host.pages is not None
+        memfd = host.pages.fd
+        assert "gntalloc" in refused(host, null, memfd)
+        assert "gntalloc" in refused(host, null, seq.fileno())
+        for event in (memfd, stream.fileno()):
+            assert "neither /dev/xen/evtchn nor" in refused(host, event, seq.fileno())
+        for pages in (memfd, null, stream.fileno()):
+            assert "so the pages must be too" in refused(host, seq.fileno(), pages)
+
+
+EVENT, PAGES = _host.lib.PVF_HOST_EVENT, _host.lib.PVF_HOST_PAGES
+
+
+def test_attach_refuses_pages_that_do_not_wait_or_could_vanish() -> None:
+    with Host() as host, contextlib.ExitStack() as stack:
+        host.attach()
+        host.detach()
+
+        def attempt(kind: int, fds: list[int], **fields: int) -> str:
+            port = Port()
+            stack.callback(port.close)
+            hub, theirs = hand_over(kind, fds, **fields)
+            with hub, theirs:
+                return refused(host, port.theirs.fileno(), theirs.fileno())
+
+        good, bare = sealed("g", 4 << 20), sealed("g", 4 << 20, seal=False)
+        small = sealed("g", 4096)
+        for fd in (good, bare, small):
+            stack.callback(os.close, fd)
+        empty, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with empty, end, Port() as port:
+            assert "no pages wait" in refused(host, port.theirs.fileno(), empty.fileno())
+        assert "no pages wait" in attempt(EVENT, [good])
+        assert "no pages wait" in attempt(PAGES, [good], magic=1)
+        assert "no pages wait" in attempt(PAGES, [])
+        assert "no pages wait" in attempt(PAGES, [good, good])
+        for fd in (bare, small, host.supervisor.sock.fileno()):
+            assert "does not cover ring and pool, or can be shrunk" in attempt(PAGES, [fd])
+        assert host.pages is not None
+        for beyond in ({"pool_offset": 1 << 40}, {"ring_offset": 1 << 40}):
+            with Port() as port, host.pages.hand_over() as pages:
+                why = refused(host, port.theirs.fileno(), pages.fileno(), **beyond)
+            assert "does not cover ring and pool" in why
+        host.attach()
+
+
+def test_attach_refuses_an_event_channel_that_does_not_wait_or_could_vanish() -> None:
+    with Host() as host, contextlib.ExitStack() as stack:
         host.attach()
         host.detach()
         assert host.pages is not None
-        before = descriptors(host)
-        null = os.open("/dev/null", os.O_RDWR)
-        stream, other = socket.socketpair()
-        seq, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for fds in (
-            [null, host.pages.fd],
-            [host.pages.fd, seq.fileno()],
-            [stream.fileno(), host.pages.fd],
-            [seq.fileno(), null],
-        ):
-            host.supervisor.send(lib.PVF_CTL_ATTACH, host.attach_body(), 2, fds)
-            assert host.supervisor.error()[0] == lib.PVF_CTL_ATTACH
-        beyond = host.attach_body(pool_offset=1 << 40)
-        host.supervisor.send(lib.PVF_CTL_ATTACH, beyond, 2, [seq.fileno(), host.pages.fd])
-        assert host.supervisor.error()[0] == lib.PVF_CTL_ATTACH
-        assert descriptors(host) == before
-        for closing in (stream, other, seq, end):
-            closing.close()
-        os.close(null)
+        spare = Port()
+        stack.callback(spare.close)
+        bare, empty = sealed("channel", 4096, seal=False), sealed("channel", 4096)
+        for fd in (bare, empty):
+            stack.callback(os.close, fd)
+        eventfds = [spare.worker_fd, spare.backend_fd]
+
+        def attempt(kind: int, fds: list[int], **fields: int) -> str:
+            assert host.pages is not None
+            hub, theirs = hand_over(kind, fds, **{"port": 5, **fields})
+            with hub, theirs, host.pages.hand_over() as pages:
+                return refused(host, theirs.fileno(), pages.fileno())
+
+        good = [spare.fd, *eventfds]
+        assert "no event channel waits" in attempt(PAGES, good)
+        assert "no event channel waits" in attempt(EVENT, good, magic=1)
+        for fds in ([], good[:2], [*good, spare.fd], good * 3):
+            assert "no event channel waits" in attempt(EVENT, fds)
+        assert "not the one that ATTACH names" in attempt(EVENT, good, port=6)
+        assert "not the one that ATTACH names" in attempt(EVENT, good, side=2)
+        for fd in (bare, empty, spare.hub.fileno()):
+            assert "no sealed page with its magic" in attempt(EVENT, [fd, *eventfds])
+        assert "cannot be watched" in attempt(EVENT, [spare.fd, bare, spare.backend_fd])
+        with host.pages.hand_over() as pages, spare.theirs as theirs:
+            theirs.recv(100)  # so it is empty
+            assert "no event channel waits" in refused(host, theirs.fileno(), pages.fileno())
+        host.attach()
 
 
 def test_a_new_nbd_socket_is_refused_while_the_ring_holds_requests() -> None:
@@ -339,11 +426,16 @@ def test_detach_closes_every_descriptor_of_the_generation() -> None:
             host.detach()
             assert descriptors(host) == before
             assert host.backend is not None
-            host.backend.join(DEADLINE)  # its socket ended: nobody holds the other end
+            host.backend.join(DEADLINE)  # the hub's connection ended: nobody holds the port
             assert not host.backend.is_alive()
+            assert host.pages is not None
+            assert host.pages.hub is not None
+            assert host.pages.hub.recv(1) == b""
         maps = Path(f"/proc/{host.process.pid}/maps")
         if os.access(maps, os.R_OK):
-            assert "memfd:grants" not in maps.read_text()
+            found = maps.read_text()
+            assert "memfd:grants" not in found
+            assert "memfd:channel" not in found
 
 
 def test_detach_in_the_middle_of_everything_frees_everything() -> None:
@@ -467,10 +559,11 @@ def test_signals_of_a_service_manager_do_not_end_a_worker() -> None:
 
 def test_a_parked_worker_keeps_its_port_and_does_nothing_else() -> None:
     with serving() as host:
-        before = descriptors(host)
         host.quiesce()
         host.detach(lib.PVF_DETACH_PARK)
-        assert descriptors(host) == before - 2  # pages and NBD socket
+        assert host.pages is not None
+        assert host.pages.hub is not None
+        assert host.pages.hub.recv(1) == b""  # the pages are freed
         assert host.backend is not None
         host.backend.event()
         time.sleep(0.1)
@@ -478,9 +571,8 @@ def test_a_parked_worker_keeps_its_port_and_does_nothing_else() -> None:
         host.simple(lib.PVF_CTL_EXIT)
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_EXIT, errno.EBUSY)
         a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        assert host.pages is not None
         host.supervisor.send(
-            lib.PVF_CTL_ATTACH, host.attach_body(), 2, [a.fileno(), host.pages.fd]
+            lib.PVF_CTL_ATTACH, host.attach_body(), 2, [a.fileno(), b.fileno()]
         )
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_ATTACH, errno.EBUSY)
         a.close()

@@ -17,6 +17,7 @@ from embedded import (
     WRITE,
     Host,
     Nbd,
+    Port,
     Request,
     serving,
     text,
@@ -116,15 +117,16 @@ def test_a_broken_rule_is_reported_and_the_ring_left_alone(
         backend, pages = host.backend, host.pages
         assert backend is not None
         assert pages is not None
-        before = bytes(pages.map), backend.unmasks, backend.notifies
+        before = bytes(pages.map), backend.notified
         nbd = host.nbd()
         nbd.request(Nbd.READ, 0, 4096)
         for _ in range(3):
-            backend.masked = False
+            backend.port.worker_flags = 0
             backend.event()
         host.supervisor.raw(b"?")  # an answer to this proves that the loop went round
         host.supervisor.error()
-        assert (bytes(pages.map), backend.unmasks, backend.notifies) == before
+        assert (bytes(pages.map), backend.notified) == before
+        assert backend.port.worker_flags == Port.PENDING  # not even taken
         # And a new connection heals it.
         host.detach()
         host.attach()
