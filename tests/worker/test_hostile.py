@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
 import time
 from collections.abc import Callable
 
@@ -174,6 +177,36 @@ def test_rule_23_a_storm_of_events_without_work_is_slowed_to_one_a_second() -> N
         # The disk still works, and the first response forgives.
         host.nbd().write(0, b"y" * 4096)
         assert host.nbd().read(0, 4096) == b"y" * 4096
+
+
+def test_rule_23_nonsense_in_the_event_channel_stops_nothing() -> None:
+    rng = random.Random(23)
+    with serving() as host:
+        backend = host.backend
+        assert backend is not None
+        nbd = host.nbd()
+        for i in range(300):
+            backend.port.worker_flags = rng.getrandbits(32)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(backend.port.worker_fd, rng.choice([1, (1 << 64) - 2]))
+            if i % 50:
+                continue
+            backend.port.worker_flags = 0  # or it would have to wait for the watchdog
+            nbd.write(4096 * i, bytes([i % 251]) * 4096)
+            assert nbd.read(4096 * i, 4096) == bytes([i % 251]) * 4096
+        assert host.stats().state == lib.PVF_RUNNING
+
+
+def test_rule_24_a_worker_that_is_kept_masked_is_served_by_the_watchdog() -> None:
+    with serving() as host:
+        backend = host.backend
+        assert backend is not None
+        backend.port.worker_flags = Port.MASKED  # as if it had been delivered and never given back
+        nbd = host.nbd()
+        nbd.write(0, b"m" * 4096)
+        wait_for("a hit of the watchdog", lambda: host.stats().watchdog_hits)
+        backend.port.worker_flags = 0
+        assert nbd.read(0, 4096) == b"m" * 4096
 
 
 def test_rule_24_a_lost_event_is_found_by_the_watchdog() -> None:
