@@ -487,6 +487,7 @@ class DeviceLoop:
             if view.serial != seen or frontend.pending:
                 seen = view.serial
                 await frontend.update(device)
+                self._tell()
             await self._poked.wait()
 
     async def _detach_asked(self) -> bool:
@@ -577,6 +578,10 @@ class DeviceLoop:
         async with self._phase_changed:
             self.phase, self.reason = phase, reason
             self._phase_changed.notify_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Something that status shows has changed."""
         if self._on_change is not None:
             self._on_change(self)
 

@@ -20,8 +20,9 @@ from .abi import StatsUnreadable, read_stats
 from .blkfront.vdev import parse_name, vdev_name
 from .claim import Claims
 from .errors import PvfrontError
+from .platform import Platform, platform
 from .states import parse_state
-from .worker import stats_path
+from .worker import STATS_NAME, stats_path
 from .xenstore import Xenstore
 
 KERNEL = "kernel"
@@ -82,30 +83,31 @@ def require_guest(roots: sysfs.Roots = sysfs.SYSTEM) -> None:
         )
 
 
-async def devices(store: Xenstore, roots: sysfs.Roots = sysfs.SYSTEM) -> list[Device]:
-    """Every device below `device/`, by class and id."""
-    claims = Claims(roots)
+async def devices(store: Xenstore, on: Platform | None = None) -> list[Device]:
+    """Every device below `device/`, by class and id. `on`, here and below: None is ours."""
+    on = on or platform()
+    claims = on.claims()
     found = []
     for klass in sorted(await _directory(store, "device")):
         for name in await _directory(store, f"device/{klass}"):
             # device/suspend/event-channel and the like are no devices.
             if name.isascii() and name.isdigit() and len(name) <= _MAX_ID_DIGITS:
-                found.append(await _device(store, claims, klass, int(name), roots))
+                found.append(await _device(store, claims, klass, int(name), on.run_dir))
     return sorted(found, key=lambda device: (device.klass, device.id))
 
 
-async def find(store: Xenstore, text: str, roots: sysfs.Roots = sysfs.SYSTEM) -> Device:
+async def find(store: Xenstore, text: str, on: Platform | None = None) -> Device:
     """The device that `text` means: xvdb, /dev/xvdb, 51728, vbd-51728, vif/0, or its OS device.
 
     Raises NoSuchDevice, also for a number that several classes have.
     """
-    all_of_them = await devices(store, roots)
+    all_of_them = await devices(store, on)
     wanted = text.replace("/", "-") if not text.startswith("/") else text
     matches = [
         device
         for device in all_of_them
         if wanted in (device.name, device.bus_name, str(device.id))
-        or (device.os_device and text.removeprefix("/dev/") == _short(device.os_device))
+        or (device.os_device and _short(text) == _short(device.os_device))
     ]
     if not matches:
         number = parse_name(text)
@@ -121,24 +123,26 @@ async def find(store: Xenstore, text: str, roots: sysfs.Roots = sysfs.SYSTEM) ->
     raise NoSuchDevice(f"there is no device {text!r}", hint=f"there are: {there}")
 
 
-async def status(store: Xenstore, text: str, roots: sysfs.Roots = sysfs.SYSTEM) -> dict[str, Any]:
+async def status(store: Xenstore, text: str, on: Platform | None = None) -> dict[str, Any]:
     """One device in full: its line of the list, its supervisor's state, its worker's counters."""
-    device = await find(store, text, roots)
+    on = on or platform()
+    device = await find(store, text, on)
     found: dict[str, Any] = {}
-    state = read_state(device.bus_name, roots)
+    state = read_state(device.bus_name, on.run_dir)
     if state is not None:
+        file = state.pop("statistics_file", None)
         found.update(state)
-        found["statistics"] = statistics(state.get("worker_pid"))
+        found["statistics"] = statistics(state.get("worker_pid"), file)
     found.update(device.as_json())
-    claim = Claims(roots).taken(device.bus_name)
+    claim = on.claims().taken(device.bus_name)
     if claim is not None:
         found["kernel_had_bound"] = claim.kernel_had_bound
     return found
 
 
-def read_state(bus_name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> dict[str, Any] | None:
+def read_state(bus_name: str, run_dir: Path) -> dict[str, Any] | None:
     """What the supervisor last wrote about a device; None if it serves none of that name."""
-    text = sysfs.read(roots.run / f"{bus_name}.json")
+    text = sysfs.read(run_dir / f"{bus_name}.json")
     if text is None:
         return None
     with contextlib.suppress(ValueError):
@@ -148,14 +152,15 @@ def read_state(bus_name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> dict[str, An
     return None
 
 
-def statistics(pid: object) -> dict[str, Any] | None:
-    """The counters of a worker, read from its page; None if there is no such worker."""
-    path = stats_path(pid) if isinstance(pid, int) and pid > 0 else None
-    if path is None:
-        return None
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+def statistics(pid: object, file: object = None) -> dict[str, Any] | None:
+    """The counters of a worker, read from its page; None if there is no such worker.
+
+    `file`: the page as the supervisor has it open. Where that has ended, only root finds the page.
+    """
+    fd = _open_statistics(file) if isinstance(file, str) else None
+    if fd is None and isinstance(pid, int) and pid > 0:
+        fd = _open_statistics(stats_path(pid))
+    if fd is None:
         return None
     try:
         return asdict(read_stats(fd))
@@ -165,18 +170,29 @@ def statistics(pid: object) -> dict[str, Any] | None:
         os.close(fd)
 
 
-async def release(device: Device, roots: sysfs.Roots = sysfs.SYSTEM) -> str:
+def _open_statistics(path: Path | str | None) -> int | None:
+    """A descriptor that is a worker's statistics; the number may be something else's by now."""
+    if path is None:
+        return None
+    with contextlib.suppress(OSError):
+        if str(Path(path).readlink()).startswith(STATS_NAME):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return None
+
+
+async def release(device: Device, on: Platform | None = None) -> str:
     """Has the device's supervisor close it and give it back; returns what became of it.
 
     Raises NotServed if no supervisor runs, PvfrontError with the supervisor's reason.
     """
-    path = roots.run / f"supervisor-{device.klass}.sock"
+    on = on or platform()
+    path = on.run_dir / f"supervisor-{device.klass}.sock"
     try:
         answer = await asyncio.wait_for(
             _ask(path, {"verb": "release", "id": device.id}), _ANSWER_DEADLINE
         )
     except (FileNotFoundError, ConnectionRefusedError):
-        return await _release_unserved(device, roots)
+        return await _release_unserved(device, on)
     except TimeoutError:
         raise PvfrontError(
             f"{device.name}: the supervisor did not answer within {_ANSWER_DEADLINE:.0f} s",
@@ -191,16 +207,18 @@ async def release(device: Device, roots: sysfs.Roots = sysfs.SYSTEM) -> str:
     return str(answer.get("text", f"{device.name}: released"))
 
 
-async def _release_unserved(device: Device, roots: sysfs.Roots) -> str:
+async def _release_unserved(device: Device, on: Platform) -> str:
     """Nobody serves it: an old claim can end here, a living worker cannot."""
-    state = read_state(device.bus_name, roots)
+    state = read_state(device.bus_name, on.run_dir)
     pid = state.get("worker_pid") if state is not None else None
-    if isinstance(pid, int) and (roots.proc / str(pid)).exists():
+    if isinstance(pid, int) and (on.roots.proc / str(pid)).exists():
         raise NotServed(
             f"{device.name}: its worker (pid {pid}) runs, but no supervisor",
-            hint="start one, it adopts the worker: systemctl start pvfront-vbd; then release",
+            hint="start one, it adopts the worker: systemctl start pvfront-vbd; then release"
+            if on.name == "xen"
+            else "start one, it adopts the worker: pvfront vbd serve --all; then release",
         )
-    claims = Claims(roots)
+    claims = on.claims()
     if claims.taken(device.bus_name) is None:
         raise NotServed(
             f"{device.name}: pvfront does not have it (its owner: {device.owner})",
@@ -230,7 +248,7 @@ async def _ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _device(
-    store: Xenstore, claims: Claims, klass: str, devid: int, roots: sysfs.Roots
+    store: Xenstore, claims: Claims, klass: str, devid: int, run_dir: Path
 ) -> Device:
     path = f"device/{klass}/{devid}"
     backend = await store.read_opt(f"{path}/backend")
@@ -239,7 +257,7 @@ async def _device(
     bus_name = f"{klass}-{devid}"
     os_device = claims.os_device(bus_name)
     owner = NONE
-    state = read_state(bus_name, roots)
+    state = read_state(bus_name, run_dir)
     if claims.driver_of(bus_name) is not None:
         owner = KERNEL
     elif state is not None:

@@ -25,7 +25,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +39,6 @@ from .xenstore import Xenstore
 
 log = logging.getLogger(__name__)
 
-RUN_DIR = Path("/run/pvfront")
 STOP_DEADLINE = 60.0
 READY_DEADLINE = 30.0
 OTHERS_AFTER = (0.1, 0.9)
@@ -160,7 +159,7 @@ class Supervisor:
         hot_plug: bool = False,
         force: bool = False,
         home: str = "",
-        run_dir: Path = RUN_DIR,
+        run_dir: Path,
         suspend: Callable[[Callable[[], Collection[SuspendParticipant]]], Suspend] | None = None,
     ) -> None:
         self.store = store
@@ -177,8 +176,9 @@ class Supervisor:
         self._failure: PvfrontError | None = None
         self._suspend = suspend(self._participants) if suspend is not None else None
         self._seen_ids: set[int] = set()
-        self._beginning = asyncio.Lock()
+        self._beginning: dict[int, asyncio.Lock] = {}
         self._listed = asyncio.Event()
+        self._first: set[asyncio.Task[None]] = set()  # begin the devices of the first list
         self._later: set[asyncio.Task[None]] = set()
 
     # -- life ------------------------------------------------------------------------------
@@ -242,6 +242,8 @@ class Supervisor:
     async def _announce(self) -> None:
         """READY once every device has its first result, good or bad, or after a deadline."""
         await self._listed.wait()
+        if self._first:
+            await asyncio.wait(self._first, timeout=READY_DEADLINE)
         first = [s.loop for s in self.served.values()]
         with contextlib.suppress(TimeoutError, PvfrontError):
             await asyncio.gather(
@@ -310,14 +312,32 @@ class Supervisor:
         async for ids in bus.changes():
             new = set(ids) - self._seen_ids
             self._seen_ids = set(ids)
-            for devid in sorted(new):
-                if devid in self.served and not self.served[devid].task.done():
-                    continue
-                if self.wanted(devid):
-                    await self._begin(devid, strict=False)
-                else:
-                    await self._pass_on(devid)
-            self._listed.set()
+            # Each in a task of its own: a driver that does not let go of one is nobody else's wait.
+            begun = {self._spawn(self._met(devid), f"begin {devid}") for devid in sorted(new)}
+            if not self._listed.is_set():
+                self._first = begun
+                self._listed.set()
+
+    async def _met(self, devid: int) -> None:
+        """An id that the list did not have before."""
+        if devid in self.served and not self.served[devid].task.done():
+            return
+        if self.wanted(devid):
+            await self._begin(devid, strict=False)
+        else:
+            await self._pass_on(devid)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task that lives no longer than we do."""
+        task = asyncio.create_task(work, name=name)
+        self._later.add(task)
+        task.add_done_callback(self._spawned_ended)
+        return task
+
+    def _spawned_ended(self, task: asyncio.Task[None]) -> None:
+        self._later.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)
 
     async def _follow_others(self) -> None:
         """Hands devices of other classes to the kernel: hot plug is held for the whole bus."""
@@ -344,7 +364,8 @@ class Supervisor:
             log.warning("%s: not passed on to the kernel: %s", self.klass.label(devid), error)
 
     async def _begin(self, devid: int, *, strict: bool) -> None:
-        async with self._beginning:  # the list and `_again` may both have seen it
+        # The list and `_again` may both have seen it.
+        async with self._beginning.setdefault(devid, asyncio.Lock()):
             if devid in self.served and not self.served[devid].task.done():
                 return
             await self._begin_one(devid, strict=strict)
@@ -362,6 +383,9 @@ class Supervisor:
             await device.close()
             await self._cannot(devid, error, strict)
             return
+        except asyncio.CancelledError:
+            await device.close()
+            raise
         self.refused.pop(devid, None)
         self._seen_ids.add(devid)
         loop = DeviceLoop(
@@ -407,9 +431,7 @@ class Supervisor:
             ids = await Bus(self.store, self.klass.klass, home=self.home).ids()
             self._seen_ids &= set(ids) if loop.goal is Goal.CLOSED else set(ids) - {devid}
         if not self._stop.is_set() and loop.goal is not Goal.CLOSED:
-            again = asyncio.create_task(self._again(devid), name=f"again {devid}")
-            self._later.add(again)
-            again.add_done_callback(self._later.discard)
+            self._spawn(self._again(devid), f"again {devid}")
 
     async def _again(self, devid: int) -> None:
         """Serves an id again that was detached and is there once more."""

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 USER = "pvfront"
 ANSWER_DEADLINE = 10.0
 HELLO_DEADLINE = 10.0
-CHROOT = "/run/pvfront/empty"
+STATS_NAME = "/memfd:pvfront-stats"
 
 
 class WorkerError(PvfrontError):
@@ -128,7 +128,12 @@ class Exited:
     text: str
 
 
-Event = Broken | TargetGone | FeatureOff | Stalled | Exited
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The ring is empty. Comes unasked when the requests of a client that has gone have left it."""
+
+
+Event = Broken | TargetGone | FeatureOff | Stalled | Drained | Exited
 
 _ANSWERS = {
     lib.PVF_CTL_ATTACH: lib.PVF_CTL_ATTACHED,
@@ -196,12 +201,15 @@ class Worker:
     # -- beginning and end -------------------------------------------------------------------
 
     @classmethod
-    async def spawn(cls, name: str, run_dir: Path) -> Worker:
-        """Starts a worker listening at ``run_dir/<name>.sock`` and waits for its HELLO."""
+    async def spawn(cls, name: str, run_dir: Path, *, change_user: bool = True) -> Worker:
+        """Starts a worker listening at ``run_dir/<name>.sock`` and waits for its HELLO.
+
+        `change_user`: as root, it becomes the user pvfront's and gets an empty root directory.
+        """
         path = run_dir / f"{name}.sock"
         program = binary()
         argv = [str(program), "--name", name]
-        if os.geteuid() == 0:
+        if change_user and os.geteuid() == 0:
             uid, gid = worker_ids()
             root = run_dir / "empty"
             root.mkdir(mode=0o555, exist_ok=True)
@@ -223,6 +231,9 @@ class Worker:
             )
         try:
             return await cls._greet(name, path, pid)
+        except ConnectionError:
+            end = _kill_and_reap(pid)
+            raise WorkerGone(f"{name}: the worker does not listen; pid {pid} {end}") from None
         except BaseException:
             _kill_and_reap(pid)
             raise
@@ -321,8 +332,12 @@ class Worker:
         vdev: int,
         stall_seconds: int,
         target_fd: int | None,
+        clients: bool = False,
     ) -> None:
-        """START; `target_fd` is the NBD socket, None keeps the present one."""
+        """START; `target_fd` is the NBD socket, None keeps the present one.
+
+        `clients`: they come and go, there may be no socket now.
+        """
         message = ffi.new("struct pvf_ctl_start *")
         message.sectors = sectors
         message.sector_size = sector_size
@@ -332,6 +347,7 @@ class Worker:
         message.discard_alignment = discard_alignment
         message.stall_seconds = stall_seconds
         message.vdev = vdev
+        message.options = lib.PVF_START_CLIENTS if clients else 0
         fds = () if target_fd is None else (target_fd,)
         await self._command(lib.PVF_CTL_START, generation, message, None, fds)
 
@@ -385,11 +401,14 @@ class Worker:
         async with self._lock:
             self._answer = asyncio.get_running_loop().create_future()
             self._expected = _ANSWERS[kind]
-            self._generation = generation
+            before, self._generation = self._generation, generation
             try:
                 self._send(kind, generation, message, size, fds)
                 async with asyncio.timeout(timeout):
                     await self._answer
+            except WorkerError:
+                self._generation = before  # a refused ATTACH begins none
+                raise
             except TimeoutError:
                 if kind == lib.PVF_CTL_QUIESCE:
                     raise
@@ -472,6 +491,8 @@ class Worker:
                 and not answer.done()
             ):
                 answer.set_result(None)
+            if kind == lib.PVF_CTL_DRAINED and generation == self._generation:
+                self.on_event(Drained())
         else:
             self._event(kind, body)
 
@@ -622,6 +643,6 @@ def stats_path(pid: int) -> Path | None:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 target = str(entry.readlink())
-                if target.startswith("/memfd:pvfront-stats") and stat.S_ISREG(entry.stat().st_mode):
+                if target.startswith(STATS_NAME) and stat.S_ISREG(entry.stat().st_mode):
                     return entry
     return None

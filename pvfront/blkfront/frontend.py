@@ -8,6 +8,10 @@ Theory of operation
     reads the backend's keys, gives the worker its geometry and its end of a socket of the
     target (`target.py`), and publishes the disk.
 
+    A target has one client that stays (the kernel's device) or clients that come and go. Then a
+    generation may start without a socket; `update` starts each client's when it waits and the
+    ring holds no request of the one before (DRAINED after TARGET_GONE: the fence).
+
     The worker is a process that may die at any moment, be killed, or be left over from an earlier
     supervisor. Its death ends the generation; the next `attach` starts another one.
     `trouble` says why the present generation is over.
@@ -24,17 +28,18 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from ..abi import lib
 from ..errors import PvfrontError
-from ..evtchn import EventChannels
 from ..gntalloc import GrantAllocator, GrantPool, GrantsExhausted
 from ..parking import CannotPark, park
+from ..platform import Platform
 from ..states import XenbusState
 from ..worker import (
     Broken,
+    Drained,
     Event,
     Exited,
     FeatureOff,
@@ -48,7 +53,7 @@ from ..worker import (
 from ..xenbus import XenbusDevice
 from . import features
 from .features import DiskGeometry
-from .target import NbdTarget, Target
+from .target import Target
 
 log = logging.getLogger(__name__)
 
@@ -71,28 +76,34 @@ class DiskFrontend:
         name: str,
         vdev: int,
         label: str,
-        run_dir: Path,
+        platform: Platform,
+        target: Target,
         *,
         stolen: Callable[[], bool] = lambda: False,
-        target: Target | None = None,
     ) -> None:
         self.name = name
         self.vdev = vdev
         self.label = label
-        self.run_dir = run_dir
-        self.target: Target = target or NbdTarget(f"pvfront:{name}", label)
+        self.platform = platform
+        self.run_dir = platform.run_dir
+        self.target = target
         self.geometry: DiskGeometry | None = None
         self.pool_pages = 0
         self.off: set[str] = set()
         self.stalled = 0
         self._worker: Worker | None = None
         self._generation = 0
+        self._attached = False  # the worker holds what ATTACH gave it
         self._has_socket = False
+        self._draining = False  # a client has left requests in the ring
+        self._news = False  # a client came or went: status is to show it
         self._broken = False
         self._trouble: str | None = None
         self._poke: Callable[[], None] = lambda: None
         self._stolen = stolen
         self._wanted_off: list[str] = []
+        if target.clients is not None:
+            target.clients.on_waiting(lambda: self._poke())
 
     # -- what the loop asks ------------------------------------------------------------------
 
@@ -102,7 +113,7 @@ class DiskFrontend:
 
     @property
     def pending(self) -> bool:
-        return bool(self._wanted_off)
+        return bool(self._wanted_off) or self._news or self._next_client
 
     @property
     def generation(self) -> int:
@@ -122,7 +133,7 @@ class DiskFrontend:
 
     @property
     def os_path(self) -> str:
-        return self.target.path
+        return self.target.path if self.target.clients is None else ""
 
     def in_flight(self) -> int:
         return self.target.in_flight()
@@ -140,7 +151,10 @@ class DiskFrontend:
             "ring_pages": RING_PAGES,
             "pool_pages": self.pool_pages,
             "stalled_seconds": self.stalled,
+            "statistics_file": self._statistics_file(),
         }
+        if self.target.clients is not None:
+            found["client"] = self.target.clients.details()
         if geometry is not None:
             found["geometry"] = {
                 "sectors": geometry.sectors,
@@ -155,6 +169,13 @@ class DiskFrontend:
                 "discard_alignment": geometry.discard_alignment,
             }
         return found
+
+    def _statistics_file(self) -> str | None:
+        """What only root, or our own user, can open: a worker's own descriptors are root's."""
+        worker = self._worker
+        if worker is None or worker.stats_fd < 0:
+            return None
+        return f"/proc/{os.getpid()}/fd/{worker.stats_fd}"
 
     # -- the walk ----------------------------------------------------------------------------
 
@@ -171,10 +192,15 @@ class DiskFrontend:
         self._generation = hello.generation
         has_device = await self.target.adopt()
         view = device.view
+        serves = hello.state is State.RUNNING and hello.has_target
+        if self.target.clients is not None:
+            # Between two clients it serves as well.
+            serves = hello.state is State.RUNNING or (
+                hello.state in (State.TARGET_LOST, State.DRAINED) and not hello.has_target
+            )
         if not (
             has_device
-            and hello.state is State.RUNNING
-            and hello.has_target
+            and serves
             and view.frontend is view.backend is XenbusState.CONNECTED
         ):
             log.warning(
@@ -192,8 +218,8 @@ class DiskFrontend:
                     await self.detach(keep_target=False)
             return False
         self.geometry = await self._read_geometry(device)
-        self._has_socket = True
-        await self.target.publish(self.geometry)
+        self._hold(hello.has_target)
+        await self.target.publish(self._offered)
         log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
         return True
 
@@ -202,22 +228,26 @@ class DiskFrontend:
         self._broken = False
         self._generation += 1
         worker = await self._living_worker()
-        channels = EventChannels.open()
-        with channels, GrantAllocator.open() as grants:
+        with self.platform.event_channels() as channels, self.platform.grant_allocator() as grants:
             port = channels.bind_unbound(device.backend_id)
             pool = self._allocate(grants, device.backend_id)
             trusted = await device.store.read_opt(f"{device.path}/trusted")
-            await worker.attach(
-                self._generation,
-                device_class=lib.PVF_CLASS_BLK,
-                port=port,
-                ring_pages=RING_PAGES,
-                ring_offset=pool.offset,
-                pool_offset=pool.offset + RING_PAGES * lib.PVF_PAGE_SIZE,
-                pool_grefs=pool.grefs[RING_PAGES:],
-                scrub=not features.trusted({} if trusted is None else {"trusted": trusted}),
-                fds=(channels.fileno(), grants.fileno()),
-            )
+            self._attached = True  # so it is also if the answer never comes
+            try:
+                await worker.attach(
+                    self._generation,
+                    device_class=lib.PVF_CLASS_BLK,
+                    port=port,
+                    ring_pages=RING_PAGES,
+                    ring_offset=pool.offset,
+                    pool_offset=pool.offset + RING_PAGES * lib.PVF_PAGE_SIZE,
+                    pool_grefs=pool.grefs[RING_PAGES:],
+                    scrub=not features.trusted({} if trusted is None else {"trusted": trusted}),
+                    fds=(channels.hand_over(port), grants.hand_over()),
+                )
+            except WorkerError:
+                self._attached = False
+                raise
             # The worker holds both now. Ours are closed without unbinding or freeing anything.
         self.pool_pages = pool.pages - RING_PAGES
         return features.frontend_keys(port=port, ring_refs=pool.grefs[:RING_PAGES])
@@ -237,29 +267,46 @@ class DiskFrontend:
                 return pool
 
     async def start(self, device: XenbusDevice) -> None:
-        geometry = await self._read_geometry(device)
-        self.geometry = geometry
+        self.geometry = await self._read_geometry(device)
         self.off.clear()
         if self._has_socket:
             await self._start_worker(None)
         else:
-            fd = await self.target.attach(geometry)
-            try:
-                await self._start_worker(fd)
-            finally:
-                os.close(fd)
-            self._has_socket = True
-        await self.target.publish(geometry)
+            await self._start_socket()
+        await self.target.publish(self._offered)
 
-    async def _start_worker(self, target_fd: int | None) -> None:
+    async def _start_socket(self) -> None:
+        """START with a new socket of the target, or with none if no client waits."""
+        fd = await self.target.attach(self._offered)
+        self._hold(fd is not None)  # first: its end may be told as soon as it is started
+        try:
+            await self._start_worker(fd)
+        except BaseException:
+            self._hold(False)
+            raise
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    @property
+    def _offered(self) -> DiskGeometry:
+        """The disk without what its backend turned out not to have."""
         geometry = self.geometry
         assert geometry is not None
+        return replace(
+            geometry,
+            flush=geometry.flush and "flush" not in self.off,
+            discard=geometry.discard and "discard" not in self.off,
+        )
+
+    async def _start_worker(self, target_fd: int | None) -> None:
+        geometry = self._offered
         flags = 0
         if geometry.read_only:
             flags |= lib.PVF_BLK_READ_ONLY
-        if geometry.flush and "flush" not in self.off:
+        if geometry.flush:
             flags |= lib.PVF_BLK_FLUSH
-        if geometry.discard and "discard" not in self.off:
+        if geometry.discard:
             flags |= lib.PVF_BLK_DISCARD
         await self._need_worker().start(
             self._generation,
@@ -271,6 +318,7 @@ class DiskFrontend:
             discard_alignment=geometry.discard_alignment,
             vdev=self.vdev,
             stall_seconds=STALL_SECONDS,
+            clients=self.target.clients is not None,
             target_fd=target_fd,
         )
 
@@ -310,12 +358,35 @@ class DiskFrontend:
             )
             self.geometry = geometry
             await self._start_worker(None)
-            await self.target.publish(geometry)
+            await self.target.publish(self._offered)
+        if self._next_client:
+            await self._start_socket()
+        self._news = False
+
+    @property
+    def _next_client(self) -> bool:
+        """Whether a client waits, and can be served."""
+        clients = self.target.clients
+        return (
+            clients is not None
+            and clients.waiting
+            and not self._has_socket
+            and not self._draining
+        )
+
+    def _hold(self, socket: bool) -> None:
+        """Whether the worker has a socket of the target."""
+        self._has_socket = socket
+        if self.target.clients is not None:
+            self.target.clients.served(socket)
+            self._news = True
 
     async def quiesce(self, timeout: float) -> bool:
         worker = self._worker
         if worker is None or self._broken:
             return False
+        if not self._attached:
+            return True
         try:
             return await worker.quiesce(self._generation, timeout)
         except PvfrontError as error:
@@ -323,8 +394,10 @@ class DiskFrontend:
             return False
 
     async def detach(self, *, keep_target: bool) -> None:
-        keep = keep_target and self._trouble is None
         worker = self._worker
+        if worker is not None and not self._attached:
+            return  # of a generation whose attach failed, the worker knows nothing
+        keep = keep_target and self._trouble is None and worker is not None
         if worker is not None:
             try:
                 await worker.detach(self._generation, keep_target=keep)
@@ -335,9 +408,8 @@ class DiskFrontend:
                 await worker.ended(SETTLE)
                 self._forget()
                 keep = False
-        else:
-            keep = False
-        self._has_socket = keep and self._has_socket
+        self._attached = self._draining = False
+        self._hold(keep and self._has_socket)
 
     async def close(self) -> None:
         try:
@@ -349,7 +421,7 @@ class DiskFrontend:
                 self._worker.kill()
                 with contextlib.suppress(PvfrontError):
                     await self.target.close(drain=0.0)
-        self._has_socket = False
+        self._hold(False)
 
     async def end(self) -> None:
         """The device is gone or released: the worker, which holds nothing any more, ends."""
@@ -366,7 +438,7 @@ class DiskFrontend:
         ends. Where that cannot be, the worker lets go of everything else and lives on unused.
         """
         worker = self._worker
-        self._has_socket = False
+        self._hold(False)
         self._trouble = "the domain was suspended while connected"
         if worker is None:
             return
@@ -389,8 +461,9 @@ class DiskFrontend:
 
     async def _living_worker(self) -> Worker:
         if self._worker is None or not self._worker.alive:
-            self._has_socket = False
-            self._use(await Worker.spawn(self.name, self.run_dir))
+            self._hold(False)
+            change_user = self.platform.name == "xen"
+            self._use(await Worker.spawn(self.name, self.run_dir, change_user=change_user))
         return self._need_worker()
 
     def _need_worker(self) -> Worker:
@@ -400,23 +473,34 @@ class DiskFrontend:
 
     def _use(self, worker: Worker) -> None:
         self._worker = worker
+        state = worker.hello.state if worker.hello is not None else State.IDLE
+        self._attached = state is not State.IDLE
+        self._draining = state is State.TARGET_LOST
         worker.on_event = self._on_event
 
     def _forget(self) -> None:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+        self._attached = self._draining = False
 
     def _on_event(self, event: Event) -> None:
         match event:
             case Broken():
                 self._broken = True
                 self._trouble = str(event)
+            case TargetGone() if self.target.clients is not None:
+                level = logging.WARNING if event.error else logging.INFO
+                log.log(level, "%s: %s", self.name, event)
+                self._draining = True
+                self._hold(False)
             case TargetGone():
-                self._has_socket = False
+                self._hold(False)
                 self._trouble = str(event)
+            case Drained():
+                self._draining = False
             case Exited():
-                self._has_socket = False
+                self._hold(False)
                 self._trouble = event.text
                 self._forget()
             case FeatureOff():

@@ -3,26 +3,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Callable, Collection
+from typing import Literal
 
-from ..claim import Claims
 from ..errors import PvfrontError
-from ..inventory import NoSuchDevice, require_guest
+from ..inventory import NoSuchDevice
+from ..platform import Platform, platform
 from ..states import XenbusState
-from ..supervisor import RUN_DIR, Supervisor
+from ..supervisor import Supervisor
 from ..suspend import Suspend
+from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
-from ..xenstore import Xenstore
 from .features import VIRTUAL_DEVICE
 from .frontend import DiskFrontend
+from .nbdexport import SocketTarget
+from .target import NbdTarget, Target
 from .vdev import parse_name, vdev_name
 
 log = logging.getLogger(__name__)
 
 GIVE_BACK_DEADLINE = 10.0
+
+Export = Literal["nbd", "socket"]
 
 
 class Disks:
@@ -30,9 +33,11 @@ class Disks:
 
     klass = "vbd"
 
-    def __init__(self, claims: Claims, run_dir: Path = RUN_DIR) -> None:
-        self.claims = claims
-        self.run_dir = run_dir
+    def __init__(self, on: Platform, export: Export | None = None) -> None:
+        """`export`: what users get, the kernel's nbd device or a socket; None: `on` decides."""
+        self.platform = on
+        self.export: Export = export or on.default_target
+        self.claims = on.claims()
 
     def label(self, devid: int) -> str:
         return vdev_name(devid)
@@ -44,14 +49,24 @@ class Disks:
                 f"it is a {kind}, not a disk; pvfront serves disks",
                 hint="leave it to the kernel",
             )
-        await asyncio.to_thread(self.claims.take, device.name, force=force)
+        # A driver's removal may hang: that must not hang the end of this process too.
+        await in_daemon_thread(
+            f"take {device.name}", lambda: self.claims.take(device.name, force=force)
+        )
 
     def frontend(self, device: XenbusDevice) -> DiskFrontend:
+        label = self.label(device.devid)
+        target: Target
+        if self.export == "socket":
+            target = SocketTarget(label, self.platform.run_dir)
+        else:
+            target = NbdTarget(f"pvfront:{device.name}", label)
         return DiskFrontend(
             device.name,
             device.devid,
-            self.label(device.devid),
-            self.run_dir,
+            label,
+            self.platform,
+            target,
             stolen=lambda: self._stolen(device.name),
         )
 
@@ -77,7 +92,9 @@ class Disks:
                 what="backend InitWait",
                 timeout=GIVE_BACK_DEADLINE,
             )
-        return await asyncio.to_thread(self.claims.give_back, device.name)
+        return await in_daemon_thread(
+            f"give {device.name}", lambda: self.claims.give_back(device.name)
+        )
 
     def forget(self, name: str) -> None:
         self.claims.forget(name)
@@ -99,10 +116,16 @@ class Disks:
             log.info("%s: passed on to the kernel", name)
 
 
-async def serve(names: Collection[str], *, everything: bool, force: bool) -> int:
+async def serve(
+    names: Collection[str], *, everything: bool, force: bool, export: Export | None = None
+) -> int:
     """Serves the named disks, or every disk, until SIGTERM; returns the exit status."""
-    require_guest()
-    store = await Xenstore.connect()
+    on = platform()
+    on.require()
+    in_guest = on.name == "xen"
+    if not in_guest:
+        log.info("embedded host: workers keep this user, and nothing takes part in a suspend")
+    store = await on.store()
     try:
         present = await Bus(store, "vbd").ids()
         named = []
@@ -114,14 +137,18 @@ async def serve(names: Collection[str], *, everything: bool, force: bool) -> int
                     hint=f"there are: {', '.join(map(vdev_name, present)) or 'none'}",
                 )
             named.append(devid)
+        wanted: Callable[[int], bool] = (
+            (lambda devid: True) if everything else (lambda devid: devid in named)
+        )
         supervisor = Supervisor(
             store,
-            Disks(Claims()),
-            (lambda devid: True) if everything else (lambda devid: devid in named),
+            Disks(on, export),
+            wanted,
+            run_dir=on.run_dir,
             named=named,
             hot_plug=everything,
             force=force,
-            suspend=lambda participants: Suspend(store, participants),
+            suspend=(lambda participants: Suspend(store, participants)) if in_guest else None,
         )
         return await supervisor.run()
     finally:

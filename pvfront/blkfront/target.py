@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What exports a disk to the guest: today the kernel's nbd device, behind one small interface.
+"""What exports a disk: one small interface, and the kernel's nbd device behind it.
+
+The other implementation is `nbdexport.SocketTarget`, for clients without a kernel driver.
 
 Theory of operation
 -------------------
-A target outlives the connections to the backend: it keeps the requests that a dead worker or a
-restarted backend left unfinished, and its users notice nothing but a pause. Each generation does
+A target outlives the connections to the backend. The kernel's device keeps the requests that a
+dead worker or a restarted backend left unfinished, and its users notice nothing but a pause. Each
+generation does
 
     fd = await target.attach(geometry)   a fresh socket pair: one end is the kernel's from now on
     ... START(geometry, fd) to the worker; close(fd) ...
@@ -48,7 +51,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from .. import sysfs, threads
 from ..errors import PvfrontError
@@ -70,8 +73,37 @@ class TargetError(PvfrontError):
     """The device could not be made, attached, resized or closed."""
 
 
+class Clients(Protocol):
+    """What a target has besides if its clients come and go: a socket's do, the kernel stays.
+
+    `Target.attach` then returns the socket of the client that waits, or None; the end of a socket
+    is its client's business and no trouble.
+    """
+
+    @property
+    def waiting(self) -> bool:
+        """A client waits to be served: `Target.attach` returns its socket."""
+        ...
+
+    def on_waiting(self, poke: Callable[[], None]) -> None:
+        """`poke` is to be called whenever `waiting` becomes true."""
+
+    def served(self, connected: bool) -> None:
+        """The worker holds a client's socket; or it does not, and the next client may come."""
+        ...
+
+    def details(self) -> dict[str, Any]:
+        """What status shows of the clients."""
+        ...
+
+
 class Target(Protocol):
-    """An OS block device whose requests a worker serves on a socket."""
+    """What users have of a disk: a block device, or a socket, whose requests a worker serves."""
+
+    @property
+    def clients(self) -> Clients | None:
+        """None: the one client is the kernel, which stays."""
+        ...
 
     @property
     def name(self) -> str:
@@ -80,24 +112,27 @@ class Target(Protocol):
 
     @property
     def path(self) -> str:
-        """The device node ("/dev/nbd0"); "" while there is no device."""
+        """The device node ("/dev/nbd0"), or the URI of a socket; "" while there is nothing."""
         ...
 
     @property
     def link(self) -> str:
-        """The stable path ("/dev/pvfront/xvdb")."""
+        """The stable path ("/dev/pvfront/xvdb"), a socket's path."""
         ...
 
     async def adopt(self) -> bool:
         """Finds the device of an earlier supervisor; True if there is one."""
         ...
 
-    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int:
-        """Gives the kernel a new socket; returns the worker's end, which the caller closes."""
+    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int | None:
+        """Makes a new connection; returns the worker's end, which the caller closes.
+
+        None only with `clients`, while none waits.
+        """
         ...
 
     async def publish(self, geometry: DiskGeometry) -> None:
-        """The worker serves: the device gets its size and its link. Also resizes."""
+        """The worker serves: users find the disk, with this size. Also resizes."""
         ...
 
     async def feature_off(self, feature: Feature) -> None:
@@ -132,6 +167,8 @@ class NbdTarget:
     `identifier` ("pvfront:vbd-51728") is what a later supervisor finds the device by; `label`
     ("xvdb") names the link.
     """
+
+    clients: Clients | None = None
 
     def __init__(
         self,
@@ -256,7 +293,7 @@ class NbdTarget:
 
             with ours:
                 await _command(reconfigure, "nbd reconfigure")
-                if not _hung_up(ours):
+                if not hung_up(ours):
                     self._tune()
                     return ours.detach()
             if time.monotonic() > until:
@@ -359,19 +396,8 @@ class NbdTarget:
     def _pair(self) -> tuple[socket.socket, socket.socket]:
         ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for end in (ours, kernels):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                self._set_buffer(end, option)
+            set_buffers(end, self.settings.socket_buffer)
         return ours, kernels
-
-    def _set_buffer(self, end: socket.socket, option: int) -> None:
-        force = {
-            socket.SO_SNDBUF: getattr(socket, "SO_SNDBUFFORCE", 32),
-            socket.SO_RCVBUF: getattr(socket, "SO_RCVBUFFORCE", 33),
-        }[option]
-        try:
-            end.setsockopt(socket.SOL_SOCKET, force, self.settings.socket_buffer)
-        except PermissionError:
-            end.setsockopt(socket.SOL_SOCKET, option, self.settings.socket_buffer)
 
     def _need_device(self) -> int:
         if self._index is None:
@@ -410,7 +436,19 @@ class NbdTarget:
             self._link.parent.rmdir()
 
 
-def _hung_up(end: socket.socket) -> bool:
+def set_buffers(end: socket.socket, size: int) -> None:
+    """Both buffers of a socket in bytes; without CAP_NET_ADMIN as far as the system allows."""
+    for option, force in (
+        (socket.SO_SNDBUF, getattr(socket, "SO_SNDBUFFORCE", 32)),
+        (socket.SO_RCVBUF, getattr(socket, "SO_RCVBUFFORCE", 33)),
+    ):
+        try:
+            end.setsockopt(socket.SOL_SOCKET, force, size)
+        except PermissionError:
+            end.setsockopt(socket.SOL_SOCKET, option, size)
+
+
+def hung_up(end: socket.socket) -> bool:
     """Whether nobody holds the other end any more."""
     poll = select.poll()
     poll.register(end, select.POLLRDHUP)

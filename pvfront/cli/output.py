@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import PvfrontError
-from ..inventory import require_guest
+from ..platform import platform
 from ..xenstore import Xenstore
 
 T = TypeVar("T")
@@ -23,8 +23,9 @@ def with_store(work: Callable[[Xenstore], Awaitable[T]]) -> T:
     """Runs one command's work with a connection to the store."""
 
     async def run() -> T:
-        require_guest()
-        async with await Xenstore.connect() as connected:
+        on = platform()
+        on.require()
+        async with await on.store() as connected:
             return await work(connected)
 
     return asyncio.run(run())

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import TYPE_CHECKING
 
 import click
 
 from ..service import prepare_process
+
+if TYPE_CHECKING:
+    from ..blkfront.service import Export
 
 
 @click.group()
@@ -24,16 +28,31 @@ def vbd() -> None:
     is_flag=True,
     help="Take a disk that is mounted or held, too. Never the root disk.",
 )
+@click.option(
+    "--target",
+    "export",
+    type=click.Choice(["nbd", "socket"]),
+    help="What users of a disk get: the kernel's nbd device (in a guest, without it), or an NBD "
+    "server on a socket, NAME.nbd in the run directory.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
-def serve(names: tuple[str, ...], everything: bool, force: bool, verbose: bool) -> None:
+def serve(
+    names: tuple[str, ...], everything: bool, force: bool, export: Export | None, verbose: bool
+) -> None:
     """Serve disks in user space until SIGTERM.
 
     NAME is the disk's name in the xl config (xvdb) or its virtual device number. The disk
-    appears as /dev/pvfront/NAME. With --all, disks attached later are served as they come, and
-    a disk that is in use by the kernel's driver is left alone.
+    appears as /dev/pvfront/NAME, or with --target socket at
+    nbd+unix:///?socket=/run/pvfront/NAME.nbd, for one client at a time. With --all, disks
+    attached later are served as they come, and a disk that is in use by the kernel's driver is
+    left alone.
 
     On SIGTERM a disk that nobody holds is drained, closed and given back; a mounted one goes on
-    being served by its worker until the next `pvfront vbd serve` adopts it.
+    being served by its worker until the next `pvfront vbd serve` adopts it. A socket's client
+    counts as a mount.
+
+    Where PVFRONT_HOST names the directory of an embedded host, its disks are served, without
+    root, with sockets as the default.
     """
     if bool(names) == everything:
         raise click.UsageError("name the disks to serve, or say --all")
@@ -41,4 +60,6 @@ def serve(names: tuple[str, ...], everything: bool, force: bool, verbose: bool) 
     from ..blkfront.service import serve as serve_disks
 
     prepare_process(logging.DEBUG if verbose else logging.INFO)
-    raise SystemExit(asyncio.run(serve_disks(names, everything=everything, force=force)))
+    raise SystemExit(
+        asyncio.run(serve_disks(names, everything=everything, force=force, export=export))
+    )

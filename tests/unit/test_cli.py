@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from memstore import MemStore, SocketServer
 
-from pvfront import inventory, sysfs
 from pvfront.cli import main, output
 from pvfront.sysfs import Roots
 
@@ -72,8 +71,8 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
     monkeypatch.setattr("pvfront.xenstore.DEVICE_PATH", str(tmp_path / "no-xenbus"))
     monkeypatch.setenv("XENSTORED_PATH", socket_path)
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    for name in ("require_guest", "devices", "find", "status", "release"):
-        bind_roots(monkeypatch, name, roots)
+    monkeypatch.setattr("pvfront.platform.Xen.roots", roots)
+    monkeypatch.delenv("PVFRONT_HOST", raising=False)
     made.device("vbd", 51712)
     made.kernel_driver("vbd-51712", "block", "xvda")
     made.device("vbd", 51728)
@@ -85,13 +84,6 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
     yield made
     made.serve(server.stop)
     made.end()
-
-
-def bind_roots(monkeypatch: pytest.MonkeyPatch, name: str, roots: Roots) -> None:
-    """The functions of inventory have the system's roots as their default: ours from now on."""
-    function = getattr(inventory, name)
-    defaults = tuple(roots if d is sysfs.SYSTEM else d for d in function.__defaults__)
-    monkeypatch.setattr(function, "__defaults__", defaults)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from pvfront import worker as worker_module
 from pvfront.blkfront import frontend as module
 from pvfront.blkfront.features import DiskGeometry, GeometryError
 from pvfront.blkfront.frontend import DiskFrontend
-from pvfront.blkfront.target import TargetError
+from pvfront.blkfront.target import Clients, TargetError
 from pvfront.errors import PvfrontError
 from pvfront.gntalloc import GrantsExhausted
 from pvfront.parking import CannotPark
@@ -149,6 +149,7 @@ class OsDevice:
 
     def __init__(self) -> None:
         self.name = self.path = ""
+        self.clients: Clients | None = None
         self.link = "/dev/pvfront/xvdb"
         self.exists = False
         self.calls: list[str] = []
@@ -216,19 +217,27 @@ class Device:
 
 
 class World:
-    """A frontend and everything around it."""
+    """A frontend and everything around it; its `platform` too."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.host = Host()
+        self.name = "xen"
         self.target = OsDevice()
         self.device: Any = Device()
         self.pokes = 0
         self.frontends: list[DiskFrontend] = []
         self.disk = self.frontend()
 
+    def event_channels(self) -> Channels:
+        return Channels(self.host)
+
+    def grant_allocator(self) -> Allocator:
+        return Allocator(self.host)
+
     def frontend(self) -> DiskFrontend:
-        made = DiskFrontend(NAME, 51728, "xvdb", self.run_dir, target=self.target)
+        platform: Any = self
+        made = DiskFrontend(NAME, 51728, "xvdb", platform, self.target)
 
         def poke() -> None:
             self.pokes += 1
@@ -281,10 +290,6 @@ def gone(pid: int) -> bool:
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     made = World(tmp_path)
     monkeypatch.setattr(worker_module, "USER", "nobody")
-    monkeypatch.setattr(module, "EventChannels", SimpleNamespace(open=lambda: Channels(made.host)))
-    monkeypatch.setattr(
-        module, "GrantAllocator", SimpleNamespace(open=lambda: Allocator(made.host))
-    )
     yield made
     for frontend in made.frontends:
         worker = frontend._worker
