@@ -1,0 +1,718 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * The block backend of the embedded host, hostile: every fault does what it says, when it says so.
+ */
+#include <sys/wait.h>
+
+#include "blkpeer.h"
+
+#define OKAY BLKIF_RSP_OKAY
+#define ERROR BLKIF_RSP_ERROR
+#define UNSUPPORTED BLKIF_RSP_EOPNOTSUPP
+#define SHORT_WAIT 30 /* ms in which nothing may come */
+
+static struct pvf_bb_rule rule(uint32_t kind)
+{
+	return (struct pvf_bb_rule){.kind = kind, .last = UINT64_MAX, .chance = PVF_BB_ALWAYS};
+}
+
+static void use(struct peer *p, const struct pvf_bb_rule *rules, uint32_t count, uint64_t seed)
+{
+	uint32_t bad;
+
+	CHECK_EQ(pvf_bb_set_rules(p->bb, rules, count, seed, &bad), 0);
+}
+
+static void one(struct peer *p, struct pvf_bb_rule r)
+{
+	use(p, &r, 1, 1);
+}
+
+/* Polls a counter: another thread counts. */
+static void wait_fired(struct peer *p, uint32_t kind, uint64_t times)
+{
+	for (int i = 0; stats(p).fired[kind] < times; i++) {
+		CHECK(i < DEADLINE);
+		usleep(1000);
+	}
+}
+
+static uint64_t wait_in_flight(struct peer *p, uint64_t n)
+{
+	for (int i = 0; stats(p).in_flight != n; i++) {
+		CHECK(i < DEADLINE);
+		usleep(1000);
+	}
+	return n;
+}
+
+static void delays(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_DELAY);
+
+	peer_begin(&p, NULL, DISK);
+	r.value = r.extra = 60000;
+	r.ops = 1 << BLKIF_OP_WRITE;
+	one(&p, r);
+	uint64_t began = clock_ms(), slow = put(&p, BLKIF_OP_WRITE, 0, 0, 1);
+	uint64_t fast = put(&p, BLKIF_OP_READ, 8, 1, 1);
+
+	push(&p);
+	CHECK_EQ(response(&p).id, fast);
+	CHECK_EQ(response(&p).id, slow);
+	CHECK(clock_ms() - began >= 60);
+	CHECK_EQ(stats(&p).fired[PVF_BB_DELAY], 1);
+	peer_end(&p);
+}
+
+static void stalls(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_STALL);
+
+	peer_begin(&p, NULL, DISK);
+	r.count = 2;
+	one(&p, r);
+	paint(&p, 0, 1, 3);
+	put(&p, BLKIF_OP_WRITE, 0, 0, 1);
+	put(&p, BLKIF_OP_WRITE, 8, 1, 1);
+	push(&p);
+	CHECK(silent(&p, SHORT_WAIT));
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 2, 1), OKAY); /* the third, and nothing was written */
+	CHECK(wiped(&p, 2, 1, 0));
+	CHECK_EQ(stats(&p).in_flight, 2);
+	CHECK_EQ(pvf_grant_maps(&p.table[gref(0)]), 1);
+	pvf_bb_release(p.bb);
+	CHECK_EQ(response(&p).id, 1);
+	CHECK_EQ(response(&p).id, 2);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 2, 1), OKAY);
+	CHECK(painted(&p, 2, 1, 3));
+	peer_end(&p);
+}
+
+static void full_of_stalls(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_STALL);
+
+	peer_begin(&p, NULL, DISK);
+	r.count = 32;
+	one(&p, r);
+	for (int round = 0; round < 2; round++) {
+		for (uint32_t i = 0; i < 32; i++)
+			put(&p, BLKIF_OP_READ, i * 8, i, 1);
+		push(&p);
+		if (!round) {
+			wait_in_flight(&p, 32);
+			CHECK(silent(&p, SHORT_WAIT));
+			pvf_bb_release(p.bb);
+		}
+		for (uint32_t i = 0; i < 32; i++)
+			CHECK_EQ(response(&p).id, (uint64_t)round * 32 + i + 1);
+	}
+	peer_end(&p);
+}
+
+static void drops(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_DROP);
+
+	peer_begin(&p, NULL, DISK);
+	for (uint32_t done = 0; done < 2; done++) {
+		r.mode = done;
+		r.ops = 1 << BLKIF_OP_WRITE;
+		one(&p, r);
+		paint(&p, 0, 1, 8);
+		put(&p, BLKIF_OP_WRITE, 0, 0, 1);
+		push(&p);
+		CHECK(silent(&p, SHORT_WAIT));
+		CHECK_EQ(pvf_grant_maps(&p.table[gref(0)]), 0);
+		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 1, 1), OKAY);
+		CHECK_EQ(painted(&p, 1, 1, 8), done);
+	}
+	CHECK_EQ(stats(&p).in_flight, 0);
+	peer_end(&p);
+}
+
+static void duplicates(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_DUPLICATE);
+
+	peer_begin(&p, NULL, DISK);
+	r.value = 2;
+	r.count = 1;
+	one(&p, r);
+	put(&p, BLKIF_OP_READ, 0, 0, 1);
+	push(&p);
+	for (int i = 0; i < 3; i++)
+		CHECK_EQ(response(&p).id, 1);
+	CHECK(silent(&p, SHORT_WAIT));
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY); /* it goes on */
+	peer_end(&p);
+}
+
+static void reorders(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_REORDER);
+	uint64_t order[2][16];
+	bool moved = false;
+
+	for (int run = 0; run < 2; run++) {
+		uint32_t seen = 0;
+
+		memset(&p, 0, sizeof(p));
+		peer_begin(&p, NULL, DISK);
+		r.value = 16;
+		r.extra = DEADLINE * 1000u;
+		one(&p, r);
+		for (uint32_t i = 0; i < 15; i++)
+			put(&p, BLKIF_OP_READ, i * 8, i, 1);
+		push(&p);
+		CHECK(silent(&p, SHORT_WAIT));
+		put(&p, BLKIF_OP_READ, 0, 15, 1);
+		push(&p);
+		for (uint32_t i = 0; i < 16; i++) {
+			order[run][i] = response(&p).id;
+			moved |= order[run][i] != i + 1;
+			seen |= 1u << (order[run][i] - 1);
+		}
+		CHECK_EQ(seen, 0xffff);
+		peer_end(&p);
+	}
+	CHECK(moved);
+	CHECK(!memcmp(order[0], order[1], sizeof(order[0]))); /* the same seed */
+}
+
+static void reorders_in_time(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_REORDER);
+
+	peer_begin(&p, NULL, DISK);
+	r.value = 16;
+	one(&p, r);
+	put(&p, BLKIF_OP_READ, 0, 0, 1);
+	push(&p);
+	CHECK_EQ(response(&p).id, 1);
+	peer_end(&p);
+}
+
+static struct blkif_response corrupted(struct peer *p, uint32_t field, uint32_t mode, uint64_t value)
+{
+	struct pvf_bb_rule r = rule(PVF_BB_CORRUPT);
+
+	r.field = field;
+	r.mode = mode;
+	r.value = value;
+	r.count = 1;
+	one(p, r);
+	put(p, BLKIF_OP_READ, 0, 0, 1);
+	push(p);
+	return response(p);
+}
+
+static void corrupts(void)
+{
+	struct peer p = {0};
+	struct blkif_response rsp;
+
+	peer_begin(&p, NULL, DISK);
+	rsp = corrupted(&p, PVF_BB_ID, PVF_BB_SET, 0xffffffffffff);
+	CHECK_EQ(rsp.id, 0xffffffffffff);
+	CHECK_EQ(rsp.status, OKAY);
+	CHECK_EQ(corrupted(&p, PVF_BB_ID, PVF_BB_XOR, 0x100).id, 0x102);
+	CHECK_EQ(corrupted(&p, PVF_BB_ID, PVF_BB_STALE, 0).id, 2);
+	CHECK_EQ(corrupted(&p, PVF_BB_OPERATION, PVF_BB_SET, 3).operation, 3);
+	CHECK_EQ(corrupted(&p, PVF_BB_OPERATION, PVF_BB_XOR, 0xff).operation, 0xff);
+	CHECK_EQ(corrupted(&p, PVF_BB_STATUS, PVF_BB_SET, (uint64_t)-7).status, -7);
+	CHECK_EQ(corrupted(&p, PVF_BB_STATUS, PVF_BB_XOR, 1).status, 1);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
+	CHECK_EQ(stats(&p).fired[PVF_BB_CORRUPT], 7);
+	peer_end(&p);
+}
+
+static void answers_for_another(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r[2] = {rule(PVF_BB_STALL), rule(PVF_BB_CORRUPT)};
+
+	peer_begin(&p, NULL, DISK);
+	r[0].ops = 1 << BLKIF_OP_WRITE;
+	r[1].ops = 1 << BLKIF_OP_READ;
+	r[1].mode = PVF_BB_OTHER;
+	use(&p, r, 2, 1);
+	put(&p, BLKIF_OP_WRITE, 0, 0, 1);
+	put(&p, BLKIF_OP_READ, 0, 1, 1);
+	push(&p);
+	CHECK_EQ(response(&p).id, 1);
+	peer_end(&p); /* with a request still in flight */
+}
+
+static void jumps(void)
+{
+	static const int32_t offsets[] = {100, 2, -1, -50};
+
+	for (size_t i = 0; i < sizeof(offsets) / sizeof(offsets[0]); i++) {
+		struct peer p = {0};
+		struct pvf_bb_rule r = rule(PVF_BB_PRODUCER);
+
+		peer_begin(&p, NULL, DISK);
+		r.value = (uint64_t)(int64_t)offsets[i];
+		r.count = 1;
+		one(&p, r);
+		put(&p, BLKIF_OP_READ, 0, 0, 1);
+		push(&p);
+		CHECK(event(&p, 0, DEADLINE) || offsets[i] == -1);
+		wait_fired(&p, PVF_BB_PRODUCER, 1);
+		usleep(5000);
+		CHECK_EQ((int32_t)__atomic_load_n(&p.queue[0].ring.sring->rsp_prod, __ATOMIC_SEQ_CST),
+			 1 + offsets[i]);
+		/* the next response is where it belongs */
+		put(&p, BLKIF_OP_READ, 0, 0, 1);
+		push(&p);
+		for (int k = 0; __atomic_load_n(&p.queue[0].ring.sring->rsp_prod,
+						__ATOMIC_SEQ_CST) != 2; k++) {
+			CHECK(k < DEADLINE);
+			usleep(1000);
+		}
+		peer_end(&p);
+	}
+}
+
+static bool filled(struct peer *p, uint32_t page, size_t from, size_t to, uint64_t word)
+{
+	const uint64_t *w = (const uint64_t *)(const void *)data(p, page);
+
+	for (size_t i = from / 8; i < to / 8; i++)
+		if (__atomic_load_n(&w[i], __ATOMIC_RELAXED) != word)
+			return false;
+	return true;
+}
+
+static void rewrites_pages(void)
+{
+	for (uint32_t persistent = 0; persistent < 2; persistent++) {
+		struct peer p = {.persistent = persistent};
+		struct pvf_bb_rule r = rule(PVF_BB_PAGES);
+
+		peer_begin(&p, NULL, DISK);
+		r.value = 0x1122334455667788;
+		r.mode = PVF_BB_BEFORE;
+		one(&p, r);
+		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 2), OKAY);
+		CHECK(filled(&p, 0, 0, PAGE, r.value) && filled(&p, 1, 0, PAGE, r.value));
+		CHECK_EQ(answer_of(&p, put_part(&p, BLKIF_OP_WRITE, 64, gref(2), 2, 3),
+				   BLKIF_OP_WRITE), OKAY);
+		CHECK(filled(&p, 2, 1024, 2048, r.value) && filled(&p, 2, 2048, PAGE, 0));
+		CHECK(filled(&p, 2, 0, 1024, 0));
+		r.mode = PVF_BB_AFTER;
+		one(&p, r);
+		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 3, 1), OKAY);
+		for (int i = 0; !filled(&p, 3, 0, PAGE, r.value); i++) {
+			CHECK(i < DEADLINE);
+			usleep(1000);
+		}
+		use(&p, NULL, 0, 1);
+		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 64, 4, 1), OKAY);
+		CHECK(filled(&p, 4, 0, 1024, 0)); /* the write took the page as it was */
+		peer_end(&p);
+	}
+}
+
+static void rewrites_idle_pages(void)
+{
+	for (uint32_t persistent = 0; persistent < 2; persistent++) {
+		struct peer p = {.persistent = persistent};
+		struct pvf_bb_rule r = rule(PVF_BB_PAGES);
+		struct blkif_response rsp;
+
+		peer_begin(&p, NULL, DISK);
+		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 2), OKAY);
+		r.mode = PVF_BB_IDLE;
+		r.value = 0x99;
+		r.count = 3;
+		one(&p, r);
+		CHECK(!try_response(&p, 0, &rsp, 0)); /* sets rsp_event: all is seen */
+		wait_fired(&p, PVF_BB_PAGES, 3);
+		for (int i = 0; !filled(&p, 1, 0, PAGE, r.value); i++) {
+			CHECK(i < DEADLINE);
+			usleep(1000);
+		}
+		CHECK(filled(&p, 0, 0, PAGE, r.value));
+		CHECK(filled(&p, 2, 0, PAGE, 0)); /* never granted for anything */
+		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
+		CHECK(filled(&p, 0, 0, PAGE, 0)); /* spent */
+		peer_end(&p);
+	}
+}
+
+static void rewrites_slots(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_SLOTS);
+	struct blkif_response rsp;
+
+	peer_begin(&p, NULL, DISK);
+	r.value = 0x4141414141414141;
+	r.count = 1;
+	one(&p, r);
+	put(&p, BLKIF_OP_READ, 0, 0, 1);
+	push(&p);
+	CHECK_EQ(response(&p).id, r.value);
+	r.mode = PVF_BB_AFTER;
+	one(&p, r);
+	put(&p, BLKIF_OP_READ, 0, 0, 1);
+	push(&p);
+	wait_fired(&p, PVF_BB_SLOTS, 2);
+	for (int i = 0; __atomic_load_n(&RING_GET_RESPONSE(&p.queue[0].ring, 1)->id,
+					__ATOMIC_RELAXED) != r.value; i++) {
+		CHECK(i < DEADLINE);
+		usleep(1000);
+	}
+	p.queue[0].ring.rsp_cons++;
+	r.mode = PVF_BB_IDLE;
+	one(&p, r);
+	CHECK(!try_response(&p, 0, &rsp, 0));
+	wait_fired(&p, PVF_BB_SLOTS, 3);
+	for (int i = 0; __atomic_load_n(&RING_GET_RESPONSE(&p.queue[0].ring, 31)->id,
+					__ATOMIC_RELAXED) != r.value; i++) {
+		CHECK(i < DEADLINE);
+		usleep(1000);
+	}
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
+	peer_end(&p);
+}
+
+static void cheats(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_SHORT);
+
+	peer_begin(&p, NULL, DISK);
+	paint(&p, 0, 2, 1);
+	CHECK_EQ(do_io(&p, BLKIF_OP_WRITE, 0, 0, 2), OKAY);
+	r.value = 9;
+	one(&p, r);
+	wipe(&p, 2, 2, 0xcd);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 2, 2), OKAY);
+	CHECK(!memcmp(data(&p, 0), data(&p, 2), 9 * 512));
+	for (size_t i = 9 * 512; i < 16 * 512; i++)
+		CHECK_EQ(data(&p, 2)[i], 0xcd);
+	r = rule(PVF_BB_FAIL);
+	r.value = (uint64_t)UNSUPPORTED;
+	one(&p, r);
+	CHECK_EQ(do_io(&p, BLKIF_OP_WRITE, 0, 2, 2), UNSUPPORTED);
+	r.value = (uint64_t)OKAY;
+	one(&p, r);
+	CHECK_EQ(do_io(&p, BLKIF_OP_WRITE, 0, 2, 2), OKAY);
+	use(&p, NULL, 0, 0);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 2, 2), OKAY);
+	CHECK(painted(&p, 2, 1, 1)); /* neither was done */
+	peer_end(&p);
+}
+
+static void loses_events(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_LOST_EVENT);
+
+	peer_begin(&p, NULL, DISK);
+	r.count = 1;
+	one(&p, r);
+	put(&p, BLKIF_OP_READ, 0, 0, 1);
+	push(&p);
+	CHECK(!event(&p, 0, SHORT_WAIT));
+	CHECK_EQ(response(&p).status, OKAY); /* for who looks without one */
+	CHECK_EQ(stats(&p).notifies, 0);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
+	peer_end(&p);
+}
+
+static void storms(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_STORM);
+
+	peer_begin(&p, NULL, DISK);
+	r.count = 200;
+	one(&p, r); /* without pause */
+	wait_fired(&p, PVF_BB_STORM, 200);
+	CHECK(event(&p, 0, DEADLINE));
+	CHECK(!event(&p, 0, SHORT_WAIT)); /* a bit is a bit */
+	r.count = 0;
+	r.value = 500;
+	one(&p, r);
+	uint64_t began = clock_ms();
+
+	for (int i = 0; i < 20; i++)
+		CHECK(event(&p, 0, DEADLINE));
+	CHECK(clock_ms() - began >= 30);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
+	/* wake-ups that no event channel would give: the port has nothing */
+	r.mode = PVF_BB_WAKES;
+	one(&p, r);
+	while (event(&p, 0, 0))
+		continue;
+	struct pollfd fd = {.fd = p.queue[0].fd[0], .events = POLLIN};
+
+	CHECK_EQ(poll(&fd, 1, DEADLINE), 1);
+	CHECK_EQ(pvf_channel_take(p.queue[0].channel, 0, p.queue[0].fd[0]), 0);
+	peer_end(&p);
+}
+
+static void writes_outside(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_OUTSIDE);
+
+	peer_begin(&p, NULL, DISK);
+	r.value = 0xbad;
+	one(&p, r);
+	pvf_grant_begin(&p.table[gref(9)], BACK_DOMID, ARENA, DATA(9), false);
+	CHECK_EQ(answer_of(&p, put_part(&p, BLKIF_OP_READ, 0, gref(0), 2, 5), BLKIF_OP_READ), OKAY);
+	CHECK(filled(&p, 0, 0, 1024, r.value) && filled(&p, 0, 1024, 3072, 0));
+	CHECK(filled(&p, 0, 3072, PAGE, r.value));
+	CHECK_EQ(answer_of(&p, put_part(&p, BLKIF_OP_WRITE, 0, gref(9), 2, 5), BLKIF_OP_WRITE), OKAY);
+	CHECK(filled(&p, 9, 0, PAGE, 0)); /* what is read-only stays so */
+	peer_end(&p);
+}
+
+static void looks(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_LOOK);
+
+	peer_begin(&p, NULL, DISK);
+	r.value = 0xc0ffee;
+	one(&p, r);
+	uint64_t *w = (uint64_t *)(void *)data(&p, 0);
+
+	w[0] = w[64] = w[511] = r.value; /* sectors 0, 1 and 7 */
+	CHECK_EQ(answer_of(&p, put_part(&p, BLKIF_OP_WRITE, 0, gref(0), 1, 6), BLKIF_OP_WRITE), OKAY);
+	CHECK_EQ(stats(&p).canaries, 2);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY); /* before it is filled */
+	CHECK_EQ(stats(&p).canaries, 5);
+	peer_end(&p);
+}
+
+static void chooses(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_FAIL);
+
+	peer_begin(&p, NULL, DISK);
+	r.value = (uint64_t)ERROR;
+	r.first = 16;
+	r.last = 23;
+	r.skip = 1;
+	r.count = 2;
+	one(&p, r);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 2), OKAY);  /* 0..15 */
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 24, 0, 2), OKAY); /* 24..39 */
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 8, 0, 2), OKAY);  /* skipped */
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 8, 0, 2), ERROR);
+	CHECK_EQ(do_io(&p, BLKIF_OP_FLUSH_DISKCACHE, 0, 0, 0), OKAY);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 23, 0, 1), ERROR);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 16, 0, 1), OKAY); /* spent */
+	peer_end(&p);
+}
+
+static void draws(void)
+{
+	uint64_t outcome[3] = {0};
+
+	for (int run = 0; run < 3; run++) {
+		struct peer p = {0};
+		struct pvf_bb_rule r = rule(PVF_BB_FAIL);
+
+		peer_begin(&p, NULL, DISK);
+		r.value = (uint64_t)ERROR;
+		r.chance = PVF_BB_ALWAYS / 2;
+		use(&p, &r, 1, run == 2 ? 8 : 7);
+		for (int i = 0; i < 64; i++)
+			outcome[run] |= (uint64_t)(do_io(&p, BLKIF_OP_READ, 0, 0, 1) == ERROR) << i;
+		CHECK_EQ(stats(&p).fired[PVF_BB_FAIL], __builtin_popcountll(outcome[run]));
+		peer_end(&p);
+	}
+	CHECK(outcome[0] == outcome[1]);
+	CHECK(outcome[0] != outcome[2]);
+	CHECK(__builtin_popcountll(outcome[0]) > 16 && __builtin_popcountll(outcome[0]) < 48);
+}
+
+static void combines(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r[3] = {rule(PVF_BB_DELAY), rule(PVF_BB_CORRUPT), rule(PVF_BB_CORRUPT)};
+
+	peer_begin(&p, NULL, DISK);
+	r[0].value = r[0].extra = 20000;
+	r[1].field = PVF_BB_STATUS;
+	r[1].value = 5;
+	r[2].field = PVF_BB_OPERATION;
+	use(&p, r, 3, 1);
+	uint64_t began = clock_ms();
+
+	CHECK_EQ(do_io(&p, BLKIF_OP_WRITE, 0, 0, 1), 5); /* of two of a kind the first fires */
+	CHECK(clock_ms() - began >= 20);
+	peer_end(&p);
+}
+
+static void barriers_wait(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_STALL);
+
+	peer_begin(&p, NULL, DISK);
+	r.count = 1;
+	one(&p, r);
+	put(&p, BLKIF_OP_WRITE, 0, 0, 1);
+	put(&p, BLKIF_OP_WRITE_BARRIER, 0, 1, 1);
+	put(&p, BLKIF_OP_READ, 0, 2, 1);
+	push(&p);
+	CHECK(silent(&p, SHORT_WAIT));
+	pvf_bb_release(p.bb);
+	for (uint64_t i = 1; i <= 3; i++)
+		CHECK_EQ(response(&p).id, i);
+	/* nor does anything overtake a slow barrier */
+	r.ops = 1 << BLKIF_OP_WRITE_BARRIER;
+	one(&p, r);
+	put(&p, BLKIF_OP_WRITE_BARRIER, 0, 1, 1);
+	put(&p, BLKIF_OP_READ, 0, 2, 1);
+	push(&p);
+	CHECK(silent(&p, SHORT_WAIT));
+	pvf_bb_release(p.bb);
+	CHECK_EQ(response(&p).id, 4);
+	CHECK_EQ(response(&p).id, 5);
+	peer_end(&p);
+}
+
+static void ends_late(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_STALL);
+
+	peer_begin(&p, NULL, DISK);
+	r.count = 1;
+	one(&p, r);
+	paint(&p, 0, 1, 77);
+	put(&p, BLKIF_OP_WRITE, 0, 0, 1);
+	push(&p);
+	wait_in_flight(&p, 1);
+	CHECK_EQ(pvf_bb_disconnect(p.bb), -EBUSY);
+	put(&p, BLKIF_OP_WRITE, 8, 1, 1);
+	push(&p);
+	CHECK(silent(&p, SHORT_WAIT)); /* nothing new is taken */
+	CHECK_EQ(pvf_bb_disconnect(p.bb), -EBUSY);
+	CHECK_EQ(pvf_bb_connect(p.bb, p.table_fd, p.track_fd, 0, FRONT_DOMID, -1, false), -EBUSY);
+	CHECK_EQ(pvf_grant_maps(&p.table[gref(0)]), 1);
+	pvf_bb_release(p.bb);
+	CHECK_EQ(response(&p).id, 1); /* the old write is done now, and answered */
+	for (int i = 0; pvf_bb_disconnect(p.bb); i++) {
+		CHECK(i < DEADLINE);
+		usleep(1000);
+	}
+	CHECK_EQ(pvf_grant_maps(&p.table[gref(0)]), 0);
+	peer_let_go(&p);
+	CHECK_EQ(peer_connect(&p), 0);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 1, 1), OKAY);
+	CHECK(painted(&p, 1, 1, 77));
+	peer_end(&p);
+}
+
+static void dies(void)
+{
+	fflush(stdout);
+	pid_t child = fork();
+	int status;
+
+	CHECK(child >= 0);
+	if (!child) {
+		struct peer p = {0};
+		struct pvf_bb_rule r = rule(PVF_BB_DIE);
+
+		peer_begin(&p, NULL, DISK);
+		r.value = 7;
+		r.skip = 4;
+		one(&p, r);
+		for (int i = 0; i < 4; i++)
+			if (do_io(&p, BLKIF_OP_READ, 0, 0, 1) != OKAY)
+				_exit(1);
+		put(&p, BLKIF_OP_READ, 0, 0, 1);
+		push(&p);
+		silent(&p, DEADLINE);
+		_exit(2);
+	}
+	CHECK_EQ(waitpid(child, &status, 0), child);
+	CHECK(WIFEXITED(status));
+	CHECK_EQ(WEXITSTATUS(status), 7);
+}
+
+static void refuses_rules(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule many[PVF_BB_RULES + 1], r;
+	uint32_t bad;
+
+	peer_begin(&p, NULL, DISK);
+	for (uint32_t i = 0; i < PVF_BB_RULES + 1; i++)
+		many[i] = rule(PVF_BB_DROP);
+	CHECK_EQ(pvf_bb_set_rules(p.bb, many, PVF_BB_RULES + 1, 0, &bad), -EINVAL);
+	CHECK_EQ(pvf_bb_set_rules(p.bb, many, PVF_BB_RULES, 0, &bad), 0);
+	many[5].kind = PVF_BB_NONE;
+	CHECK_EQ(pvf_bb_set_rules(p.bb, many, PVF_BB_RULES, 0, &bad), -EINVAL);
+	CHECK_EQ(bad, 5);
+	r = rule(PVF_BB_DIE + 1);
+	CHECK_EQ(pvf_bb_set_rules(p.bb, &r, 1, 0, &bad), -EINVAL);
+	r = rule(PVF_BB_REORDER);
+	CHECK_EQ(pvf_bb_set_rules(p.bb, &r, 1, 0, &bad), -EINVAL);
+	r = rule(PVF_BB_DELAY);
+	r.value = 2;
+	CHECK_EQ(pvf_bb_set_rules(p.bb, &r, 1, 0, &bad), -EINVAL);
+	r = rule(PVF_BB_CORRUPT);
+	r.field = PVF_BB_STATUS;
+	r.mode = PVF_BB_STALE;
+	CHECK_EQ(pvf_bb_set_rules(p.bb, &r, 1, 0, &bad), -EINVAL);
+	r = rule(PVF_BB_FAIL);
+	r.first = 1;
+	r.last = 0;
+	CHECK_EQ(pvf_bb_set_rules(p.bb, &r, 1, 0, &bad), -EINVAL);
+	use(&p, NULL, 0, 0); /* the refused ones changed nothing: all was dropped until now */
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
+	peer_end(&p);
+}
+
+int main(void)
+{
+	static const struct test tests[] = {
+		{"the backend dies at the request that the rule says", dies}, /* first: it forks */
+		{"a delayed request is answered later, others meanwhile", delays},
+		{"a stalled request is done and answered when it is released", stalls},
+		{"a whole ring of stalled requests goes on after a release", full_of_stalls},
+		{"a dropped request is never answered, done or not as the rule says", drops},
+		{"a response comes as often as the rule says", duplicates},
+		{"responses come in an order that the seed decides", reorders},
+		{"a window that does not fill opens in time", reorders_in_time},
+		{"each field of a response can be wrong", corrupts},
+		{"a response can name another request in flight", answers_for_another},
+		{"rsp_prod jumps forward and back", jumps},
+		{"pages are rewritten before and after the response", rewrites_pages},
+		{"pages are rewritten while nothing happens", rewrites_idle_pages},
+		{"slots are rewritten before, after and while nothing happens", rewrites_slots},
+		{"a request is answered without being done", cheats},
+		{"a response comes without its event", loses_events},
+		{"events come in a storm", storms},
+		{"bytes beside the request's are written", writes_outside},
+		{"canaries where they should not stand are counted", looks},
+		{"a rule chooses by sectors, skips, and is spent", chooses},
+		{"chance is the seed's", draws},
+		{"several faults hit one request, one of a kind", combines},
+		{"a barrier waits, and is waited for", barriers_wait},
+		{"requests in flight outlive their connection", ends_late},
+		{"rules without sense are refused and change nothing", refuses_rules},
+	};
+	return RUN_TESTS(tests);
+}
