@@ -219,35 +219,23 @@ static int map_run(struct pvf_mapper *m, const uint32_t *refs, uint32_t count, i
 }
 
 static int map_pages(struct pvf_mapper *m, const uint32_t *refs, uint32_t count, bool writable,
-		     void **where, uint32_t *failed, uint32_t *arena)
+		     void *over, uint32_t *failed, uint32_t *arena)
 {
-	size_t bytes = (size_t)count * PAGE;
-	unsigned char *base = mmap(NULL, bytes, PROT_NONE,
-				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	int rc = 0;
+	int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ, run;
 
-	if (base == MAP_FAILED)
-		return -errno;
-	for (uint32_t i = 0; i < count; i += (uint32_t)rc) {
+	for (uint32_t i = 0; i < count; i += (uint32_t)run) {
 		*failed = i;
-		rc = map_run(m, refs + i, count - i, writable ? PROT_READ | PROT_WRITE : PROT_READ,
-			     base + (size_t)i * PAGE, arena);
-		if (rc < 0)
-			goto undo;
+		run = map_run(m, refs + i, count - i, protection,
+			      (unsigned char *)over + (size_t)i * PAGE, arena);
+		if (run < 0)
+			return run;
 	}
 	/* A child would keep the pages, and nobody would know. */
-	if (!madvise(base, bytes, MADV_DONTFORK)) {
-		*where = base;
-		return 0;
-	}
-	rc = -errno;
-undo:
-	munmap(base, bytes);
-	return rc;
+	return madvise(over, (size_t)count * PAGE, MADV_DONTFORK) ? -errno : 0;
 }
 
-int pvf_mapper_map(struct pvf_mapper *m, const uint32_t *refs, uint32_t count, bool writable,
-		   void **where, uint32_t *failed, uint32_t *arena)
+int pvf_mapper_map_over(struct pvf_mapper *m, const uint32_t *refs, uint32_t count, bool writable,
+			void *over, uint32_t *failed, uint32_t *arena)
 {
 	uint32_t pinned;
 	int rc = count ? 0 : -EINVAL;
@@ -261,10 +249,29 @@ int pvf_mapper_map(struct pvf_mapper *m, const uint32_t *refs, uint32_t count, b
 		}
 	}
 	if (!rc)
-		rc = map_pages(m, refs, count, writable, where, failed, arena);
+		rc = map_pages(m, refs, count, writable, over, failed, arena);
 	if (rc)
 		while (pinned)
 			pvf_grant_unmap(m->table, m->maptrack, refs[--pinned]);
+	return rc;
+}
+
+int pvf_mapper_map(struct pvf_mapper *m, const uint32_t *refs, uint32_t count, bool writable,
+		   void **where, uint32_t *failed, uint32_t *arena)
+{
+	size_t bytes = (size_t)count * PAGE;
+	void *base = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+			  0);
+
+	*failed = *arena = 0;
+	if (base == MAP_FAILED)
+		return -errno;
+	int rc = pvf_mapper_map_over(m, refs, count, writable, base, failed, arena);
+
+	if (rc)
+		munmap(base, bytes);
+	else
+		*where = base;
 	return rc;
 }
 

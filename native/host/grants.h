@@ -85,6 +85,11 @@ int pvf_mapper_arena(struct pvf_mapper *mapper, uint32_t number, int fd);
 int pvf_mapper_map(struct pvf_mapper *mapper, const uint32_t *refs, uint32_t count, bool writable,
 		   void **where, uint32_t *failed, uint32_t *arena);
 
+/* The same over `count` pages of address space that the caller has. On failure nothing is counted,
+ * and some of them may be mapped: the caller gives the space up. */
+int pvf_mapper_map_over(struct pvf_mapper *mapper, const uint32_t *refs, uint32_t count,
+			bool writable, void *over, uint32_t *failed, uint32_t *arena);
+
 /* Undoes it: the memory first, then the maps. */
 void pvf_mapper_unmap(struct pvf_mapper *mapper, const uint32_t *refs, uint32_t count, void *where);
 

@@ -305,6 +305,30 @@ static void beyond(void)
 	done();
 }
 
+static void over(void)
+{
+	static const uint32_t refs[] = {20, 21};
+	uint32_t failed, missing;
+	unsigned char *space = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE,
+				    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	fresh();
+	CHECK(space != MAP_FAILED);
+	pvf_grant_begin(&table[20], BACKEND, 1, 5, true);
+	pvf_grant_begin(&table[21], BACKEND, 0, 2, true);
+	memset(space, 0xcc, 4 * PAGE);
+	CHECK_EQ(pvf_mapper_map_over(&mapper, refs, 2, true, space + PAGE, &failed, &missing), 0);
+	CHECK_EQ(space[0], 0xcc);
+	CHECK_EQ(space[PAGE], stamp(1, 5));
+	CHECK_EQ(space[2 * PAGE], stamp(0, 2));
+	CHECK_EQ(space[3 * PAGE], 0xcc);
+	munmap(space, 4 * PAGE);
+	CHECK_EQ(pvf_grant_end(&table[20]), -EBUSY);
+	CHECK_EQ(unmap(20) + unmap(21), 0);
+	CHECK_EQ(pvf_grant_end(&table[20]), 0);
+	done();
+}
+
 static void bad_files(void)
 {
 	struct pvf_mapper m;
@@ -393,6 +417,7 @@ int main(void)
 		 protection},
 		{"an arena that is missing is named, and nothing stays mapped", arenas},
 		{"a page beyond its arena is refused, and found once the arena has grown", beyond},
+		{"grants can be mapped over address space that is there", over},
 		{"files that can shrink or are too short are refused", bad_files},
 		{"an entry stands still while it is mapped, whoever ends it meanwhile", contended},
 	};
