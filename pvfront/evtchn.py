@@ -18,6 +18,7 @@ import asyncio
 import errno
 import os
 import struct
+from collections.abc import Sequence
 from typing import Self
 
 from pvfront.errors import ClosedError, PvfrontError
@@ -57,6 +58,7 @@ class EventChannels(DeviceHandle):
         super().__init__(fd, path)
         self._ports: set[int] = set()
         self._waiter: asyncio.Future[None] | None = None
+        self._waited_fd = -1
 
     @classmethod
     def open(cls, path: str = "/dev/xen/evtchn") -> Self:
@@ -74,7 +76,7 @@ class EventChannels(DeviceHandle):
         The port starts unmasked. Raises OSError as the kernel gives it (ENOSPC: the domain has no
         event channel left).
         """
-        return self._bound(self._ioctl(_BIND_UNBOUND_PORT, _PORT.pack(check_domid(remote_domid))))
+        return self._bound(self._bind_unbound(check_domid(remote_domid)))
 
     def bind_interdomain(self, remote_domid: int, remote_port: int) -> int:
         """Binds to an unbound port that domain `remote_domid` made for us; returns the local port.
@@ -82,30 +84,22 @@ class EventChannels(DeviceHandle):
         The port starts unmasked, and Xen fires it once at once. Raises OSError (EINVAL: no such
         port, or it is not for this domain).
         """
-        return self._bound(
-            self._ioctl(
-                _BIND_INTERDOMAIN, _INTERDOMAIN.pack(check_domid(remote_domid), remote_port)
-            )
-        )
+        return self._bound(self._bind_interdomain(check_domid(remote_domid), remote_port))
 
     def notify(self, port: int) -> None:
         """Sends an event to the other end of `port`. Success says nothing about the other end."""
-        self._ioctl(_NOTIFY, _PORT.pack(self._mine(port)))
+        self._notify(self._mine(port))
 
     def unmask(self, *ports: int) -> None:
         """Lets `ports` fire again after they were read. Unmasking an unmasked port does nothing."""
-        fd = self.fileno()
+        self.fileno()
         for port in ports:
             self._mine(port)
-        for start in range(0, len(ports), _PORTS_PER_CALL):
-            chunk = ports[start : start + _PORTS_PER_CALL]
-            data = struct.pack(f"={len(chunk)}I", *chunk)
-            if os.write(fd, data) != len(data):
-                raise OSError(f"{self.path}: short write while unmasking {len(chunk)} ports")
+        self._unmask(ports)
 
     def unbind(self, port: int) -> None:
         """Closes `port`. Its number may be given out again at once, here or to others."""
-        self._ioctl(_UNBIND, _PORT.pack(self._mine(port)))
+        self._unbind(self._mine(port))
         self._ports.discard(port)
 
     def read(self) -> list[int]:
@@ -113,10 +107,9 @@ class EventChannels(DeviceHandle):
 
         Events of ports that have been unbound since are dropped. Raises EventOverflow.
         """
+        self.fileno()
         try:
-            data = os.read(self.fileno(), _PORTS_PER_CALL * _PORT.size)
-        except BlockingIOError:
-            return []
+            fired = self._take()
         except OSError as exc:
             if exc.errno == errno.EFBIG:
                 raise EventOverflow(
@@ -124,11 +117,16 @@ class EventChannels(DeviceHandle):
                     hint="reset, then look at every bound port",
                 ) from exc
             raise
-        return [port for (port,) in _PORT.iter_unpack(data) if port in self._ports]
+        return [port for port in fired if port in self._ports]
 
     def reset(self) -> None:
         """Empties the kernel's ring of pending ports and clears an overflow (see EventOverflow)."""
-        self._ioctl(_RESET, b"")
+        self.fileno()
+        self._reset()
+
+    def pollable(self) -> int:
+        """A descriptor that is readable while `read` would return something. Not to be read."""
+        return self.fileno()
 
     async def wait(self) -> list[int]:
         """Waits until ports fire; returns them, masked. Never returns an empty list.
@@ -141,7 +139,7 @@ class EventChannels(DeviceHandle):
             raise RuntimeError(f"{self.path}: somebody waits on this handle already")
         loop = asyncio.get_running_loop()
         while not (ports := self.read()):
-            fd = self.fileno()
+            fd = self._waited_fd = self.pollable()
             waiter = self._waiter = loop.create_future()
             loop.add_reader(fd, _wake, waiter)
             try:
@@ -164,10 +162,42 @@ class EventChannels(DeviceHandle):
     def _forget(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.get_loop().is_closed():
-            waiter.get_loop().remove_reader(self._fd)
+            waiter.get_loop().remove_reader(self._waited_fd)
             if not waiter.done():
                 waiter.set_exception(ClosedError(f"{self.path}: closed while waited for"))
         self._ports.clear()
+
+    # What the device does; arguments have been checked.
+
+    def _bind_unbound(self, remote_domid: int) -> int:
+        return self._ioctl(_BIND_UNBOUND_PORT, _PORT.pack(remote_domid))
+
+    def _bind_interdomain(self, remote_domid: int, remote_port: int) -> int:
+        return self._ioctl(_BIND_INTERDOMAIN, _INTERDOMAIN.pack(remote_domid, remote_port))
+
+    def _notify(self, port: int) -> None:
+        self._ioctl(_NOTIFY, _PORT.pack(port))
+
+    def _unmask(self, ports: Sequence[int]) -> None:
+        for start in range(0, len(ports), _PORTS_PER_CALL):
+            chunk = ports[start : start + _PORTS_PER_CALL]
+            data = struct.pack(f"={len(chunk)}I", *chunk)
+            if os.write(self.fileno(), data) != len(data):
+                raise OSError(f"{self.path}: short write while unmasking {len(chunk)} ports")
+
+    def _unbind(self, port: int) -> None:
+        self._ioctl(_UNBIND, _PORT.pack(port))
+
+    def _take(self) -> list[int]:
+        """The ports that fired. Raises OSError EFBIG after an overflow."""
+        try:
+            data = os.read(self.fileno(), _PORTS_PER_CALL * _PORT.size)
+        except BlockingIOError:
+            return []
+        return [port for (port,) in _PORT.iter_unpack(data)]
+
+    def _reset(self) -> None:
+        self._ioctl(_RESET, b"")
 
     def _bound(self, port: int) -> int:
         self._ports.add(port)

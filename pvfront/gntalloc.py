@@ -46,27 +46,24 @@ class GrantsExhausted(PvfrontError):
     """No room for a pool. `limit` (pages; None: unknown), `wanted` and `held` say how far off.
 
     `held` counts the pages of this process only: the limit is shared by all processes, and the
-    kernel has no counter to read.
+    kernel has no counter to read. `where`: the file that holds the limit.
     """
 
-    def __init__(self, *, wanted: int, held: int, limit: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        wanted: int,
+        held: int,
+        limit: int | None,
+        where: str | None = None,
+        hint: str | None = None,
+    ) -> None:
         self.wanted, self.held, self.limit = wanted, held, limit
-        limit_text = "unknown" if limit is None else str(limit)
-        raised = max(16384, 1 << (wanted + held).bit_length())
-        if limit is None or limit < raised:
-            hint = (
-                f"raise the limit now: echo {raised} > {LIMIT_PATH}; and for every boot: "
-                f"echo options xen-gntalloc limit={raised} > /etc/modprobe.d/xen-gntalloc.conf"
-            )
-        else:
-            hint = (
-                f"other processes hold the rest (raise {LIMIT_PATH} further), or Xen's own limit "
-                "is reached: max_grant_frames in the domain's xl configuration"
-            )
+        where = where or LIMIT_PATH
         super().__init__(
             f"no room for {wanted} granted pages: this process holds {held}, the limit for all "
-            f"processes together ({LIMIT_PATH}) is {limit_text}",
-            hint=hint,
+            f"processes together ({where}) is {'unknown' if limit is None else limit}",
+            hint=hint or _xen_hint(wanted + held, limit),
         )
 
 
@@ -102,16 +99,13 @@ class GrantAllocator(DeviceHandle):
         check_domid(domid)
         if not 0 < pages < 1 << 20:
             raise ValueError(f"a pool of {pages} pages is not possible")
-        argument = bytearray(max(_ALLOC_SIZE, _ALLOC.size + 4 * pages))
-        _ALLOC.pack_into(argument, 0, domid, _FLAG_WRITABLE if writable else 0, pages, 0)
+        self.fileno()
         try:
-            self._ioctl(_ALLOC_GREF, argument)
+            offset, grefs = self._alloc(domid, pages, writable)
         except OSError as exc:
             if exc.errno == errno.ENOSPC:
-                raise GrantsExhausted(wanted=pages, held=pages_held(), limit=_limit()) from exc
+                raise self._exhausted(pages) from exc
             raise
-        offset = _ALLOC.unpack_from(argument)[3]
-        grefs = struct.unpack_from(f"={pages}I", argument, _ALLOC.size)
         self._held += pages
         return GrantPool(self, offset, grefs)
 
@@ -124,6 +118,30 @@ class GrantAllocator(DeviceHandle):
 
     def _forget(self) -> None:
         self._held = 0
+
+    # What the device does; arguments have been checked.
+
+    def _alloc(self, domid: int, pages: int, writable: bool) -> tuple[int, tuple[int, ...]]:
+        """Offset and references. Raises OSError ENOSPC for any limit."""
+        argument = bytearray(max(_ALLOC_SIZE, _ALLOC.size + 4 * pages))
+        _ALLOC.pack_into(argument, 0, domid, _FLAG_WRITABLE if writable else 0, pages, 0)
+        self._ioctl(_ALLOC_GREF, argument)
+        grefs = struct.unpack_from(f"={pages}I", argument, _ALLOC.size)
+        return _ALLOC.unpack_from(argument)[3], grefs
+
+    def _dealloc(self, offset: int, pages: int) -> None:
+        self._ioctl(_DEALLOC_GREF, _DEALLOC.pack(offset, pages))
+
+    def _set_unmap_notify(self, offset: int, clear_byte: bool, port: int | None) -> None:
+        action = (_CLEAR_BYTE if clear_byte else 0) | (0 if port is None else _SEND_EVENT)
+        self._ioctl(_SET_UNMAP_NOTIFY, _NOTIFY.pack(offset, action, port or 0))
+
+    def _memory(self) -> int:
+        """The descriptor that the pools are mapped from."""
+        return self.fileno()
+
+    def _exhausted(self, wanted: int) -> GrantsExhausted:
+        return GrantsExhausted(wanted=wanted, held=pages_held(), limit=_limit())
 
 
 class GrantPool:
@@ -154,7 +172,8 @@ class GrantPool:
         Before Python 3.13 a mapping keeps a duplicate of the descriptor open until it is closed:
         whoever gives the allocator away must not keep one, or the new owner is not the only holder.
         """
-        fd = self._fileno()
+        self._check()
+        fd = self._allocator._memory()
         if sys.version_info >= (3, 13):
             mapping = mmap.mmap(fd, self.size, offset=self.offset, trackfd=False)
         else:
@@ -175,11 +194,8 @@ class GrantPool:
         """
         if not 0 <= page_offset < self.size:
             raise ValueError(f"byte {page_offset} is outside of a pool of {self.size} bytes")
-        self._fileno()
-        action = (_CLEAR_BYTE if clear_byte else 0) | (0 if port is None else _SEND_EVENT)
-        self._allocator._ioctl(
-            _SET_UNMAP_NOTIFY, _NOTIFY.pack(self.offset + page_offset, action, port or 0)
-        )
+        self._check()
+        self._allocator._set_unmap_notify(self.offset + page_offset, clear_byte, port)
 
     def free(self) -> None:
         """Unmaps the pool and gives it back. Freeing twice is harmless.
@@ -190,19 +206,18 @@ class GrantPool:
         """
         if self._freed:
             return
-        self._fileno()
+        self._check()
         while self._maps:
             self._maps[-1].close()
             self._maps.pop()
-        self._allocator._ioctl(_DEALLOC_GREF, _DEALLOC.pack(self.offset, self.pages))
+        self._allocator._dealloc(self.offset, self.pages)
         self._freed = True
         self._allocator._held -= self.pages
 
-    def _fileno(self) -> int:
-        fd = self._allocator.fileno()
+    def _check(self) -> None:
+        self._allocator.fileno()
         if self._freed:
             raise ClosedError(f"{self._allocator.path}: grant pool used after it was freed")
-        return fd
 
     def __repr__(self) -> str:
         return f"<GrantPool {self.pages} pages at {self.offset:#x}{' freed' * self._freed}>"
@@ -214,6 +229,24 @@ _allocators: WeakSet[GrantAllocator] = WeakSet()
 def pages_held() -> int:
     """Pages that this process has allocated and neither freed nor given away."""
     return sum(allocator.held for allocator in _allocators)
+
+
+def _xen_hint(pages: int, limit: int | None) -> str:
+    raised = raised_limit(pages)
+    if limit is None or limit < raised:
+        return (
+            f"raise the limit now: echo {raised} > {LIMIT_PATH}; and for every boot: "
+            f"echo options xen-gntalloc limit={raised} > /etc/modprobe.d/xen-gntalloc.conf"
+        )
+    return (
+        f"other processes hold the rest (raise {LIMIT_PATH} further), or Xen's own limit "
+        "is reached: max_grant_frames in the domain's xl configuration"
+    )
+
+
+def raised_limit(pages: int) -> int:
+    """The limit to propose where `pages` do not fit."""
+    return max(16384, 1 << pages.bit_length())
 
 
 def _limit() -> int | None:

@@ -72,14 +72,23 @@ class GrantMapper(DeviceHandle):
             )
         if not grefs:
             raise ValueError("no grant references to map")
+        self.fileno()
+        try:
+            offset, memory = self._map(domid, grefs, writable)
+        except OSError as exc:
+            what = f"{len(grefs)} grants of domain {domid} (first reference {grefs[0]})"
+            raise _map_error(what, exc) from exc
+        memory.madvise(mmap.MADV_DONTFORK)
+        return GrantMapping(self, offset, domid, tuple(grefs), memory)
+
+    # What the device does; arguments have been checked.
+
+    def _map(self, domid: int, grefs: Sequence[int], writable: bool) -> tuple[int, mmap.mmap]:
+        """Where the device has the pages, and the pages. Raises OSError, with nothing mapped."""
         argument = bytearray(_MAP.pack(len(grefs), 0))
         for gref in grefs:
             argument += _GRANT.pack(domid, gref)
-        what = f"{len(grefs)} grants of domain {domid} (first reference {grefs[0]})"
-        try:
-            self._ioctl(_MAP_GRANT_REF, argument)
-        except OSError as exc:
-            raise _map_error(what, exc) from exc
+        self._ioctl(_MAP_GRANT_REF, argument)
         offset = _MAP.unpack_from(argument)[1]
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         size = len(grefs) * PAGE_SIZE
@@ -90,11 +99,15 @@ class GrantMapper(DeviceHandle):
                 )
             else:
                 memory = mmap.mmap(self.fileno(), size, prot=protection, offset=offset)
-        except OSError as exc:
+        except OSError:
             self._ioctl(_UNMAP_GRANT_REF, _UNMAP.pack(offset, len(grefs)))
-            raise _map_error(what, exc) from exc
-        memory.madvise(mmap.MADV_DONTFORK)
-        return GrantMapping(self, offset, domid, tuple(grefs), memory)
+            raise
+        return offset, memory
+
+    def _unmap(self, mapping: GrantMapping) -> None:
+        """The memory of `mapping` is gone."""
+        if not self.closed:
+            self._ioctl(_UNMAP_GRANT_REF, _UNMAP.pack(mapping.offset, len(mapping.grefs)))
 
 
 class GrantMapping:
@@ -130,8 +143,7 @@ class GrantMapping:
             return
         self._memory.close()
         self._memory = None
-        if not self._mapper.closed:
-            self._mapper._ioctl(_UNMAP_GRANT_REF, _UNMAP.pack(self.offset, len(self.grefs)))
+        self._mapper._unmap(self)
 
     def __enter__(self) -> Self:
         return self

@@ -140,12 +140,12 @@ class Embedded:
     def event_channels(self) -> EventChannels:
         from .host.handles import EmbeddedEventChannels
 
-        return EmbeddedEventChannels.connect(self.directory, self.domid)
+        return EmbeddedEventChannels.open(os.fspath(self.directory), domid=self.domid)
 
     def grant_allocator(self) -> GrantAllocator:
         from .host.handles import EmbeddedGrantAllocator
 
-        return EmbeddedGrantAllocator.connect(self.directory, self.domid)
+        return EmbeddedGrantAllocator.open(os.fspath(self.directory), domid=self.domid)
 
     def claims(self) -> Claims:
         return _NoKernelClaims(self.roots)
