@@ -383,7 +383,7 @@ class Supervisor:
             await device.close()
             await self._cannot(devid, error, strict)
             return
-        except asyncio.CancelledError:
+        except BaseException:
             await device.close()
             raise
         self.refused.pop(devid, None)

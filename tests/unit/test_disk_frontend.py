@@ -1,289 +1,39 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""A disk's half of the device loop, with the real worker on an embedded backend.
-
-Made up are what a guest of Xen would give: the event channel and the granted pages (a socket and a
-memfd that the embedded backend of tests/worker/embedded.py has the other side of), the keys of
-the store, and the OS device: a target that only hands out sockets.
-"""
+"""A disk's half of the device loop, with the real worker; around it tests/support/diskworld.py."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import socket
-import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
-
-from embedded import RSP_PROD, Backend, Nbd, Pages, Port
+from diskworld import (
+    NAME,
+    PATIENCE,
+    PORT,
+    RING_GREF,
+    SECTORS,
+    Refusing,
+    World,
+    descriptors,
+    end,
+    eventually,
+    gone,
+)
+from embedded import RSP_PROD, Nbd
 
 from pvfront import worker as worker_module
 from pvfront.blkfront import frontend as module
-from pvfront.blkfront.features import DiskGeometry, GeometryError
-from pvfront.blkfront.frontend import DiskFrontend
-from pvfront.blkfront.target import Clients, TargetError
+from pvfront.blkfront.features import GeometryError
+from pvfront.blkfront.target import TargetError
 from pvfront.errors import PvfrontError
 from pvfront.gntalloc import GrantsExhausted
 from pvfront.parking import CannotPark
 from pvfront.states import XenbusState
+from pvfront.worker import WorkerError
 from pvfront.xenbus import View
-
-NAME = "vbd-51728"
-PATIENCE = 20.0
-SECTORS = 2048
-PORT, RING_GREF = 5, 6999
-KEYS = {
-    "sectors": str(SECTORS),
-    "sector-size": "512",
-    "info": "0",
-    "mode": "w",
-    "feature-flush-cache": "1",
-    "feature-discard": "1",
-}
-
-
-class Refusing(Backend):
-    """Offers flush and does not have it."""
-
-    def execute(self, request: Any) -> int:
-        return -2 if request.op == 3 else super().execute(request)
-
-
-class Host:
-    """What Xen would give to one guest: ports and pages, with a backend behind them."""
-
-    def __init__(self) -> None:
-        self.disk = bytearray(2 * SECTORS * 512)
-        self.limit = 10000
-        self.pages: Pages | None = None
-        self.backend: Backend | None = None
-        self.backend_class = Backend
-        self.asked: list[int] = []
-        self.open = 0
-
-    def end_generation(self) -> None:
-        if self.backend is not None:
-            self.backend.stop()
-            self.backend = None
-        if self.pages is not None:
-            self.pages.close()
-            self.pages = None
-
-
-class Channels:
-    """`EventChannels` whose port leads to the backend."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        host.end_generation()
-        self.port = Port(PORT)
-
-    def __enter__(self) -> Channels:
-        self.host.open += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.host.open -= 1
-        self.port.theirs.close()
-        if self.host.pages is None:
-            self.port.close()
-            return
-        self.host.backend = self.host.backend_class(self.host.pages, self.port, self.host.disk)
-        self.host.backend.start()
-
-    def fileno(self) -> int:
-        return self.port.theirs.fileno()
-
-    def hand_over(self, port: int) -> int:
-        assert port == PORT
-        return self.fileno()
-
-    def bind_unbound(self, domid: int) -> int:
-        assert domid == 0
-        return PORT
-
-
-class Allocator:
-    """`GrantAllocator` of `host.limit` pages."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self.connection: socket.socket | None = None
-
-    def __enter__(self) -> Allocator:
-        self.host.open += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.host.open -= 1
-        if self.connection is not None:
-            self.connection.close()
-
-    def fileno(self) -> int:
-        assert self.connection is not None
-        return self.connection.fileno()
-
-    def hand_over(self) -> int:
-        return self.fileno()
-
-    def alloc(self, domid: int, pages: int) -> Any:
-        assert domid == 0
-        self.host.asked.append(pages)
-        if pages > self.host.limit:
-            raise GrantsExhausted(wanted=pages, held=0, limit=self.host.limit)
-        made = self.host.pages = Pages(1, pages - 1)
-        self.connection = made.hand_over()
-        return SimpleNamespace(offset=made.ring_offset, pages=pages, grefs=(RING_GREF, *made.grefs))
-
-
-class OsDevice:
-    """A `Target` that hands out sockets and notes what it is told."""
-
-    def __init__(self) -> None:
-        self.name = self.path = ""
-        self.clients: Clients | None = None
-        self.link = "/dev/pvfront/xvdb"
-        self.exists = False
-        self.calls: list[str] = []
-        self.published: list[DiskGeometry] = []
-        self.client: socket.socket | None = None
-        self.refuses_close: TargetError | None = None
-
-    async def adopt(self) -> bool:
-        return self.exists
-
-    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int:
-        self.calls.append("attach")
-        if self.client is not None:
-            self.client.close()
-        self.client, theirs = socket.socketpair()
-        self.client.settimeout(PATIENCE)
-        self.exists, self.path = True, "/dev/nbd0"
-        return theirs.detach()
-
-    async def publish(self, geometry: DiskGeometry) -> None:
-        self.calls.append("publish")
-        self.published.append(geometry)
-
-    async def feature_off(self, feature: str) -> None:
-        self.calls.append(f"{feature} off")
-
-    def busy(self) -> str | None:
-        return "mounted at /srv"
-
-    def in_flight(self) -> int:
-        return 7
-
-    async def close(self, *, drain: float = 10.0) -> None:
-        self.calls.append(f"close {drain:g}")
-        error, self.refuses_close = self.refuses_close, None
-        if error is not None:
-            raise error
-        self.exists = False
-        if self.client is not None:
-            self.client.close()
-
-    @property
-    def nbd(self) -> Nbd:
-        assert self.client is not None
-        return Nbd(self.client)
-
-
-class Device:
-    """The store's view of the disk."""
-
-    def __init__(self) -> None:
-        self.keys = dict(KEYS)
-        self.front: dict[str, str] = {}
-        self.path = "device/vbd/51728"
-        self.backend = "/local/domain/0/backend/vbd/5/51728"
-        self.backend_id = 0
-        self.view = View(XenbusState.CONNECTED, XenbusState.CONNECTED, True, True)
-        self.store = self
-
-    async def backend_keys(self) -> dict[str, str]:
-        return dict(self.keys)
-
-    async def read_opt(self, path: str) -> str | None:
-        return self.front.get(path.removeprefix(f"{self.path}/"))
-
-
-class World:
-    """A frontend and everything around it; its `platform` too."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.host = Host()
-        self.name = "xen"
-        self.target = OsDevice()
-        self.device: Any = Device()
-        self.pokes = 0
-        self.frontends: list[DiskFrontend] = []
-        self.disk = self.frontend()
-
-    def event_channels(self) -> Channels:
-        return Channels(self.host)
-
-    def grant_allocator(self) -> Allocator:
-        return Allocator(self.host)
-
-    def frontend(self) -> DiskFrontend:
-        platform: Any = self
-        made = DiskFrontend(NAME, 51728, "xvdb", platform, self.target)
-
-        def poke() -> None:
-            self.pokes += 1
-
-        made.on_poke(poke)
-        self.frontends.append(made)
-        return made
-
-    async def attach(self) -> dict[str, str]:
-        return dict(await self.disk.attach(self.device))
-
-    async def running(self) -> DiskFrontend:
-        await self.attach()
-        await self.disk.start(self.device)
-        return self.disk
-
-    @property
-    def backend(self) -> Backend:
-        assert self.host.backend is not None
-        return self.host.backend
-
-    def pid(self) -> int:
-        pid = self.disk.details()["worker_pid"]
-        assert isinstance(pid, int)
-        return pid
-
-    async def read(self, at: int, length: int) -> bytes:
-        return await asyncio.to_thread(self.target.nbd.read, at, length)
-
-    async def write(self, at: int, data: bytes) -> None:
-        await asyncio.to_thread(self.target.nbd.write, at, data)
-
-
-async def eventually(what: str, holds: Callable[[], Any]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end, f"this never came: {what}"
-        await asyncio.sleep(0.005)
-
-
-def descriptors(pid: int) -> list[str]:
-    return [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-
-
-def gone(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists()
 
 
 @pytest.fixture
@@ -291,13 +41,7 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     made = World(tmp_path)
     monkeypatch.setattr(worker_module, "USER", "nobody")
     yield made
-    for frontend in made.frontends:
-        worker = frontend._worker
-        if worker is not None:
-            worker.kill()
-            await worker.ended(PATIENCE)
-            frontend._forget()
-    made.host.end_generation()
+    await end(made)
     if made.target.client is not None:
         made.target.client.close()
 
@@ -460,10 +204,47 @@ async def test_without_room_for_the_least_pool_the_limit_is_named(world: World) 
         await world.attach()
     assert "16384" in str(refused.value.hint)
     assert world.host.open == 0
+    pid = world.pid()
     world.host.limit = 1000
+    assert await world.disk.quiesce(PATIENCE), "nothing is held, so it is drained"
     await world.disk.detach(keep_target=False)
     await world.running()
+    assert world.pid() == pid, "the worker knew nothing of it and goes on"
     await world.write(0, bytes(512))
+
+
+async def test_an_attach_that_fails_between_generations_keeps_worker_and_socket(
+    world: World,
+) -> None:
+    disk = await world.running()
+    pid = world.pid()
+    assert await disk.quiesce(PATIENCE)
+    await disk.detach(keep_target=True)
+    world.host.limit = 11
+    with pytest.raises(GrantsExhausted):
+        await world.attach()
+    await disk.detach(keep_target=False)
+    world.host.limit = 1000
+    await world.running()
+    assert world.pid() == pid
+    assert world.target.calls == ["attach", "publish", "publish"]
+    await world.write(0, b"2" * 512)
+    assert disk.trouble is None
+
+
+async def test_a_worker_that_refused_an_attach_still_ends_when_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = world.disk
+    with monkeypatch.context() as wrong:
+        wrong.setattr(module, "RING_PAGES", 3)
+        with pytest.raises(WorkerError, match="ring_pages"):
+            await world.attach()
+    await disk.detach(keep_target=False)
+    pid = world.pid()
+    await disk.end()
+    assert gone(pid)
+    assert "killing it" not in caplog.text, "EXIT was of a generation that it knows"
 
 
 # -- what the worker tells -------------------------------------------------------------------------

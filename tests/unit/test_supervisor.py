@@ -113,6 +113,7 @@ class Class:
         self.refuses: dict[str, Exception] = {}
         self.disks: dict[str, Disk] = {}
         self.taking: asyncio.Event | None = None
+        self.stuck: set[str] = set()  # whose driver never lets go
         self.prepare: Callable[[Disk], None] = lambda disk: None
 
     def label(self, devid: int) -> str:
@@ -120,6 +121,8 @@ class Class:
 
     async def take(self, device: XenbusDevice, *, force: bool) -> None:
         self.calls.append(("force" if force else "take", device.name))
+        if device.name in self.stuck:
+            await asyncio.Event().wait()
         if self.taking is not None:
             await self.taking.wait()
         if device.name in self.refuses:
@@ -362,7 +365,7 @@ async def test_a_device_plugged_later_is_served_and_one_not_wanted_passed_on(
     await world.connected(B)
     world.plug(C, D)
     await world.connected(D)
-    assert world.klass.count("pass on", C) == 1
+    await world.eventually("the pass on", lambda: world.klass.count("pass on", C) == 1)
     assert world.klass.count("take", C) == 0
     assert world.klass.calls[0] == ("hold", "")
 
@@ -385,6 +388,33 @@ async def test_a_device_that_the_kernel_makes_a_little_later_is_taken_then(world
     world.klass.refuses.clear()
     await world.connected(B)
     assert B not in world.supervisor.refused
+
+
+async def test_a_driver_that_does_not_let_go_of_one_device_holds_up_no_other(
+    world: World, notified: Notified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READY_DEADLINE", 0.2)
+    world.klass.stuck.add(f"vbd-{B}")
+    world.plug(B, C)
+    world.serve()
+    await world.connected(C)
+    world.plug(D)
+    await world.connected(D)
+    await world.eventually("READY", lambda: "READY=1" in notified.lines())
+    assert B not in world.supervisor.served
+    assert await world.stopped() == 0, "nor the end"
+    assert world.klass.count("take", B) == 1
+
+
+async def test_an_error_that_nobody_expected_of_one_device_is_logged_and_holds_up_no_other(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.klass.refuses[f"vbd-{B}"] = ZeroDivisionError("a bug")
+    world.plug(B, C)
+    world.serve()
+    await world.connected(C)
+    assert f"begin {B} failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
 
 
 async def test_a_device_that_vanishes_while_it_is_passed_on_is_no_reason_to_end(
