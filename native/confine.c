@@ -42,9 +42,10 @@ void pvf_confine_start(struct pvf_confine *c)
 	signal(SIGPIPE, SIG_IGN);
 	setrlimit(RLIMIT_CORE, &none);
 	umask(077);
+	/* Under a limit, locking what is there now would make it refuse the pool's pages later. */
 	if (setrlimit(RLIMIT_MEMLOCK, &unlimited))
-		note(c, "RLIMIT_MEMLOCK");
-	if (mlockall(MCL_CURRENT | MCL_FUTURE))
+		note(c, "RLIMIT_MEMLOCK, and so mlockall");
+	else if (mlockall(MCL_CURRENT | MCL_FUTURE))
 		note(c, "mlockall");
 	if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0))
 		note(c, "PR_SET_IO_FLUSHER");

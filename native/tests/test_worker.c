@@ -200,19 +200,30 @@ static void *send_reads(void *arg)
 	return NULL;
 }
 
+static void new_client(struct pvf_ctl_start *start)
+{
+	int nbd[2];
+
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, nbd));
+	client = nbd[0];
+	tell(start, PVF_CTL_START, sizeof(*start), nbd[1], -1);
+	hear(PVF_CTL_STARTED);
+	close(nbd[1]);
+}
+
 static void serve(void)
 {
 	static _Alignas(8) unsigned char message[sizeof(struct pvf_ctl_attach) + POOL * 4];
 	struct pvf_ctl_attach *attach = (struct pvf_ctl_attach *)(void *)message;
 	struct pvf_ctl_start start = {.sectors = DISK / 512, .sector_size = 512,
 				      .flags = PVF_BLK_FLUSH, .max_segments = 11,
-				      .stall_seconds = 5};
+				      .stall_seconds = 5, .options = PVF_START_CLIENTS};
 	struct pvf_ctl_simple simple;
 	struct pvf_ctl_detach detach = {0};
 	struct sockaddr_un name = {.sun_family = AF_UNIX};
 	pthread_t threads[3];
 	int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0), status = -1;
-	int sources[2], nbd[2];
+	int sources[2];
 	socklen_t length = sizeof(name);
 	const char *why;
 	uint64_t seed = 99;
@@ -230,8 +241,6 @@ static void serve(void)
 	int grants = memfd(4096 * (1 + POOL));
 
 	hand_over(grants, &sources[0], &sources[1]);
-	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, nbd));
-	client = nbd[0];
 	*attach = (struct pvf_ctl_attach){.device_class = PVF_CLASS_BLK, .port = PORT,
 					  .ring_pages = 1, .pool_pages = POOL, .ring_offset = 0,
 					  .pool_offset = 4096, .name = "vbd-1"};
@@ -244,12 +253,12 @@ static void serve(void)
 	CHECK(shared != MAP_FAILED);
 	backend_init(&backend, shared, 4096, shared + 4096, POOL, disk, DISK);
 	CHECK(!pthread_create(&threads[1], NULL, run_backend, NULL));
-	tell(&start, PVF_CTL_START, sizeof(start), nbd[1], -1);
+	tell(&start, PVF_CTL_START, sizeof(start), -1, -1);
 	hear(PVF_CTL_STARTED);
 	close(sources[0]);
 	close(sources[1]);
-	close(nbd[1]);
 
+	new_client(&start);
 	CHECK(!pthread_create(&threads[2], NULL, send_writes, NULL));
 	for (uint32_t at = 0; at < DISK;) {
 		static uint64_t sizes = 5;
@@ -258,6 +267,10 @@ static void serve(void)
 		answer();
 	}
 	pthread_join(threads[2], NULL);
+	close(client);
+	hear(PVF_CTL_TARGET_GONE);
+	hear(PVF_CTL_DRAINED);
+	new_client(&start);
 	CHECK(!pthread_create(&threads[2], NULL, send_reads, NULL));
 	for (uint32_t at = 0; at < DISK; at += 32768) {
 		static unsigned char data[32768];
@@ -290,7 +303,7 @@ static void serve(void)
 int main(void)
 {
 	static const struct test tests[] = {
-		{"a worker writes and reads a disk through a backend in another thread", serve},
+		{"a worker serves one client's writes and another's reads, a backend in a thread", serve},
 	};
 
 	return RUN_TESTS(tests);
