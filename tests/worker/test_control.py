@@ -172,6 +172,7 @@ def test_attach_refuses_descriptors_that_are_no_provider() -> None:
         memfd = host.pages.fd
         assert "gntalloc" in refused(host, null, memfd)
         assert "gntalloc" in refused(host, null, seq.fileno())
+        assert "the ring cannot be mapped" in refused(host, null, null)
         for event in (memfd, stream.fileno()):
             assert "neither /dev/xen/evtchn nor" in refused(host, event, seq.fileno())
         for pages in (memfd, null, stream.fileno()):
