@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Processes of the embedded host: they die with whoever started them, and say why they died."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pvfront.errors import PvfrontError
+
+START_SECONDS = 20.0
+STOP_SECONDS = 10.0
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_parent() -> None:
+    # Between fork and exec: one system call, and nothing that takes a lock.
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Child:
+    """One process. Its output goes to a file, the tail of which is told when it fails.
+
+    It is killed when the thread that started it ends: start it from the main thread.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        command: Sequence[str],
+        log: Path,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """Starts `command`. what: its name in errors. Raises PvfrontError."""
+        self.what = what
+        self.log = log
+        try:
+            with log.open("wb") as output:
+                self.process = subprocess.Popen(
+                    list(command),
+                    env={**os.environ, **(environ or {})},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    # Signals of a terminal are for whoever started it, who then stops it in order.
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,
+                )
+        except OSError as exc:
+            raise PvfrontError(f"{what} cannot be started: {exc}") from exc
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def listening(self, path: Path, kind: socket.SocketKind) -> None:
+        """Waits until it accepts connections at `path`. Raises PvfrontError."""
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(path, kind):
+            status = self.process.poll()
+            if status is not None:
+                raise PvfrontError(f"{self.what} ended with status {status}: {self.said()}")
+            if time.monotonic() > deadline:
+                raise PvfrontError(
+                    f"{self.what} did not listen at {path} in {START_SECONDS:.0f} s: {self.said()}"
+                )
+            await asyncio.sleep(0.01)
+
+    def said(self) -> str:
+        """The last thing that it wrote, for an error's line."""
+        try:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1] if lines else "it said nothing"
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Ends it, by force if it does not end; its status. Twice is harmless."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+            deadline = time.monotonic() + STOP_SECONDS
+            while self.process.poll() is None:
+                if time.monotonic() > deadline:
+                    self.process.kill()
+                    break
+                await asyncio.sleep(0.005)
+        return self.process.wait()
+
+
+def answers(path: Path, kind: socket.SocketKind) -> bool:
+    """Whether somebody accepts connections at a Unix socket."""
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return False
+    return True
