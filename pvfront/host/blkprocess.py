@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The block backend's process: every disk below backend/vbd, and the socket that drives it.
+
+Theory of operation. One watch on the whole of backend/vbd says which directory changed; each
+device has a task of its own (vbd.py). A device is probed when its state is Initialising, as the
+kernel's bus does it; those that are there when the process starts are probed in any state, as after
+a driver was loaded again.
+
+The control socket DIR/blkback-DOMID.sock takes one JSON object a line and answers each with one:
+{"ok": true, ...} or {"ok": false, "error": "..."}. `vbd` (a device number) and `domid` say which
+disk is meant, without them all are, those to come included. What there is to be asked is listed at
+`Process.COMMANDS`; `pvfront.host.blkback.BlkBackend` speaks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pvfront.errors import PvfrontError
+from pvfront.host.blkengine import Engine, Features
+from pvfront.host.faults import Fault, Misstep
+from pvfront.host.vbd import INITIALISING, Plan, Vbd
+from pvfront.xenstore import Xenstore, XenstoreError, XenstoreLost
+
+log = logging.getLogger(__name__)
+
+LINE_MAX = 1 << 20
+
+Name = tuple[int, int]
+"""domid, devid"""
+
+Request = dict[str, Any]
+Answer = dict[str, Any]
+
+
+class Process:
+    """Everything of one backend process; `run` serves until it is cancelled."""
+
+    def __init__(self, store: Xenstore, host: Path, domid: int, features: Features) -> None:
+        self.store = store
+        self.host = host
+        self.domid = domid
+        self.plan = Plan(features)
+        self.missteps: list[Misstep] = []
+        self.root = f"/local/domain/{domid}/backend/vbd"
+        self.vbds: dict[Name, Vbd] = {}
+        self.vanished: dict[Name, Vbd] = {}
+        self._tasks: dict[Name, asyncio.Task[None]] = {}
+        self._lingering: set[asyncio.Task[None]] = set()
+        self._totals: dict[str, int] = {}
+        self._rescan = asyncio.Event()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # -- devices ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serves. When the socket is there, the devices found are on their way.
+
+        Raises XenstoreLost.
+        """
+        path = socket_path(self.host, self.domid)
+        path.unlink(missing_ok=True)
+        async with self.store.watch(self.root) as watch:
+            await self._scan(first=True)
+            server = await asyncio.start_unix_server(self._serve, path, limit=LINE_MAX)
+            try:
+                path.chmod(0o600)
+                await asyncio.gather(self._follow(watch), self._scanner(), self._failed)
+            finally:
+                server.close()
+                path.unlink(missing_ok=True)
+                for task in [*self._tasks.values(), *self._lingering]:
+                    task.cancel()
+                await asyncio.gather(
+                    *self._tasks.values(), *self._lingering, return_exceptions=True
+                )
+                for vbd in [*self.vbds.values(), *self.vanished.values()]:
+                    if vbd.engine is not None:
+                        vbd.engine.close()
+
+    async def _follow(self, watch: AsyncIterator[str]) -> None:
+        async for path in watch:
+            found = re.match(r"/(\d+)/(\d+)(/|$)", path.removeprefix(self.root))
+            known = found and self.vbds.get((int(found[1]), int(found[2])))
+            if known:
+                known.poke()
+                continue
+            self._rescan.set()
+            if found is None:  # everything may have changed
+                for vbd in self.vbds.values():
+                    vbd.poke()
+
+    async def _scanner(self) -> None:
+        while True:
+            await self._rescan.wait()
+            self._rescan.clear()
+            await self._scan()
+
+    async def _scan(self, *, first: bool = False) -> None:
+        for domid in await self._numbers(self.root):
+            for devid in await self._numbers(f"{self.root}/{domid}"):
+                name = (domid, devid)
+                if name not in self.vbds:
+                    state = await self.store.read_opt(f"{self.root}/{domid}/{devid}/state")
+                    if state == str(INITIALISING) or (first and state is not None):
+                        self._probe(name)
+
+    async def _numbers(self, path: str) -> list[int]:
+        try:
+            names = await self.store.directory(path)
+        except XenstoreError as exc:
+            if isinstance(exc, XenstoreLost):
+                raise
+            return []
+        return [int(name) for name in names if re.fullmatch(r"\d{1,9}", name)]
+
+    def _probe(self, name: Name) -> None:
+        before = self.vanished.pop(name, None)
+        engine = before.engine if before is not None else None
+        vbd = Vbd(self.store, self.host, self.domid, *name, self.plan, engine)
+        vbd.arm(self.missteps)
+        self.vbds[name] = vbd
+        self._tasks[name] = asyncio.create_task(self._life(name, vbd))
+
+    async def _life(self, name: Name, vbd: Vbd) -> None:
+        try:
+            await vbd.run()
+        except XenstoreLost as exc:
+            if not self._failed.done():
+                self._failed.set_exception(exc)
+            return
+        except PvfrontError as exc:
+            log.error("%r: %s", vbd, exc)
+        except Exception as exc:
+            log.exception("%r failed", vbd)
+            if not self._failed.done():
+                self._failed.set_exception(exc)
+        del self.vbds[name], self._tasks[name]
+        if vbd.keep_engine:
+            self.vanished[name] = vbd
+        elif vbd.engine is not None:
+            linger = asyncio.create_task(self._linger(vbd, vbd.engine))
+            self._lingering.add(linger)
+            linger.add_done_callback(self._lingering.discard)
+        self._rescan.set()
+
+    async def _linger(self, vbd: Vbd, engine: Engine) -> None:
+        try:
+            await vbd.linger()
+        finally:
+            if vbd.engine is not None:
+                self._add(engine.stats())
+                engine.close()
+                vbd.engine = None
+
+    def _add(self, stats: dict[str, int]) -> None:
+        for name, value in stats.items():
+            self._totals[name] = self._totals.get(name, 0) + value
+
+    # -- the control socket ----------------------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, ValueError):
+            while line := await reader.readline():
+                writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
+                await writer.drain()
+        writer.close()
+
+    async def _answer(self, line: bytes) -> Answer:
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict):
+                raise PvfrontError("a request is a JSON object")
+            command = self.COMMANDS.get(str(request.get("do")))
+            if command is None:
+                raise PvfrontError(
+                    f"no command {request.get('do')!r}; there are {', '.join(self.COMMANDS)}"
+                )
+            return {"ok": True, **(await command(self, request) or {})}
+        except (PvfrontError, OSError, ValueError, TypeError, KeyError) as exc:
+            return {"ok": False, "error": f"{type(exc).__name__}: {exc}"}
+
+    def _chosen(self, request: Request) -> list[Vbd]:
+        """The devices that a request is about. Raises PvfrontError if it names one that is not."""
+        vbds = self._matching(request, self.vbds.values())
+        if "vbd" in request and not vbds:
+            raise PvfrontError(f"no vbd {request['vbd']!r} here")
+        return vbds
+
+    def _matching(self, request: Request, vbds: Iterable[Vbd]) -> list[Vbd]:
+        return [
+            vbd
+            for vbd in vbds
+            if request.get("vbd", vbd.devid) == vbd.devid
+            and request.get("domid", vbd.domid) == vbd.domid
+        ]
+
+    async def _faults(self, request: Request) -> None:
+        faults = [Fault.decode(data) for data in request["faults"]]
+        seed = int(request.get("seed", 0))
+        for vbd in self._chosen(request):
+            if vbd.engine is not None:
+                vbd.engine.set_faults(faults, seed)
+        if "vbd" not in request:
+            self.plan.faults, self.plan.seed = faults, seed
+
+    async def _missteps(self, request: Request) -> None:
+        missteps = [Misstep.decode(data) for data in request["missteps"]]
+        for vbd in self._chosen(request):
+            vbd.arm(missteps)
+        if "vbd" not in request:
+            self.missteps = missteps
+
+    async def _release(self, request: Request) -> None:
+        for vbd in self._chosen(request):
+            if vbd.engine is not None:
+                vbd.engine.release()
+
+    async def _clear(self, request: Request) -> None:
+        await self._faults({**request, "faults": []})
+        await self._missteps({**request, "missteps": []})
+        await self._override({**request, "keys": {}})
+        for vbd in self._chosen(request):
+            vbd.flicker({}, 1)
+        await self._release(request)
+
+    async def _stats(self, request: Request) -> Answer:
+        sums = dict(self._totals) if "vbd" not in request else {}
+        for vbd in self._chosen(request):
+            if vbd.engine is not None:
+                for name, value in vbd.engine.stats().items():
+                    sums[name] = sums.get(name, 0) + value
+        return {"stats": sums}
+
+    async def _list(self, request: Request) -> Answer:
+        return {
+            "vbds": [
+                {
+                    "domid": vbd.domid,
+                    "vbd": vbd.devid,
+                    "state": vbd.state,
+                    "size": vbd.engine.size if vbd.engine is not None else None,
+                }
+                for vbd in self._chosen(request)
+            ]
+        }
+
+    async def _resize(self, request: Request) -> None:
+        for vbd in self._chosen(request):
+            await vbd.resize(int(request["size"]))
+
+    async def _features(self, request: Request) -> None:
+        changes = dict(request["features"])
+        for vbd in self._chosen(request):
+            vbd.set_features(dataclasses.replace(vbd.features, **changes))
+        if "vbd" not in request:
+            self.plan.features = dataclasses.replace(self.plan.features, **changes)
+
+    async def _override(self, request: Request) -> None:
+        keys = _text_keys(request["keys"])
+        for vbd in self._chosen(request):
+            vbd.overrides = keys
+        if "vbd" not in request:
+            self.plan.overrides = keys
+
+    async def _write(self, request: Request) -> None:
+        for vbd in self._chosen(request):
+            await vbd.write_keys(_text_keys(request["keys"]))
+
+    async def _flicker(self, request: Request) -> None:
+        keys = {str(key): [str(v) for v in values] for key, values in request["keys"].items()}
+        if not all(keys.values()):
+            raise PvfrontError("a key that flickers needs values")
+        for vbd in self._chosen(request):
+            vbd.flicker(keys, float(request.get("ms", 10)) / 1000)
+
+    async def _state(self, request: Request) -> None:
+        for vbd in self._chosen(request):
+            await vbd.jump(int(request["state"]))
+
+    async def _vanish(self, request: Request) -> None:
+        for vbd in self._chosen(request):
+            await vbd.vanish()
+
+    async def _return(self, request: Request) -> None:
+        vbds = self._matching(request, self.vanished.values())
+        if not vbds:
+            raise PvfrontError("nothing has vanished")
+        for vbd in vbds:
+            await vbd.come_back()
+
+    COMMANDS: dict[str, Callable[[Process, Request], Awaitable[Answer | None]]] = {  # noqa: RUF012
+        "faults": _faults,  # faults: encoded, seed: replaces all
+        "missteps": _missteps,  # missteps: encoded: replaces all
+        "release": _release,  # what faults hold back goes on
+        "clear": _clear,  # honest again: all of the above, overrides, flickering
+        "stats": _stats,  # stats: summed
+        "list": _list,  # vbds: domid, vbd, state, size (bytes)
+        "resize": _resize,  # size: bytes
+        "features": _features,  # features: those to change
+        "override": _override,  # keys: replaces what is published; null: not at all
+        "write": _write,  # keys: now; null removes
+        "flicker": _flicker,  # keys: lists of values, ms
+        "state": _state,  # state: any number, now
+        "vanish": _vanish,  # the nodes go
+        "return": _return,  # and return
+    }
+
+
+def socket_path(host: Path, domid: int) -> Path:
+    """Where the backend of domain `domid` is driven from."""
+    return host / f"blkback-{domid}.sock"
+
+
+def _text_keys(keys: dict[str, Any]) -> dict[str, str | None]:
+    return {str(key): None if value is None else str(value) for key, value in keys.items()}
