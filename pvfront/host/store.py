@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from pvfront.errors import PvfrontError
@@ -38,8 +39,12 @@ def find() -> str:
     )
 
 
-async def start(directory: Path) -> Child:
-    """Runs an empty store at DIR/store.sock; it ends with this process. Raises PvfrontError."""
+async def start(directory: Path, settings: Mapping[str, object] | None = None) -> Child:
+    """Runs an empty store at DIR/store.sock; it ends with this process. Raises PvfrontError.
+
+    settings: more of oxenstored.conf, as {"quota-maxsize": 8192}. Quotas are the daemon's
+    defaults otherwise, and some hold for domain 0 too.
+    """
     program = find()
     if not SHIM.exists():
         raise PvfrontError(
@@ -55,6 +60,7 @@ async def start(directory: Path) -> Child:
         "access-log-file = /dev/null\n"
         f"pid-file = {directory}/store.pid\n"
         "persistent = false\n"
+        + "".join(f"{name} = {value}\n" for name, value in (settings or {}).items())
     )
     child = Child(
         "oxenstored",

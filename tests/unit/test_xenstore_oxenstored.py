@@ -3,54 +3,26 @@
 
 import asyncio
 import errno
-import os
-import subprocess
-import time
-from pathlib import Path
 
 import pytest
 
-from pvfront.host import _host
+from pvfront.errors import PvfrontError
+from pvfront.host.store import SOCKET_NAME, find, start
 from pvfront.xenstore import Permission, Xenstore, XenstoreError
-
-
-def find_oxenstored():
-    # Not the one in /usr/sbin: that is a wrapper, which refuses to run without a hypervisor.
-    installed = map(str, Path("/usr/lib").glob("xen-*/bin/oxenstored"))
-    return os.environ.get("OXENSTORED") or next(installed, None)
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory):
-    program = find_oxenstored()
-    if program is None:
-        pytest.skip("needs oxenstored (Debian: xen-utils-4.17, or $OXENSTORED)")
+    try:
+        find()
+    except PvfrontError as error:
+        pytest.skip(f"{error}")
     folder = tmp_path_factory.mktemp("oxenstored")
-    shim = Path(_host.__file__).with_name("liboxenstored_shim.so")
-    socket, config = folder / "socket", folder / "conf"
-    config.write_text(
-        f"xenstored-log-file = {folder}/log\naccess-log-file = {folder}/access\n"
-        f"pid-file = {folder}/pid\npersistent = false\n"
-        "quota-maxentity = 5000\nquota-maxsize = 8192\n"
-    )
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "OXENSTORED_SOCKET": str(socket)}
-    with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
-            [program, "--no-fork", "--no-domain-init", "--config-file", str(config)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    deadline = time.monotonic() + 20
-    while not socket.exists():
-        said = (folder / "output").read_text()
-        assert process.poll() is None, f"oxenstored ended: {said}"
-        assert time.monotonic() < deadline, f"oxenstored made no socket: {said}"
-        time.sleep(0.02)
-    yield str(socket)
-    assert process.poll() is None, "oxenstored died in these tests"
-    process.terminate()
-    process.wait(20)
+    # Values up to a whole message: it is the client that is tested, not the quota.
+    child = asyncio.run(start(folder, {"quota-maxentity": 5000, "quota-maxsize": 8192}))
+    yield str(folder / SOCKET_NAME)
+    assert child.process.poll() is None, f"oxenstored died in these tests: {child.said()}"
+    asyncio.run(child.stop())
 
 
 @pytest.fixture
