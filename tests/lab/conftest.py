@@ -56,13 +56,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--lab-wait", type=float, default=LOCK_DEADLINE, help="seconds to wait for another lab"
     )
-    group.addoption("--soak", action="store_true", help="only tests with a fixture `repeats`")
+    group.addoption("--soak", action="store_true", help="only tests with `soak_round`")
     group.addoption("--no-payload", action="store_true", help="guests without pvfront")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `soak_round` runs once, and $PVFRONT_REPEATS times in a soak.
+
+    As tests of their own, so that a soak goes on where it was interrupted, and an emulator's fault
+    costs one round.
+    """
+    if "soak_round" in metafunc.fixturenames:
+        metafunc.parametrize("soak_round", range(int(os.environ.get("PVFRONT_REPEATS", "1"))))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -76,7 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others += [item for item in ours if not item.get_closest_marker("core")]
     if config.getoption("--soak"):
         done = _soaked(config).read_text().split("\n") if _soaked(config).exists() else []
-        others += [item for item in ours if "repeats" not in _fixtures(item)]
+        others += [item for item in ours if "soak_round" not in _fixtures(item)]
         left = [item for item in ours if item not in others and item.nodeid not in done]
         if left:
             others += [item for item in ours if item.nodeid in done and item not in others]
