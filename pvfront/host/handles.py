@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import mmap
 import os
 import select
 import socket
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,7 +342,8 @@ class EmbeddedGrantMapper(_HubHandle, GrantMapper):
         super().__init__(fd, path, refused=None)
         self._own_domid = own_domid
         self._tables: dict[int, Any] = {}
-        self._mappings = 0
+        self._mappings: dict[int, Any] = {}
+        self._numbers = itertools.count()
         self._kept = -1
 
     @classmethod
@@ -391,12 +394,21 @@ class EmbeddedGrantMapper(_HubHandle, GrantMapper):
         except BaseException:
             self._unpin(table, pinned)
             raise
-        self._mappings += 1
-        return 0, memory
+        number = next(self._numbers)
+        # A mapping that is forgotten ends with its memory, as with the kernel's.
+        release = weakref.finalize(memory, self._release, number, table, pinned)
+        release.atexit = False
+        self._mappings[number] = release
+        return number, memory
 
     def _unmap(self, mapping: GrantMapping) -> None:
-        self._unpin(self._tables[mapping.domid], mapping.grefs)
-        self._mappings -= 1
+        release = self._mappings.get(mapping.offset)
+        if release is not None:  # else the memory is gone, and took it along
+            release()
+
+    def _release(self, number: int, table: Any, grefs: Sequence[int]) -> None:
+        self._unpin(table, grefs)
+        del self._mappings[number]
         if self._kept >= 0 and not self._mappings:
             self._drop_tables()
             kept, self._kept = self._kept, -1

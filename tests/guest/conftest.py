@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pvfront import gntalloc
 from pvfront.evtchn import EventChannels
 from pvfront.gntalloc import GrantAllocator
 from pvfront.gntdev import GrantMapper
@@ -75,3 +76,32 @@ def mapper(domid):
         pytest.skip(f"only a PV guest may map its own grants, this one is {kind} (see gntdev.py)")
     with GrantMapper.open(own_domid=domid) as opened:
         yield opened
+
+
+class Limit:
+    """The module's limit on granted pages."""
+
+    path = gntalloc.LIMIT_PATH
+    for_ever = "/etc/modprobe.d/"
+    """What a hint says of the next boots."""
+
+    def get(self) -> int:
+        return int(Path(self.path).read_text())
+
+    def set(self, pages: int) -> None:
+        Path(self.path).write_text(str(pages))
+
+
+@pytest.fixture
+def limit():
+    """Back to what it was afterwards."""
+    found = Limit()
+    before = found.get()
+    yield found
+    found.set(before)
+
+
+@pytest.fixture
+def memory_name():
+    """What granted pages are called in /proc/PID/maps."""
+    return "/dev/xen/gntalloc"

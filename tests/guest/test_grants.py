@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Real granted pages; in a PV guest also mapped back into this domain."""
+"""Granted pages, mapped back into this domain: Xen's in a (PV) guest, the embedded host's in
+tests/host.
+"""
 
 import asyncio
 import os
@@ -10,38 +12,33 @@ from pathlib import Path
 
 import pytest
 
-from pvfront import gntalloc
 from pvfront.errors import ClosedError
-from pvfront.evtchn import EventChannels
-from pvfront.gntalloc import GrantAllocator, GrantsExhausted
+from pvfront.gntalloc import GrantsExhausted
 from pvfront.gntdev import GrantMapError, GrantMapper
+from pvfront.platform import platform
 
 pytestmark = [pytest.mark.core, pytest.mark.services]
 
-LIMIT = Path(gntalloc.LIMIT_PATH)
 GUEST_TYPE = Path("/sys/hypervisor/guest_type")
 
 
 @pytest.fixture
-def limit():
-    """Sets the module's limit; back to what it was afterwards."""
-    before = LIMIT.read_text()
-    yield lambda pages: LIMIT.write_text(str(pages))
-    LIMIT.write_text(before)
+def room(limit):
+    """Counts the pages that fit under the limit now, by asking."""
 
+    def count() -> int:
+        with platform().grant_allocator() as allocator:
+            low, high = 0, limit.get() + 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                try:
+                    allocator.alloc(0, middle).free()
+                    low = middle
+                except GrantsExhausted:
+                    high = middle
+            return low
 
-def room() -> int:
-    """Pages that fit under the limit now, found by asking."""
-    with GrantAllocator.open() as allocator:
-        low, high = 0, int(LIMIT.read_text()) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            try:
-                allocator.alloc(0, middle).free()
-                low = middle
-            except GrantsExhausted:
-                high = middle
-        return low
+    return count
 
 
 def test_pages_begin_zeroed_and_bytes_are_seen_both_ways(allocator, mapper, domid):
@@ -124,13 +121,13 @@ def test_pages_begin_zeroed_and_keep_what_is_written(allocator):
     pool.free()
 
 
-def test_a_forked_child_does_not_inherit_the_pages(allocator, domid):
+def test_a_forked_child_does_not_inherit_the_pages(allocator, domid, memory_name):
     pool = allocator.alloc(domid, 1)
     mapping = pool.map()
     address = next(
         line.split("-")[0]
         for line in Path("/proc/self/maps").read_text().splitlines()
-        if "/dev/xen/gntalloc" in line
+        if memory_name in line
     )
     child = os.fork()
     if child == 0:
@@ -140,23 +137,23 @@ def test_a_forked_child_does_not_inherit_the_pages(allocator, domid):
     pool.free()
 
 
-def test_running_out_names_the_real_limit_and_the_commands(allocator, domid, limit):
+def test_running_out_names_the_real_limit_and_the_commands(allocator, domid, limit, room):
     free = room()
-    limit(int(LIMIT.read_text()) - free + 100)
+    limit.set(limit.get() - free + 100)
     allocator.alloc(domid, 60)
     with pytest.raises(GrantsExhausted) as caught:
         allocator.alloc(domid, 41)
     error = caught.value
-    assert error.limit == int(LIMIT.read_text())
+    assert error.limit == limit.get()
     assert (error.wanted, error.held) == (41, 60)
-    assert f"({gntalloc.LIMIT_PATH}) is {error.limit}" in str(error)
-    assert "/etc/modprobe.d/" in error.hint
+    assert f"({limit.path}) is {error.limit}" in str(error)
+    assert limit.for_ever in error.hint
     command = error.hint.split("now: ")[1].split(";")[0]
     subprocess.run(["sh", "-c", command], check=True)
     allocator.alloc(domid, 41)
 
 
-def test_freeing_gives_the_pages_back_to_the_limit(allocator, domid):
+def test_freeing_gives_the_pages_back_to_the_limit(allocator, domid, room):
     before = room()
     pool = allocator.alloc(domid, 50)
     pool.map()
@@ -165,30 +162,30 @@ def test_freeing_gives_the_pages_back_to_the_limit(allocator, domid):
     assert room() == before
 
 
-def test_closing_gives_the_pages_back_to_the_limit(domid):
+def test_closing_gives_the_pages_back_to_the_limit(domid, room):
     before = room()
-    allocator = GrantAllocator.open()
+    allocator = platform().grant_allocator()
     allocator.alloc(domid, 50)
     assert room() == before - 50
     allocator.close()
     assert room() == before
 
 
-def test_a_process_that_is_killed_gives_its_pages_back(domid):
+def test_a_process_that_is_killed_gives_its_pages_back(domid, room):
     before = room()
     program = (
         "import os, signal\n"
-        "from pvfront.gntalloc import GrantAllocator\n"
-        f"a = GrantAllocator.open(); m = a.alloc({domid}, 50).map(); m[0] = 1\n"
+        "from pvfront.platform import platform\n"
+        f"a = platform().grant_allocator(); m = a.alloc({domid}, 50).map(); m[0] = 1\n"
         "print('ready', flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert (run.stdout, run.returncode) == ("ready\n", -9)
     assert room() == before
 
 
 def test_a_freed_pool_and_a_closed_allocator_are_refused(domid):
-    allocator = GrantAllocator.open()
+    allocator = platform().grant_allocator()
     pool = allocator.alloc(domid, 1)
     pool.free()
     with pytest.raises(ClosedError):
@@ -199,7 +196,7 @@ def test_a_freed_pool_and_a_closed_allocator_are_refused(domid):
 
 
 def test_the_notify_byte_is_cleared_when_our_side_goes(mapper, domid):
-    allocator = GrantAllocator.open()
+    allocator = platform().grant_allocator()
     pool = allocator.alloc(domid, 2)
     pool.set_unmap_notify(4096 + 17, clear_byte=True, port=None)
     ours = pool.map()
@@ -214,13 +211,16 @@ def test_the_notify_byte_is_cleared_when_our_side_goes(mapper, domid):
 def test_the_notify_byte_is_cleared_when_our_side_is_killed(mapper, domid):
     program = (
         "import os, sys, signal\n"
-        "from pvfront.gntalloc import GrantAllocator\n"
-        f"a = GrantAllocator.open(); p = a.alloc({domid}, 1)\n"
+        "from pvfront.platform import platform\n"
+        f"a = platform().grant_allocator(); p = a.alloc({domid}, 1)\n"
         "p.set_unmap_notify(5, clear_byte=True, port=None)\n"
         "m = p.map(); m[5] = 1; print(p.grefs[0], flush=True); sys.stdin.read()\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as peer:
         gref = int(peer.stdout.readline())
         with mapper.map(domid, [gref]) as theirs:
@@ -233,7 +233,7 @@ def test_the_notify_byte_is_cleared_when_our_side_is_killed(mapper, domid):
 
 
 async def test_the_notify_event_fires_when_our_side_goes(allocator, channels, domid):
-    with EventChannels.open() as other:
+    with platform().event_channels() as other:
         near = channels.bind_unbound(domid)
         far = other.bind_interdomain(domid, near)
         assert await asyncio.wait_for(other.wait(), 20) == [far]

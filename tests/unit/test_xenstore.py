@@ -38,7 +38,8 @@ class World:
         return 1 if self.kind == "device" else 64
 
     async def connect(self, timeout: float = 10.0) -> Xenstore:
-        return await Xenstore.connect(self.path, timeout=timeout)
+        home = HOME.rstrip("/") if self.kind == "home" else None
+        return await Xenstore.connect(self.path, timeout=timeout, home=home)
 
     def hold(self) -> None:
         """From now on the store does not answer."""
@@ -73,7 +74,7 @@ async def make_world(kind, tmp_path, monkeypatch):
         bus = memstore.Xenbus(mem)
         monkeypatch.setattr(xenstore, "_open_device", bus.open)
         return World(mem, "/dev/null", bus, kind)
-    server = memstore.SocketServer(mem, domid=5)
+    server = memstore.SocketServer(mem, domid=0 if kind == "home" else 5)
     path = str(tmp_path / "socket")
     await server.start(path)
     return World(mem, path, server, kind)
@@ -89,11 +90,15 @@ async def end_world(world):
         await world.server.stop()
 
 
-@pytest.fixture(params=["device", "socket"])
+@pytest.fixture(params=["device", "socket", "home"])
 async def world(request, tmp_path, monkeypatch):
     made = await make_world(request.param, tmp_path, monkeypatch)
     yield made
     await end_world(made)
+
+
+as_a_guest = pytest.mark.parametrize("world", ["device", "socket"], indirect=True)
+"""For what the store refuses to a guest; a connection with a home is domain 0's."""
 
 
 @pytest.fixture
@@ -167,6 +172,7 @@ async def test_a_missing_node_is_an_error_or_none(store):
     assert await store.read_opt("data/nothing") is None
 
 
+@as_a_guest
 async def test_read_opt_hides_no_other_error(store, world):
     world.mem.set("/secret", b"x", perms="n0")
     with pytest.raises(XenstoreError) as caught:
@@ -174,6 +180,7 @@ async def test_read_opt_hides_no_other_error(store, world):
     assert caught.value.errno == errno.EACCES
 
 
+@as_a_guest
 async def test_a_node_of_somebody_else_is_refused_with_its_path(store, world):
     world.mem.set(HOME + "memory/target", b"1", perms="r0")
     with pytest.raises(PermissionError, match=r"write memory/target: EACCES"):
@@ -279,6 +286,7 @@ async def test_a_bad_path_never_reaches_the_store(store, world, path):
     assert world.sent() == []
 
 
+@as_a_guest
 async def test_the_largest_message_passes_and_one_byte_more_is_refused(store, world):
     world.mem.tree.get(b"/local/domain/5").perms = [b"n5"]
     limit = 4080 if world.kind == "device" else 4096
@@ -828,6 +836,12 @@ async def test_events_below_the_path_come_relative_or_absolute_as_it_was_given(s
         world.mem.set(HOME + "data/new", b"x")
         assert await anext(relative) == "data/new"
         assert await anext(absolute) == HOME + "data/new"
+
+
+@pytest.mark.parametrize("home", ["local/domain/5", "/local/domain/5/", ""])
+async def test_a_home_that_is_no_absolute_directory_is_a_value_error(unix, home):
+    with pytest.raises(ValueError, match="home"):
+        await Xenstore.connect(unix.path, home=home)
 
 
 async def test_events_of_one_path_that_nobody_took_become_one(store, world):
