@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Runs the test stages one after the other and adds up what they counted.
+"""Runs the test stages and adds up what they counted.
+
+`all` runs in two lanes: the lab, whose emulated machine leaves half a core idle, and beside it,
+with the lowest priority, everything else, whose output is shown stage by stage as each ends.
+Any other list of stages runs one after the other.
 
 Every stage leaves a JUnit file under build/junit/; the sum of all of them is the last line. A
 stage that fails without saying which test failed (it could not build, the lab did not boot)
@@ -11,8 +15,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 JUNIT = ROOT / "build" / "junit"
 
-GROUPS = {
-    "lint": ["ruff", "mypy"],
-    "fast": ["ruff", "mypy", "unit", "native", "asan", "tsan"],
-    "all": ["ruff", "mypy", "unit", "native", "asan", "tsan", "hvm", "pvh", "pv"],
-}
+LOGS = ROOT / "build" / "log"
+
+LINT = ["ruff", "mypy"]
+FAST = [*LINT, "unit", "native", "asan", "tsan"]
+LAB = ["hvm", "pvh", "pv"]
+GROUPS = {"lint": LINT, "fast": FAST, "lab": LAB, "all": [*FAST, *LAB]}
+
+_output = threading.local()
+"""`file`: where this thread's stages write; absent: our own output."""
 
 
 @dataclass
@@ -49,7 +59,15 @@ def run(*command: str | Path) -> int:
     env["PATH"] = f"{BIN}:{env['PATH']}"
     env["PYTHONPATH"] = str(ROOT / "ci" / "xen-nested")
     sys.stdout.flush()
-    return subprocess.run([str(c) for c in command], cwd=ROOT, env=env, check=False).returncode
+    file = getattr(_output, "file", None)
+    return subprocess.run(
+        [str(c) for c in (*(["nice", "-n", "19"] if file else []), *command)],
+        cwd=ROOT,
+        env=env,
+        check=False,
+        stdout=file,
+        stderr=subprocess.STDOUT if file else None,
+    ).returncode
 
 
 def read_junit(path: Path) -> Count:
@@ -94,32 +112,77 @@ def stage(name: str) -> int:
         case "tsan":
             return meson("tsan", "-Db_sanitize=thread", "-Db_lundef=false")
         case "hvm" | "pvh" | "pv":
-            return run(
-                BIN / "python", "-m", "lab", "test", "--guest", name, f"--junit={junit}"
-            )
-    raise SystemExit(f"test: no stage {name!r}; there are {', '.join(GROUPS['all'])}")
+            return run(BIN / "python", "-m", "lab", "test", "--guest", name, f"--junit={junit}")
+    raise ValueError(name)
+
+
+@dataclass
+class Ended:
+    """A stage that has ended."""
+
+    name: str
+    count: Count
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name:8} {self.count}  ({self.seconds:.0f} s)"
+
+
+def timed(name: str) -> Ended:
+    started = time.monotonic()
+    code = stage(name)
+    junit = JUNIT / f"{name}.xml"
+    count = read_junit(junit) if junit.exists() else Count()
+    if code and not count.failed:
+        count += Count(failed=1)
+    if not code and not junit.exists():
+        count += Count(passed=1)  # a check without cases of its own: ruff, mypy
+    return Ended(name, count, time.monotonic() - started)
+
+
+def aloud(name: str) -> Ended:
+    print(f"== {name}", flush=True)
+    return timed(name)
+
+
+def aside(name: str) -> Ended:
+    """Runs a stage beside others: with low priority, its output in a file and shown at its end."""
+    log = LOGS / f"{name}.log"
+    with log.open("w") as _output.file:
+        ended = timed(name)
+    text = log.read_text(errors="replace")
+    print(f"== {name} (beside the lab)\n{text}{ended}\n", end="", flush=True)
+    return ended
+
+
+def lane(names: list[str], how: Callable[[str], Ended], ended: list[Ended]) -> None:
+    for name in names:
+        try:
+            ended.append(how(name))
+        except Exception as error:  # a lane that ends early must not look green
+            print(f"test: stage {name}: {error!r}", flush=True)
+            ended.append(Ended(name, Count(failed=1), 0.0))
 
 
 def main() -> int:
-    JUNIT.mkdir(parents=True, exist_ok=True)
+    for folder in (JUNIT, LOGS):
+        folder.mkdir(parents=True, exist_ok=True)
     names = [n for arg in sys.argv[1:] for n in GROUPS.get(arg, [arg])]
-    total = Count()
-    lines = []
-    for name in names:
-        print(f"== {name}", flush=True)
-        started = time.monotonic()
-        code = stage(name)
-        junit = JUNIT / f"{name}.xml"
-        count = read_junit(junit) if junit.exists() else Count()
-        if code and not count.failed:
-            count += Count(failed=1)
-        if not code and not junit.exists():
-            count += Count(passed=1)  # a check without cases of its own: ruff, mypy
-        total += count
-        lines.append(f"{name:8} {count}  ({time.monotonic() - started:.0f} s)")
-    print("\n" + "\n".join(lines))
+    unknown = [n for n in names if n not in GROUPS["all"]]
+    if unknown:
+        raise SystemExit(f"test: no stage {unknown[0]!r}; there are {', '.join(GROUPS['all'])}")
+    ended: list[Ended] = []
+    if sys.argv[1:] == ["all"]:
+        beside = threading.Thread(target=lane, args=(FAST, aside, ended))
+        beside.start()
+        lane(LAB, aloud, ended)
+        beside.join()
+    else:
+        lane(names, aloud, ended)
+    total = sum((e.count for e in ended), Count())
+    print("\n" + "\n".join(map(str, ended)))
     print(total, flush=True)
-    return 1 if total.failed or not total.passed else 0
+    return 1 if total.failed or not total.passed or len(ended) != len(names) else 0
 
 
 if __name__ == "__main__":
