@@ -318,7 +318,18 @@ int pvf_bb_ring(struct pvf_bb *bb, const uint32_t *refs, uint32_t pages, int cha
 	}
 	memcpy(ring->refs, refs, pages * sizeof(*refs));
 	ring->pages = pages;
-	BACK_RING_INIT(&ring->ring, (blkif_sring_t *)ring->shared, (size_t)pages * BB_PAGE);
+	/* As a blkback that was bound again: what is in the ring and not answered is done (again). */
+	const blkif_sring_t *shared = ring->shared;
+	RING_IDX rsp_prod = __atomic_load_n(&shared->rsp_prod, __ATOMIC_ACQUIRE);
+	RING_IDX req_prod = __atomic_load_n(&shared->req_prod, __ATOMIC_ACQUIRE);
+
+	BACK_RING_ATTACH(&ring->ring, (blkif_sring_t *)ring->shared, rsp_prod,
+			 (size_t)pages * BB_PAGE);
+	ring->published = ring->pushed = rsp_prod;
+	if (req_prod - rsp_prod > RING_SIZE(&ring->ring)) {
+		bb_ring_free(ring);
+		return explain(why, -EIO, "the ring's indices");
+	}
 	ring->side = side;
 	rc = pvf_channel_map(channel_fd, &ring->channel);
 	if (rc) {
@@ -352,16 +363,21 @@ int pvf_bb_disconnect(struct pvf_bb *bb)
 
 	if (!conn)
 		return 0;
+	pthread_mutex_lock(&conn->lock);
+	conn->asked++;
+	pthread_mutex_unlock(&conn->lock);
 	__atomic_store_n(&conn->stop, true, __ATOMIC_RELEASE);
 	for (uint32_t i = 0; i < conn->rings; i++)
 		bb_ring_kick(conn->ring[i]);
-	/* Until each thread has seen it: at most as long as one batch of requests takes. */
+	/* Until each thread has answered: at most as long as one batch of requests takes. */
 	pthread_mutex_lock(&conn->lock);
 	for (uint32_t i = 0; i < conn->rings; i++) {
-		while (conn->ring[i]->state == BB_RUNNING ||
-		       (conn->ring[i]->state == BB_BUSY && LOAD(conn->abandon)))
+		const struct bb_ring *ring = conn->ring[i];
+
+		while (ring->started && !ring->ended &&
+		       (ring->busy != conn->asked || LOAD(conn->abandon)))
 			pthread_cond_wait(&conn->changed, &conn->lock);
-		busy |= conn->ring[i]->state != BB_ENDED;
+		busy |= ring->started && !ring->ended;
 	}
 	pthread_mutex_unlock(&conn->lock);
 	if (busy)

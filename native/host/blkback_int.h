@@ -89,8 +89,9 @@ struct pvf_bb_conn {
 	bool persistent;
 	bool stop;    /* take no more requests */
 	bool abandon; /* forget what is in flight */
-	pthread_mutex_t lock; /* arenas; states of rings */
+	pthread_mutex_t lock; /* arenas; which rings have ended */
 	pthread_cond_t changed;
+	uint32_t asked; /* counts pvf_bb_disconnect() */
 	struct bb_arena **arena; /* by number; read without the lock */
 	struct bb_ring *ring[PVF_BB_QUEUES];
 	uint32_t rings;
@@ -140,8 +141,6 @@ struct bb_kept {
 	bool used;
 };
 
-enum bb_state { BB_ENDED = 0, BB_RUNNING, BB_BUSY };
-
 struct bb_ring {
 	struct pvf_bb_conn *conn;
 	struct pvf_bb *bb;
@@ -153,7 +152,9 @@ struct bb_ring {
 	int own_fd, other_fd, ctl_fd;
 	pthread_t thread;
 	bool started;
-	int state; /* enum bb_state, under conn->lock */
+	/* Under conn->lock: */
+	bool ended;
+	uint32_t busy; /* which conn->asked was answered with: requests are in flight */
 
 	/* The thread's own */
 	RING_IDX published; /* what rsp_prod says */

@@ -253,11 +253,11 @@ static uint32_t timers(struct bb_ring *r, uint64_t *next)
 		}
 	}
 	r->held_count = kept;
-	STORE(r->stats.in_flight, kept);
 	if (open)
 		shuffle(r, due, count);
 	for (uint32_t i = 0; i < count; i++)
 		finish(r, &r->request[due[i]]);
+	STORE(r->stats.in_flight, kept);
 	return count;
 }
 
@@ -271,14 +271,18 @@ static void abandon(struct bb_ring *r)
 
 /* The thread */
 
-static void set_state(struct bb_ring *r, enum bb_state state)
+/* Answers pvf_bb_disconnect(). */
+static void say(struct bb_ring *r, bool ended)
 {
-	pthread_mutex_lock(&r->conn->lock);
-	if (r->state != (int)state) {
-		r->state = (int)state;
-		pthread_cond_broadcast(&r->conn->changed);
+	struct pvf_bb_conn *conn = r->conn;
+
+	pthread_mutex_lock(&conn->lock);
+	r->ended = ended;
+	if (r->busy != conn->asked || ended) {
+		r->busy = conn->asked;
+		pthread_cond_broadcast(&conn->changed);
 	}
-	pthread_mutex_unlock(&r->conn->lock);
+	pthread_mutex_unlock(&conn->lock);
 }
 
 static void sleep_until(struct bb_ring *r, uint64_t when, bool events)
@@ -316,7 +320,7 @@ static void *ring_main(void *arg)
 		if (stop && !r->held_count)
 			break;
 		if (stop)
-			set_state(r, BB_BUSY);
+			say(r, false);
 		if (look_there && !stop && !r->halted && !work(r) && delivered)
 			ADD(r->stats.spurious, 1);
 		if (delivered && !stop && !r->halted)
@@ -334,7 +338,7 @@ static void *ring_main(void *arg)
 		look_there |= delivered;
 	}
 	publish(r, 0, false);
-	set_state(r, BB_ENDED);
+	say(r, true);
 	return NULL;
 }
 
@@ -397,11 +401,7 @@ int bb_ring_start(struct bb_ring *r)
 		r->request[i].segment = &r->segments[(size_t)i * PVF_BB_SEGMENTS];
 		r->idle[r->idle_count++] = (uint16_t)(slots - 1 - i);
 	}
-	r->state = BB_RUNNING;
 	rc = -pthread_create(&r->thread, NULL, ring_main, r);
-	if (rc)
-		r->state = BB_ENDED;
-	else
-		r->started = true;
+	r->started = !rc;
 	return rc;
 }

@@ -443,6 +443,37 @@ static void reconnects(void)
 	peer_end(&p);
 }
 
+/* The frontend notices nothing, and what was not answered is done. */
+static void attaches_again(void)
+{
+	struct peer p = {0};
+	uint32_t refs[1] = {GREF(0)};
+	struct queue *q = &p.queue[0];
+	char why[PVF_BB_TEXT];
+
+	peer_begin(&p, NULL, DISK);
+	for (int i = 0; i < 40; i++)
+		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
+	CHECK_EQ(pvf_bb_disconnect(p.bb), 0);
+	paint(&p, 0, 1, 12);
+	put(&p, BLKIF_OP_WRITE, 0, 0, 1);
+	push(&p);
+	for (int good = 0; good < 2; good++) {
+		q->ring.sring->req_prod += good ? -33u : 33;
+		CHECK_EQ(pvf_bb_connect(p.bb, p.table_fd, p.track_fd, 0, FRONT_DOMID, -1, false), 0);
+		CHECK_EQ(pvf_bb_arena(p.bb, ARENA, p.arena_fd), 0);
+		CHECK_EQ(pvf_bb_ring(p.bb, refs, 1, q->channel_fd, 1, q->fd[1], q->fd[0], why),
+			 good ? 0 : -EIO);
+		if (!good)
+			CHECK_EQ(pvf_bb_disconnect(p.bb), 0);
+	}
+	CHECK_EQ(pvf_bb_start(p.bb), 0);
+	CHECK_EQ(response(&p).id, 41);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 1, 1), OKAY);
+	CHECK(painted(&p, 1, 1, 12));
+	peer_end(&p);
+}
+
 int main(void)
 {
 	static const struct test tests[] = {
@@ -467,6 +498,7 @@ int main(void)
 		{"events are sent when rsp_event asks for them", counts_events},
 		{"a ring that cannot be mapped is refused with its reason", ring_refusals},
 		{"a frontend comes and goes, the disk stays", reconnects},
+		{"a backend attaches to a ring that is in use", attaches_again},
 	};
 	return RUN_TESTS(tests);
 }
