@@ -15,7 +15,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "guest")]
 pytest.register_assert_rewrite("hubclient", "test_event_channels", "test_grants")
 
-from hubclient import HUB, PATIENCE, dump, eventually  # noqa: E402
+from hubclient import HUB, PATIENCE, answers, dump, eventually  # noqa: E402
 
 from pvfront.host.handles import EmbeddedGrantMapper  # noqa: E402
 from pvfront.platform import platform  # noqa: E402
@@ -29,9 +29,7 @@ def hub_process(tmp_path_factory):
     with (directory / "log").open("w") as log:
         process = subprocess.Popen([*HUB, str(directory)], stderr=log)
     try:
-        eventually(
-            lambda: (directory / "hub.sock").exists() or process.poll() is not None, "the hub"
-        )
+        eventually(lambda: answers(directory) or process.poll() is not None, "the hub")
         yield directory, process
         assert process.poll() is None, (directory / "log").read_text()
         empty = {"ok": True, "ports": [], "grants": [], "deferred": 0}

@@ -17,8 +17,12 @@ class Client:
     def __init__(self, directory):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(PATIENCE)
-        self.socket.connect(str(directory / "hub.sock"))
         self.fds = []
+        try:
+            self.socket.connect(str(directory / "hub.sock"))
+        except OSError:
+            self.socket.close()
+            raise
 
     def send(self, packet):
         data = packet if isinstance(packet, bytes) else json.dumps(packet).encode()
@@ -54,6 +58,14 @@ def eventually(condition, what):
         assert time.monotonic() < deadline, f"never came: {what}"
         time.sleep(0.01)
     return found
+
+
+def answers(directory):
+    """Whether a hub lives there."""
+    try:
+        return dump(directory)["ok"]
+    except OSError:
+        return False
 
 
 def dump(directory):
