@@ -108,10 +108,14 @@ class Process:
         for domid in await self._numbers(self.root):
             for devid in await self._numbers(f"{self.root}/{domid}"):
                 name = (domid, devid)
-                if name not in self.vbds:
-                    state = await self.store.read_opt(f"{self.root}/{domid}/{devid}/state")
-                    if state == str(INITIALISING) or (first and state is not None):
-                        self._probe(name)
+                if name in self.vbds:
+                    continue
+                state = await self.store.read_opt(f"{self.root}/{domid}/{devid}/state")
+                # Another scan may have seen it meanwhile.
+                if name not in self.vbds and (
+                    state == str(INITIALISING) or (first and state is not None)
+                ):
+                    self._probe(name)
 
     async def _numbers(self, path: str) -> list[int]:
         try:
@@ -288,7 +292,9 @@ class Process:
 
     async def _vanish(self, request: Request) -> None:
         for vbd in self._chosen(request):
+            life = self._tasks[vbd.domid, vbd.devid]
             await vbd.vanish()
+            await asyncio.wait([life])
 
     async def _return(self, request: Request) -> None:
         vbds = self._matching(request, self.vanished.values())
@@ -296,6 +302,7 @@ class Process:
             raise PvfrontError("nothing has vanished")
         for vbd in vbds:
             await vbd.come_back()
+        await self._scan()
 
     COMMANDS: dict[str, Callable[[Process, Request], Awaitable[Answer | None]]] = {  # noqa: RUF012
         "faults": _faults,  # faults: encoded, seed: replaces all
