@@ -120,8 +120,10 @@ class Embedded:
             path = self.directory / what
             kind = socket.SOCK_SEQPACKET if what == "hub.sock" else socket.SOCK_STREAM
             try:
-                with socket.socket(socket.AF_UNIX, kind) as probe:
+                with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
                     probe.connect(os.fspath(path))
+            except BlockingIOError:
+                pass  # many are connecting just now
             except OSError as exc:
                 code = errno.errorcode.get(exc.errno or 0, str(exc))
                 raise PvfrontError(

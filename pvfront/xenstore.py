@@ -17,6 +17,7 @@ import itertools
 import logging
 import os
 import random
+import socket
 import stat
 import warnings
 from abc import ABC, abstractmethod
@@ -229,7 +230,7 @@ class Xenstore(_Operations):
             else:
                 async with _deadline("connect", where, timeout):
                     await asyncio.get_running_loop().create_unix_connection(
-                        lambda: SocketTransport(link), where
+                        lambda: SocketTransport(link), sock=await _connected(where)
                     )
         except OSError as exc:
             if isinstance(exc, XenstoreError):
@@ -540,6 +541,27 @@ def _abort(tx_id: int) -> tuple[Op, int, bytes]:
 
 def _is_device(where: str) -> bool:
     return stat.S_ISCHR(Path(where).stat().st_mode)
+
+
+async def _connected(where: str) -> socket.socket:
+    """A socket that is connected to the store.
+
+    Not asyncio's own connect: while the queue of the listener is full (oxenstored's holds one), a
+    Unix socket's connect fails with EAGAIN and nothing is under way, which asyncio takes for
+    EINPROGRESS and then for success.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        while True:
+            try:
+                sock.connect(where)
+            except BlockingIOError:
+                await asyncio.sleep(random.uniform(0.001, 0.01))
+            else:
+                return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _find_store() -> str:

@@ -36,6 +36,7 @@ from typing import Any
 
 from pvfront.handle import MAX_DOMID, PAGE_SIZE
 from pvfront.host._host import ffi, lib
+from pvfront.host.child import answers
 from pvfront.host.domains import GRANTS, MAX_ARENAS, Arena, Domain, Maptrack, Port
 
 log = logging.getLogger(__name__)
@@ -287,7 +288,7 @@ class Hub:
     def start(self) -> None:
         """Listens. Raises OSError (EADDRINUSE: another hub lives there)."""
         path = self.directory / SOCKET_NAME
-        if path.exists() and not _dead(path):
+        if answers(path, socket.SOCK_SEQPACKET):
             raise OSError(errno.EADDRINUSE, f"a hub runs at {path} already")
         path.unlink(missing_ok=True)
         before = os.umask(0o077)
@@ -448,17 +449,6 @@ def _packet(kind: int, port: int, side: int) -> bytes:
 def _peer_pid(sock: socket.socket) -> int:
     peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(peer)[0])
-
-
-def _dead(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False
 
 
 async def serve(directory: Path) -> None:

@@ -8,6 +8,7 @@ import errno
 import gc
 import logging
 import os
+import socket
 import struct
 import threading
 from dataclasses import dataclass
@@ -1034,3 +1035,19 @@ async def test_a_whole_session_sends_nothing_but_known_operations(store, world):
     sent = {op for op, _, _ in world.sent()}
     assert memstore.RESET_WATCHES not in sent
     assert sent <= {int(op) for op in Op}
+
+
+async def test_a_store_whose_queue_is_full_is_waited_for(tmp_path):
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        with pytest.raises(XenstoreTimeout):
+            await Xenstore.connect(path, timeout=0.2)
+        connecting = asyncio.create_task(Xenstore.connect(path, timeout=20))
+        await asyncio.sleep(0.05)
+        assert not connecting.done()
+        listener.accept()[0].close()
+        store = await connecting
+        await store.close()
