@@ -169,7 +169,7 @@ struct pvf_bb *pvf_bb_new(const char *path, uint64_t bytes,
 	*error = -ENOMEM;
 	if (!bb)
 		return NULL;
-	*error = bb_disk_open(&bb->disk, path, bytes, features->flags & PVF_BB_READ_ONLY);
+	*error = bb_disk_open(&bb->disk, path, bytes, features->flags);
 	if (*error) {
 		free(bb);
 		return NULL;

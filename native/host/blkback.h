@@ -49,6 +49,7 @@ enum pvf_bb_flag {
 	PVF_BB_DISCARD = 4,
 	PVF_BB_PERSISTENT = 8, /* offered; used if the frontend has it too */
 	PVF_BB_READ_ONLY = 16,
+	PVF_BB_POPULATE = 32, /* for pvf_bb_new(): all memory of a disk in memory at once */
 };
 
 /* What is off is answered with EOPNOTSUPP (read-only: with an error, as blkback does). */

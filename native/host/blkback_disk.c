@@ -2,7 +2,8 @@
  *
  * The storage of a disk. Memory is a memfd, mapped whole as long as that is reasonable; beyond, and
  * for files and block devices, pread and pwrite go straight to the granted pages (a file whose file
- * system is full then gives an error, where a mapping would give a signal). Everything is sparse.
+ * system is full then gives an error, where a mapping would give a signal). Everything is sparse, and
+ * reading keeps it so: what was never written is not looked at, since a look would allocate it.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -18,6 +19,12 @@
 
 #define MAPPED_MAX (UINT64_C(1) << 40)
 #define BYTES_MAX ((uint64_t)INT64_MAX)
+#define CHUNK_SHIFT 21
+#define CHUNK (UINT64_C(1) << CHUNK_SHIFT)
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
 
 struct bb_extent {
 	void *base;
@@ -63,8 +70,17 @@ static int size_of(int fd, uint64_t *bytes)
 	return 0;
 }
 
-int bb_disk_open(struct bb_disk *disk, const char *path, uint64_t bytes, bool read_only)
+static int populate(struct bb_disk *disk)
 {
+	if (!disk->base)
+		return -EINVAL;
+	memset(disk->written, 1, (disk->held >> CHUNK_SHIFT) + 1);
+	return madvise(disk->base, disk->held, MADV_POPULATE_WRITE) ? -errno : 0;
+}
+
+int bb_disk_open(struct bb_disk *disk, const char *path, uint64_t bytes, uint32_t flags)
+{
+	bool read_only = flags & PVF_BB_READ_ONLY;
 	uint64_t size = bytes;
 	int rc = 0;
 
@@ -83,8 +99,14 @@ int bb_disk_open(struct bb_disk *disk, const char *path, uint64_t bytes, bool re
 		rc = -EFBIG;
 	disk->held = size;
 	disk->bytes = bytes ? bytes : size;
+	if (!rc && disk->memory) {
+		disk->written = calloc(MAPPED_MAX >> CHUNK_SHIFT, 1);
+		rc = disk->written ? 0 : -ENOMEM;
+	}
 	if (!rc)
 		rc = map(disk, disk->bytes);
+	if (!rc && flags & PVF_BB_POPULATE)
+		rc = populate(disk);
 	if (rc)
 		bb_disk_close(disk);
 	return rc;
@@ -99,6 +121,8 @@ void bb_disk_close(struct bb_disk *disk)
 		munmap(extent->base, extent->bytes);
 		free(extent);
 	}
+	free(disk->written);
+	disk->written = NULL;
 	if (disk->fd >= 0)
 		close(disk->fd);
 	disk->fd = -1;
@@ -127,17 +151,36 @@ uint64_t bb_disk_bytes(const struct bb_disk *disk)
 	return __atomic_load_n(&disk->bytes, __ATOMIC_ACQUIRE);
 }
 
+static int copy(struct bb_disk *disk, unsigned char *base, bool write, uint64_t at,
+		unsigned char *memory, size_t n)
+{
+	while (n) {
+		uint8_t *written = &disk->written[at >> CHUNK_SHIFT];
+		uint64_t left = CHUNK - (at & (CHUNK - 1));
+		size_t now = n < left ? n : (size_t)left;
+
+		if (write) {
+			if (!LOAD(*written))
+				STORE(*written, 1);
+			memcpy(base + at, memory, now);
+		} else if (LOAD(*written)) {
+			memcpy(memory, base + at, now);
+		} else {
+			memset(memory, 0, now);
+		}
+		memory += now;
+		at += now;
+		n -= now;
+	}
+	return 0;
+}
+
 int bb_disk_io(struct bb_disk *disk, bool write, uint64_t at, unsigned char *memory, size_t n)
 {
 	unsigned char *base = __atomic_load_n(&disk->base, __ATOMIC_ACQUIRE);
 
-	if (base) {
-		if (write)
-			memcpy(base + at, memory, n);
-		else
-			memcpy(memory, base + at, n);
-		return 0;
-	}
+	if (base)
+		return copy(disk, base, write, at, memory, n);
 	while (n) {
 		ssize_t done = write ? pwrite(disk->fd, memory, n, (off_t)at)
 				     : pread(disk->fd, memory, n, (off_t)at);

@@ -39,10 +39,11 @@ struct bb_disk {
 	unsigned char *base; /* NULL: a file, or too large to be mapped */
 	uint64_t bytes;      /* read before `base`, which always holds that many */
 	uint64_t held;       /* size of the storage itself */
+	uint8_t *written;    /* of memory, for each 2 MiB: whether anything ever was */
 	struct bb_extent *extent; /* every mapping ever made, unmapped at the end */
 };
 
-int bb_disk_open(struct bb_disk *disk, const char *path, uint64_t bytes, bool read_only);
+int bb_disk_open(struct bb_disk *disk, const char *path, uint64_t bytes, uint32_t flags);
 void bb_disk_close(struct bb_disk *disk);
 int bb_disk_resize(struct bb_disk *disk, uint64_t bytes);
 uint64_t bb_disk_bytes(const struct bb_disk *disk);

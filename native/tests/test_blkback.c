@@ -350,6 +350,40 @@ static void enormous(void)
 	peer_end(&p);
 }
 
+static void populated(void)
+{
+	struct peer p = {.features = honest};
+	struct pvf_bb_features features = honest;
+	int error;
+
+	p.features.flags |= PVF_BB_POPULATE;
+	peer_begin(&p, NULL, DISK);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 8, 0, 1), OKAY);
+	CHECK(wiped(&p, 0, 1, 0));
+	peer_end(&p);
+	features.flags |= PVF_BB_POPULATE;
+	CHECK(!pvf_bb_new(NULL, UINT64_C(1) << 50, &features, &error));
+	CHECK_EQ(error, -EINVAL);
+}
+
+/* Chunks of 2 MiB: a request across two of them of which one was written. */
+static void holes(void)
+{
+	struct peer p = {0};
+
+	peer_begin(&p, NULL, DISK);
+	paint(&p, 0, 2, 3);
+	CHECK_EQ(do_io(&p, BLKIF_OP_WRITE, 4096, 0, 2), OKAY);
+	wipe(&p, 10, 4, 0xff);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 4080, 10, 4), OKAY);
+	CHECK(wiped(&p, 10, 2, 0));
+	CHECK(!memcmp(data(&p, 12), data(&p, 0), 2 * PAGE));
+	CHECK_EQ(do_io(&p, BLKIF_OP_WRITE, 4088, 0, 2), OKAY);
+	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 4088, 10, 2), OKAY);
+	CHECK(!memcmp(data(&p, 10), data(&p, 0), 2 * PAGE));
+	peer_end(&p);
+}
+
 static void halts(void)
 {
 	struct peer p = {0};
@@ -494,6 +528,8 @@ int main(void)
 		{"a disk grows and shrinks while it is used", resizes},
 		{"a file is a disk", files},
 		{"a disk of almost 2^63 bytes is sparse", enormous},
+		{"a disk in memory can have all of it at once", populated},
+		{"what was never written is zeroes, and stays a hole", holes},
 		{"an impossible req_prod halts the ring", halts},
 		{"events are sent when rsp_event asks for them", counts_events},
 		{"a ring that cannot be mapped is refused with its reason", ring_refusals},

@@ -56,7 +56,8 @@ class Features:
     """What a backend offers; the defaults are those of Linux's blkback on a good disk.
 
     Sizes are in bytes. `indirect`: segments for each request, 0: no indirect requests.
-    `ring_order`: the largest ring has 2^order pages. `queues`: how many at most.
+    `ring_order`: the largest ring has 2^order pages. `queues`: how many at most. `populate`: disks
+    in memory have all of it from the start, so that a measurement sees no page faults.
     """
 
     flush: bool = True
@@ -73,6 +74,7 @@ class Features:
     discard_secure: bool = False
     removable: bool = False
     cdrom: bool = False
+    populate: bool = False
     max_persistent: int = 1056
     batch: int = 16
 
@@ -304,6 +306,7 @@ class Engine:
             lib.PVF_BB_DISCARD: f.discard,
             lib.PVF_BB_PERSISTENT: f.persistent,
             lib.PVF_BB_READ_ONLY: self.read_only,
+            lib.PVF_BB_POPULATE: f.populate and self.source.path is None,
         }
         return ffi.new(
             "struct pvf_bb_features *",
