@@ -129,8 +129,7 @@ class Embedded:
                 raise PvfrontError(
                     f"${HOST_VARIABLE} is {self.directory}, but no embedded host runs there "
                     f"({what}: {code})",
-                    hint=f"start one: python -m pvfront.host {self.directory}; or unset "
-                    f"{HOST_VARIABLE}",
+                    hint=f"start one: pvfront-host {self.directory}; or unset {HOST_VARIABLE}",
                 ) from exc
         self.run_dir.mkdir(mode=0o755, exist_ok=True)
 

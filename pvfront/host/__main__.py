@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Runs an embedded host until SIGTERM or Ctrl-C: `python -m pvfront.host DIR`.
+"""Runs an embedded host until SIGTERM or Ctrl-C: `pvfront-host DIR`.
 
 For those who write a backend of their own: it finds the store, event channels and grants of domain
 0 there, and every pvfront command that is run with the variable set works in domain 1.
@@ -39,7 +39,7 @@ async def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pvfront.host", description="Runs an embedded host until SIGTERM or Ctrl-C."
+        prog="pvfront-host", description="Runs an embedded host until SIGTERM or Ctrl-C."
     )
     parser.add_argument("directory", type=Path, help="its directory; made if need be")
     parser.add_argument(

@@ -134,14 +134,11 @@ class Port:
         self.closing = True
         if self.pins:
             return
-        peer = self.peer
+        # As Xen does: an end that is left can be bound once more, by the same domain.
         self.channel.ends[self.side] = None
         del self.domain.ports[self.number]
-        if peer is None:
+        if self.peer is None:
             self.channel.close()
-        else:
-            # As Xen does: the end that is left can be bound once more, by the same domain.
-            peer.remote = self.domain.domid
 
 
 # -- grants ------------------------------------------------------------------------------------

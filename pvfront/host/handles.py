@@ -90,7 +90,7 @@ def _open(path: str, device: str, domid: int) -> tuple[int, str, list[int]]:
             where,
             code,
             f"cannot open {device} at {where}: {errno.errorcode.get(code, code)} ({exc.strerror})",
-            hint=f"start the embedded host: python -m pvfront.host {directory}",
+            hint=f"start the embedded host: pvfront-host {directory}",
         ) from exc
     return sock.detach(), f"{where}:{device}", fds
 

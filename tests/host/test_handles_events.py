@@ -173,7 +173,7 @@ def test_a_port_that_is_not_ours_is_not_handed_over(channels):
 def test_without_a_host_the_hint_says_how_to_start_one(tmp_path):
     with pytest.raises(DeviceUnavailable, match="ENOENT") as caught:
         EmbeddedEventChannels.open(str(tmp_path))
-    assert f"python -m pvfront.host {tmp_path}" in caught.value.hint
+    assert f"pvfront-host {tmp_path}" in caught.value.hint
 
 
 def test_no_descriptor_is_left_behind(hub):

@@ -83,7 +83,7 @@ async def test_the_platform_of_a_host_has_a_home_in_the_store(monkeypatch):
 async def test_without_a_host_the_error_says_how_to_start_one(tmp_path):
     with pytest.raises(PvfrontError, match="no embedded host runs there") as caught:
         platform({"PVFRONT_HOST": str(tmp_path)}).require()
-    assert f"python -m pvfront.host {tmp_path}" in caught.value.hint
+    assert f"pvfront-host {tmp_path}" in caught.value.hint
 
 
 def test_without_the_variable_it_is_xen():
@@ -114,7 +114,7 @@ async def test_a_path_that_is_too_long_for_a_socket_is_said_so(tmp_path):
 
 @pytest.fixture
 def foreground(tmp_path):
-    """`python -m pvfront.host`, started as a user would."""
+    """`pvfront-host`, started as a user would."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-P", "-m", "pvfront.host", str(tmp_path / "h")),
