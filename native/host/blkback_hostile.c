@@ -162,7 +162,10 @@ static uint64_t rewriting(struct bb_ring *r, uint64_t now, uint32_t kind, uint64
 	if (kind == PVF_BB_PAGES)
 		rewrite_idle_pages(r, &rule);
 	else
-		bb_rewrite_slots(r, 0, RING_SIZE(&r->ring), &rule);
+		/* Responses that were seen, in the slots that are used again last: requests not yet
+		 * published stand in the others, and would come to us as garbage. */
+		bb_rewrite_slots(r, r->ring.req_cons - RING_SIZE(&r->ring) / 4, r->ring.req_cons,
+				 &rule);
 	return *due;
 }
 

@@ -218,7 +218,8 @@ class Fault:
     ) -> Self:
         """The request's bytes in the granted pages are overwritten with `pattern` (a 64-bit word;
         0: a random one): right before or after the response is published. "idle": all pages that
-        the backend knows of, again and again while nothing is in flight.
+        the backend knows of, again and again while nothing is in flight; so the next write may
+        bring what the backend itself put there.
         """
         return cls._rewrite("pages", when, pattern, every_ms, which)
 
@@ -231,7 +232,11 @@ class Fault:
         every_ms: float = 0.1,
         **which: Unpack[Selection],
     ) -> Self:
-        """The response's slot in the ring is overwritten; "idle": all slots."""
+        """The response's slot in the ring is overwritten; "idle": the quarter of the ring whose
+        responses the frontend has taken last, again and again while nothing is in flight. A
+        frontend that has most of a ring of requests written, but not published, has them there
+        too: it then gets answers to requests that it never made.
+        """
         return cls._rewrite("slots", when, pattern, every_ms, which)
 
     @classmethod
