@@ -194,6 +194,7 @@ class DiskFrontend:
         view = device.view
         serves = hello.state is State.RUNNING and hello.has_target
         if self.target.clients is not None:
+            self._hold(hello.has_target)
             # Between two clients it serves as well.
             serves = hello.state is State.RUNNING or (
                 hello.state in (State.TARGET_LOST, State.DRAINED) and not hello.has_target
@@ -397,7 +398,10 @@ class DiskFrontend:
         worker = self._worker
         if worker is not None and not self._attached:
             return  # of a generation whose attach failed, the worker knows nothing
-        keep = keep_target and self._trouble is None and worker is not None
+        # Nobody would bring the requests of a client again, but of one that has none under way the
+        # worker can keep the socket, and does only then.
+        keep = keep_target or (self.target.clients is not None and self._has_socket)
+        keep = keep and self._trouble is None and worker is not None
         if worker is not None:
             try:
                 await worker.detach(self._generation, keep_target=keep)

@@ -24,7 +24,7 @@ Limits
     is gone, is seen by the next client; status shows what the present one was told. Requests
     beyond the present end are refused. Nobody keeps the requests of a client: if the connection
     to the backend breaks with requests in flight, the client's socket is closed, and whether it
-    connects again is its own business (qemu: reconnect-delay).
+    connects again is its own business (qemu: reconnect-delay). A client with none stays.
 
     Hostile clients: every length is bounded before it is read, a handshake has `HANDSHAKE`
     seconds and `OPTIONS` options in all, and `CLIENTS` handshakes go on at a time; more wait in

@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from embedded import Nbd
 from pvfront import worker as worker_module
 from pvfront.blkfront.frontend import DiskFrontend
 from pvfront.blkfront.nbdexport import SocketTarget
+from pvfront.states import XenbusState
 from pvfront.worker import State
 
 SIZE = SECTORS * 512
@@ -242,6 +244,47 @@ async def test_a_client_stays_connected_over_a_generation_that_ended_drained(
     await world.leave(drained=True)
     await world.running()
     assert world.disk.generation == 2
+    assert await asyncio.to_thread(client.read, 0, 512) == b"1" * 512
+    client.sock.close()
+
+
+async def test_a_client_with_nothing_under_way_stays_and_one_with_requests_is_cut_off(
+    world: SocketWorld,
+) -> None:
+    client = await world.client()
+    await asyncio.to_thread(client.write, 0, b"1" * 512)
+    await world.leave()
+    await world.running()
+    assert await asyncio.to_thread(client.read, 0, 512) == b"1" * 512
+    world.backend.hold = True
+    client.request(Nbd.WRITE, 0, 512, b"2" * 512)
+    await eventually("the write in the ring", lambda: world.backend.held)
+    await world.leave()
+    with pytest.raises(ConnectionError):
+        await asyncio.to_thread(client.exactly, 1)
+    client.sock.close()
+    assert world.disk.busy() is None
+    await world.running()
+    second = await world.client()
+    assert await asyncio.to_thread(second.read, 0, 512) == b"1" * 512
+    second.sock.close()
+
+
+async def test_a_client_of_a_worker_that_cannot_be_adopted_goes_on_with_the_next_generation(
+    world: SocketWorld,
+) -> None:
+    client = await world.client()
+    await asyncio.to_thread(client.write, 0, b"1" * 512)
+    await world.target.close()
+    world.disk._forget()  # it does not end its worker
+    later = world.disk = world.frontend()
+    connected = world.device.view
+    world.device.view = replace(connected, backend=XenbusState.CLOSED)
+    assert not await later.adopt(world.device)
+    world.device.view = connected
+    await world.running()
+    assert later.generation == 2
+    assert later.busy() is not None
     assert await asyncio.to_thread(client.read, 0, 512) == b"1" * 512
     client.sock.close()
 
