@@ -84,14 +84,16 @@ class SocketWorld(World):
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SocketWorld]:
     monkeypatch.setattr(worker_module, "USER", "nobody")
     made = SocketWorld(tmp_path)
-    await made.running()
     following = asyncio.create_task(made.follow())
-    yield made
-    following.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await following
-    await end(made)
-    await made.target.close()
+    try:
+        await made.running()
+        yield made
+    finally:  # also if the start failed: a worker outlives whoever started it
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
+        await end(made)
+        await made.target.close()
 
 
 async def run(*command: str, status: int = 0) -> str:
