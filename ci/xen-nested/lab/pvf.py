@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .client import Job
 from .guest import Guest
 from .scenario import BackingDisk, Lab, wait_until
 
@@ -138,3 +139,16 @@ def fio(
         f"--iodepth={depth} --ioengine=libaio --direct=1 --size={size} --verify=crc32c "
         f"--verify_fatal=1 --randrepeat=0 --output-format=terse {extra}"
     )
+
+
+def end_fio(guest: Guest, load: Job, timeout: float = 120.0) -> None:
+    """Ends fio jobs that would run on; raises AssertionError if one of them had an error.
+
+    For loads that must last as long as something else takes, however slow the machine is.
+    """
+    guest.run("pkill -INT -x fio")
+    result = load.wait(timeout=timeout)
+    assert result.code in (0, 128), result  # 128: ended by a signal, having finished in order
+    errors = [line.split(";")[4] for line in result.stdout.splitlines() if line.startswith("3;")]
+    assert errors, result
+    assert set(errors) == {"0"}, result
