@@ -201,6 +201,7 @@ class DeviceLoop:
         self._attached = False  # the frontend holds ports and grants
         self._published = False  # the keys in the store are those of what is held
         self._poisoned = False
+        self._in_vain: Step | None = None  # the wait that ended without what was waited for
         self._on_change = on_change
         self._may_bind = may_bind
         self._poked = asyncio.Event()
@@ -407,14 +408,18 @@ class DeviceLoop:
             Step.WAIT_BACKEND_CLOSING: (wait.closing, "backend Closing"),
             Step.WAIT_BACKEND_CLOSED: (wait.closing, "backend Closed"),
         }[step]
-        if step is Step.WAIT_INIT_WAIT and view.backend is XenbusState.CLOSED:
+        if step is self._in_vain or (
+            step is Step.WAIT_INIT_WAIT and view.backend is XenbusState.CLOSED
+        ):
             # The backend reacts to the write, not to the value: it may have missed the first.
-            await self.device.write_state(XenbusState.INITIALISING, again=True)
+            await self.device.write_state(view.frontend, again=True)
+        self._in_vain = step
         await self.device.until(
             lambda v: v.backend is not view.backend or v.online is not view.online,
             what=what,
             timeout=seconds,
         )
+        self._in_vain = None
 
     async def _let_go(self, *, keep_target: bool) -> None:
         """Frees what the generation held, and removes its keys. After the backend has let go."""

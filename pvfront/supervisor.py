@@ -424,7 +424,9 @@ class Supervisor:
             raise
         finally:
             await loop.device.close()
-        if loop.device.view.frontend is XenbusState.UNKNOWN:
+        view = loop.device.view
+        # Offline and closed: the toolstack removes the nodes, maybe after our last look.
+        if view.frontend is XenbusState.UNKNOWN or not view.online:
             self.klass.forget(loop.device.name)
         # The id may be back already, attached again before the list was read once more.
         with contextlib.suppress(PvfrontError, OSError):

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Rules 23 and 24: too many events, and too few. What they cost is counted, not timed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from hostileworld import MIB, RSP_EVENT, Disk, until
+from nbdclient import WRITE, finished
+
+from pvfront.host.blkback import Fault
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+STORM = 20_000
+CALM = 200
+"""Four wake-ups at once, then 1, 2, 4 … 1000 ms apart: two hundred would take minutes."""
+
+
+async def stormed(disk: Disk, events: int) -> None:
+    async def look() -> bool:
+        return await disk.served("fired_storm") >= events
+
+    await until(f"{events} events of a storm", look)
+
+
+async def test_rule_23_a_storm_of_events_wakes_an_idle_worker_a_few_times(disk: Disk) -> None:
+    client = await disk.client()
+    await client.write(0, bytes(4096))
+    before = await disk.stats()
+    await disk.fault(Fault.storm())
+    await stormed(disk, STORM)
+    now = await disk.stats()
+    assert now.wakeups - before.wakeups < CALM
+    assert 4 <= now.events_spurious - before.events_spurious < CALM
+    # The disk works in the middle of it, and afterwards.
+    for i in range(5):
+        data = os.urandom(4096)
+        await client.write(4096 * i, data)
+        assert await client.read(4096 * i, 4096) == data
+    await disk.fault()
+    await client.flush()
+    assert (await disk.shown())["generation"] == 1
+
+
+async def test_rule_23_wake_ups_of_a_masked_port_stop_nothing(disk: Disk) -> None:
+    """On the embedded host only (docs/host.md): an eventfd is one open file for both ends."""
+    client = await disk.client()
+    await disk.fault(Fault.storm(5000, wakes=True))
+    await stormed(disk, 200)
+    for i in range(20):
+        data = os.urandom(65536)
+        await client.write(0, data)
+        assert await client.read(0, 65536) == data, i
+    await disk.fault()
+    assert (await disk.shown())["generation"] == 1
+
+
+@pytest.mark.parametrize("op", ["read", "write", "flush", "discard"])
+async def test_rule_24_a_lost_event_is_found_by_the_watchdog(disk: Disk, op: str) -> None:
+    client = await disk.client()
+    await client.write(0, b"\x07" * 4096)
+    await disk.fault(Fault.lose_event(op=op, count=1))  # type: ignore[arg-type]
+    if op == "read":
+        assert await client.read(0, 4096) == b"\x07" * 4096
+    elif op == "write":
+        await client.write(0, b"\x08" * 4096)
+    elif op == "flush":
+        await client.flush()
+    else:
+        await client.trim(0, 65536)
+    assert (await disk.stats()).watchdog_hits >= 1
+    assert (await disk.shown())["generation"] == 1
+
+
+async def test_rule_24_a_request_for_events_that_is_overwritten_is_found_by_the_watchdog(
+    disk: Disk,
+) -> None:
+    client = await disk.client()
+    await client.write(0, bytes(4096))
+    ring = await disk.ring()
+    await disk.fault(Fault.stall(op="write", count=1))
+    reply = client.start(WRITE, 0, 4096, b"\x09" * 4096)
+    await disk.fired("stall")
+    ring.words[RSP_EVENT] ^= 0x40000000
+    await disk.release()
+    await finished(reply)
+    assert (await disk.stats()).watchdog_hits >= 1
+
+
+async def test_rule_24_nobody_watches_a_ring_without_requests(disk: Disk) -> None:
+    client = await disk.client()
+    await client.write(0, bytes(4096))
+
+    async def asleep() -> bool:
+        before = (await disk.stats()).wakeups
+        await asyncio.sleep(0.6)  # more than two ticks
+        return (await disk.stats()).wakeups == before
+
+    await until("no wake-up in the time of two ticks", asleep)
+
+
+async def test_storm_losses_delays_and_reordering_at_once_keep_every_byte(disk: Disk) -> None:
+    client = await disk.client()
+    await disk.fault(
+        Fault.storm(2000),
+        Fault.lose_event(chance=0.01),
+        Fault.delay(0.1, 3, chance=0.3),
+        Fault.reorder(8, ms=1, chance=0.3),
+    )
+    model = os.urandom(4 * MIB)
+    size = 32768
+    for at in range(0, len(model), 32 * size):
+        parts = range(at, min(at + 32 * size, len(model)), size)
+        await asyncio.gather(
+            *(finished(client.start(WRITE, p, size, model[p : p + size])) for p in parts)
+        )
+    await disk.fault()
+    assert await client.read(0, len(model)) == model
+    assert (await disk.shown())["generation"] == 1
