@@ -17,7 +17,7 @@
 static int watch(struct pvf_target *t, int op, bool out)
 {
 	struct epoll_event event = {
-		.events = EPOLLIN | EPOLLET | (out ? EPOLLOUT : 0),
+		.events = EPOLLIN | EPOLLRDHUP | EPOLLET | (out ? EPOLLOUT : 0),
 		.data.u64 = t->tag,
 	};
 
@@ -59,6 +59,8 @@ void pvf_target_event(struct pvf_target *t, uint32_t events)
 {
 	if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
 		t->rx_ready = true;
+	if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+		t->ended = true;
 	if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR) && !t->tx_ready) {
 		t->tx_ready = true;
 		watch(t, EPOLL_CTL_MOD, false);
@@ -89,8 +91,9 @@ static size_t receive(struct pvf_target *t, struct iovec *iov, int n, size_t wan
 			     : "the client closed the NBD socket within a request");
 		return 0;
 	}
-	/* Less than asked for empties a stream socket; what comes later is a new edge. */
-	if ((size_t)got < asked)
+	/* Less than asked for empties a stream socket; what comes later is a new edge. An end whose
+	 * edge came together with the last bytes' has none of its own. */
+	if ((size_t)got < asked && !t->ended)
 		t->rx_ready = false;
 	size_t payload = (size_t)got < wanted ? (size_t)got : wanted;
 

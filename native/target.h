@@ -24,6 +24,7 @@ struct pvf_target {
 	uint64_t tag; /* the epoll data of `fd` */
 	bool rx_ready;  /* a recv may bring something */
 	bool tx_ready;  /* a send may be accepted */
+	bool ended;     /* the client has closed its side: an end follows the last bytes */
 	bool disc;      /* the client said NBD_CMD_DISC: answer what is left, then end */
 	bool gone;      /* `error` and `why` say how it ended */
 	int error;      /* 0: in order */

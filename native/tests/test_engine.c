@@ -548,6 +548,24 @@ static void disconnect(void)
 	CHECK_EQ(target.error, 0);
 }
 
+/* What it sent and its end come in one edge: the last bytes do not hide the end. */
+static void leaving(void)
+{
+	for (int half = 0; half < 2; half++) {
+		setup(22, 11, 9);
+		send(client, "xyz", 3, 0);
+		if (half) {
+			shutdown(client, SHUT_WR);
+		} else {
+			close(client);
+			client = -1;
+		}
+		until_idle();
+		CHECK(target.gone);
+		CHECK_EQ(target.error, ECONNRESET);
+	}
+}
+
 static void stream_fails(void)
 {
 	setup(8, 2, 9); /* 2 reserved: reads of more than 24 KiB stream */
@@ -689,6 +707,7 @@ int main(void)
 		{"the payload of a refused write is thrown away", refused_write},
 		{"a wrong magic ends the connection", magic},
 		{"a disconnect ends the connection after the last reply", disconnect},
+		{"a client that leaves right after it has sent something has left", leaving},
 		{"a streamed read that fails after its header ends the connection", stream_fails},
 		{"a streamed read that fails at its first piece gets an error", stream_fails_first},
 		{"a lost target leaves nothing behind once the ring is empty", lost_target},
