@@ -361,33 +361,38 @@ int pvf_worker_init(struct pvf_worker *w, int listen_fd, const char *name, const
 	return epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, listen_fd, &event) ? -errno : 0;
 }
 
-int pvf_worker_run(struct pvf_worker *w)
+int pvf_worker_turn(struct pvf_worker *w, int timeout)
 {
 	struct epoll_event events[8];
+	int n = epoll_wait(w->epoll_fd, events, 8, w->queue.again ? 0 : timeout);
 
-	publish(w);
-	while (!w->exiting) {
-		int n = epoll_wait(w->epoll_fd, events, 8, w->queue.again ? 0 : -1);
+	if (n < 0 && errno != EINTR)
+		return -errno;
+	w->queue.blk.stats.wakeups++;
+	for (int i = 0; i < n; i++) {
+		uint32_t tag = (uint32_t)events[i].data.u64;
 
-		if (n < 0 && errno != EINTR)
-			return 1;
-		w->queue.blk.stats.wakeups++;
-		for (int i = 0; i < n; i++) {
-			uint32_t tag = (uint32_t)events[i].data.u64;
-
-			if (tag == TAG_LISTEN)
-				accept_control(w);
-			else if (tag == TAG_CONTROL) {
-				if (w->ctl.fd >= 0)
-					control(w, events[i].events);
-			} else
-				pvf_queue_event(&w->queue, tag, events[i].events);
-		}
-		pvf_queue_service(&w->queue);
-		settle(w);
-		/* Who gets an answer finds the statistics that go with it. */
-		publish(w);
-		pvf_ctl_flush(&w->ctl);
+		if (tag == TAG_LISTEN)
+			accept_control(w);
+		else if (tag == TAG_CONTROL) {
+			if (w->ctl.fd >= 0)
+				control(w, events[i].events);
+		} else
+			pvf_queue_event(&w->queue, tag, events[i].events);
 	}
+	pvf_queue_service(&w->queue);
+	settle(w);
+	/* Who gets an answer finds the statistics that go with it. */
+	publish(w);
+	pvf_ctl_flush(&w->ctl);
+	return 0;
+}
+
+int pvf_worker_run(struct pvf_worker *w)
+{
+	publish(w);
+	while (!w->exiting)
+		if (pvf_worker_turn(w, -1))
+			return 1;
 	return 0;
 }

@@ -30,6 +30,10 @@ struct pvf_worker {
 /* Opens everything the worker needs of its own and listens. 0 or -errno with `*why`. */
 int pvf_worker_init(struct pvf_worker *worker, int listen_fd, const char *name, const char **why);
 
+/* One turn of the loop: waits up to `timeout` ms (-1: without end) for something to do, and does it. 0 or
+ * -errno. */
+int pvf_worker_turn(struct pvf_worker *worker, int timeout);
+
 /* Serves until EXIT. Returns the exit status. */
 int pvf_worker_run(struct pvf_worker *worker);
 

@@ -9,12 +9,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#ifndef CHECK_FAILED
+#define CHECK_FAILED() _exit(1)
+#endif
+
 #define CHECK(cond)                                                                       \
 	do {                                                                              \
 		if (!(cond)) {                                                            \
 			printf("Bail out! %s:%d: not true: %s\n", __FILE__, __LINE__, #cond); \
 			fflush(stdout);                                                   \
-			_exit(1);                                                         \
+			CHECK_FAILED();                                                   \
 		}                                                                         \
 	} while (0)
 
@@ -25,7 +29,7 @@
 			printf("Bail out! %s:%d: %s is %lld, not %s = %lld\n", __FILE__,  \
 			       __LINE__, #a, a_, #b, b_);                                 \
 			fflush(stdout);                                                   \
-			_exit(1);                                                         \
+			CHECK_FAILED();                                                   \
 		}                                                                         \
 	} while (0)
 
