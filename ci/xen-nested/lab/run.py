@@ -146,7 +146,7 @@ def _destroy(options: argparse.Namespace) -> int:
 
 
 def _test(options: argparse.Namespace) -> int:
-    """Run tests/lab; the last line is `N passed, N failed, N skipped`."""
+    """Run the plugin's suites; the last line is `N passed, N failed, N skipped`."""
     import pytest
 
     name = "soak" if options.soak else "lab"
@@ -156,8 +156,9 @@ def _test(options: argparse.Namespace) -> int:
     junit.parent.mkdir(parents=True, exist_ok=True)
     junit.unlink(missing_ok=True)
     tests = [word for word in options.pytest if Path(word.split("::")[0]).exists()]
-    arguments = [] if tests else [str(paths.PROJECT / "tests/lab")]
-    arguments += ["--guest", options.guest, f"--junit-xml={junit}", "-v"]
+    suites = ("tests/functional", "tests/lab")
+    arguments = [] if tests else [str(paths.PROJECT / suite) for suite in suites]
+    arguments += ["-p", "lab.plugin", "--guest", options.guest, f"--junit-xml={junit}", "-v"]
     arguments += ["--rootdir", str(paths.PROJECT)]
     arguments += ["-m", options.k] if options.k else []
     for flag in ("lab_attach", "no_payload", "soak"):
@@ -220,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text)
         verb.set_defaults(call=call)
     for name, text in (
-        ("test", "run tests/lab in a lab of its own"),
+        ("test", "run tests/functional and tests/lab in a lab of its own"),
         ("soak", "the tests that repeat, ten times as often; goes on where it was interrupted"),
     ):
         verb = verbs.add_parser(name, help=text)

@@ -108,6 +108,16 @@ def _free_ports(count: int) -> list[int]:
         return [int(sock.getsockname()[1]) for sock in sockets]
 
 
+def _put_first(pid: int) -> None:
+    """Gives the session of `pid` ten times the CPU share of others, where we may.
+
+    Deadlines inside the virtual machine run on, whatever else the host computes. Nice values alone
+    count only within a session where the kernel groups by session (sched(7), autogroup).
+    """
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text("-10")
+
+
 _STARTED: list[subprocess.Popen[bytes]] = []
 """Kept to the end: Python warns of a Popen that goes before its process has ended."""
 
@@ -171,6 +181,7 @@ class Outer:
         if process.poll() is not None:
             raise LabError("qemu", f"ended at once: {(run / 'qemu.log').read_text()}")
         _STARTED.append(process)
+        _put_first(process.pid)
         return cls(run, ports, process.pid)
 
     @staticmethod
