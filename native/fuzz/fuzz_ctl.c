@@ -1,0 +1,487 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * A hostile supervisor: any message with any descriptors at any time to a whole worker, whose backend
+ * and client may be hostile too.
+ *
+ * What must hold: each message, also one that is none, has exactly one answer, of its kind (QUIESCE's may
+ * come later, and a later command may take its place); what the worker says is well formed, and HELLO
+ * true; generations only grow; and in the end no descriptor has been lost.
+ */
+#include "fuzz.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include <linux/nbd.h>
+#define xen_mb()
+#define xen_rmb()
+#define xen_wmb()
+#include <xen/xen.h>
+#include <xen/io/blkif.h>
+
+#include "scm.h"
+#include "worker.h"
+
+#define ARENA_PAGES 96u
+
+static struct pvf_worker worker;
+static int listener, control, client; /* -1: none */
+static struct sockaddr_un address;
+static socklen_t address_size;
+static unsigned char *arena;
+static struct pvf_channel *channel;
+static int arena_fd, channel_fd, wakeup[2], hub[8];
+static uint32_t hubs;
+static uint32_t generation; /* the last that was ATTACHED */
+static bool quiesce_owed;
+
+static int memory(size_t bytes, void **where)
+{
+	int fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	CHECK(fd >= 0 && !ftruncate(fd, (off_t)bytes) && !fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK));
+	*where = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	CHECK(*where != MAP_FAILED);
+	return fd;
+}
+
+static void send_packet(int to, const void *bytes, size_t n, const int *fds, uint32_t count)
+{
+	union {
+		struct cmsghdr align;
+		char space[CMSG_SPACE(12 * sizeof(int))];
+	} c = {0};
+	struct iovec iov = {(void *)(uintptr_t)bytes, n};
+	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+
+	if (count) {
+		msg.msg_control = &c;
+		msg.msg_controllen = CMSG_SPACE(count * sizeof(int));
+		struct cmsghdr *h = CMSG_FIRSTHDR(&msg);
+
+		h->cmsg_level = SOL_SOCKET;
+		h->cmsg_type = SCM_RIGHTS;
+		h->cmsg_len = CMSG_LEN(count * sizeof(int));
+		memcpy(CMSG_DATA(h), fds, count * sizeof(int));
+	}
+	CHECK(sendmsg(to, &msg, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)n);
+}
+
+/* A connection to the hub in which a packet waits, as for ATTACH. */
+static int handed_over(uint32_t kind, uint32_t port)
+{
+	struct pvf_host_packet packet = {.magic = PVF_HOST_MAGIC, .kind = kind, .port = port};
+	int event[3] = {channel_fd, wakeup[0], wakeup[1]}, pair[2];
+
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
+	if (kind == PVF_HOST_EVENT)
+		send_packet(pair[0], &packet, sizeof(packet), event, 3);
+	else
+		send_packet(pair[0], &packet, sizeof(packet), &arena_fd, 1);
+	if (hubs < 8)
+		hub[hubs++] = pair[0];
+	else
+		close(pair[0]);
+	return pair[1];
+}
+
+static int nbd_socket(void)
+{
+	int pair[2];
+
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+	if (client >= 0)
+		close(client);
+	client = pair[0];
+	return pair[1];
+}
+
+static int any(uint32_t kind, uint32_t port)
+{
+	switch (kind % 6) {
+	case 0:
+		return handed_over(PVF_HOST_EVENT, port);
+	case 1:
+		return handed_over(PVF_HOST_PAGES, 0);
+	case 2:
+		return nbd_socket();
+	case 3:
+		return eventfd(0, EFD_CLOEXEC);
+	case 4:
+		return open("/dev/null", O_RDWR | O_CLOEXEC);
+	default:
+		return fcntl(arena_fd, F_DUPFD_CLOEXEC, 0);
+	}
+}
+
+/* What the worker says */
+
+static void text_ends(const char *text, size_t size)
+{
+	CHECK(memchr(text, 0, size) && text[0]);
+}
+
+/* Reads all of it. `type`: of the message that was just sent, 0: none; returns its answers. */
+static uint32_t hear(uint16_t type)
+{
+	union {
+		struct pvf_ctl_hdr hdr;
+		struct pvf_ctl_hello hello;
+		struct pvf_ctl_error error;
+		struct pvf_ctl_broken broken;
+		struct pvf_ctl_target_gone gone;
+		struct pvf_ctl_feature_off off;
+		struct pvf_ctl_stalled stalled;
+		struct pvf_ctl_log log;
+		char bytes[PVF_CTL_MAX];
+	} m;
+	union {
+		struct cmsghdr align;
+		char space[CMSG_SPACE(4 * sizeof(int))];
+	} c;
+	static const uint16_t good[] = {[PVF_CTL_ATTACH] = PVF_CTL_ATTACHED,
+					[PVF_CTL_START] = PVF_CTL_STARTED,
+					[PVF_CTL_QUIESCE] = PVF_CTL_DRAINED,
+					[PVF_CTL_DETACH] = PVF_CTL_DETACHED};
+	uint32_t answers = 0;
+
+	while (control >= 0) {
+		struct iovec iov = {&m, sizeof(m)};
+		struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &c,
+				     .msg_controllen = sizeof(c)};
+		ssize_t n = recvmsg(control, &msg, MSG_DONTWAIT);
+		int fds[4];
+
+		if (n < 0)
+			break;
+		if (!n) {
+			close(control);
+			control = -1;
+			break;
+		}
+		uint32_t came = pvf_scm_take(&msg, fds, 4);
+
+		pvf_scm_close(fds, 4);
+		CHECK(n >= (ssize_t)sizeof(m.hdr) && m.hdr.length == (size_t)n);
+		CHECK(m.hdr.magic == PVF_CTL_MAGIC && m.hdr.version == PVF_CTL_VERSION);
+		CHECK_EQ(came, m.hdr.type == PVF_CTL_HELLO);
+		CHECK(m.hdr.generation >= generation);
+		switch (m.hdr.type) {
+		case PVF_CTL_HELLO:
+			CHECK_EQ(n, sizeof(m.hello));
+			CHECK(m.hello.state <= PVF_TARGET_LOST && m.hello.pid == worker.pid);
+			CHECK_EQ(m.hello.has_target, worker.queue.target.fd >= 0);
+			text_ends(m.hello.name, sizeof(m.hello.name));
+			break;
+		case PVF_CTL_ATTACHED:
+			CHECK(type == PVF_CTL_ATTACH && m.hdr.generation > generation);
+			generation = m.hdr.generation;
+			answers++;
+			break;
+		case PVF_CTL_STARTED:
+		case PVF_CTL_DETACHED:
+			CHECK_EQ(m.hdr.type, good[type]);
+			quiesce_owed = false;
+			answers++;
+			break;
+		case PVF_CTL_DRAINED: /* an answer, or a client's end */
+			answers += type == PVF_CTL_QUIESCE;
+			quiesce_owed = false;
+			CHECK_EQ(worker.queue.blk.in_flight, 0);
+			break;
+		case PVF_CTL_ERROR:
+			CHECK_EQ(n, sizeof(m.error));
+			text_ends(m.error.text, sizeof(m.error.text));
+			if (m.error.in_reply_to == PVF_CTL_QUIESCE && quiesce_owed &&
+			    type != PVF_CTL_QUIESCE) {
+				quiesce_owed = false;
+				break;
+			}
+			CHECK_EQ(m.error.in_reply_to, type);
+			answers++;
+			break;
+		case PVF_CTL_BROKEN:
+			CHECK_EQ(n, sizeof(m.broken));
+			text_ends(m.broken.text, sizeof(m.broken.text));
+			text_ends(m.broken.field, sizeof(m.broken.field));
+			CHECK(m.broken.rule && m.broken.rule <= 28);
+			break;
+		case PVF_CTL_TARGET_GONE:
+			CHECK_EQ(n, sizeof(m.gone));
+			text_ends(m.gone.text, sizeof(m.gone.text));
+			break;
+		case PVF_CTL_FEATURE_OFF:
+			CHECK_EQ(n, sizeof(m.off));
+			break;
+		case PVF_CTL_STALLED:
+			CHECK_EQ(n, sizeof(m.stalled));
+			break;
+		case PVF_CTL_LOG:
+			break;
+		default:
+			abort();
+		}
+	}
+	return answers;
+}
+
+static void turn(void)
+{
+	int rounds = 0;
+
+	do
+		CHECK(!pvf_worker_turn(&worker, 0));
+	while (worker.queue.again && ++rounds < 4);
+	CHECK(worker.state <= PVF_TARGET_LOST);
+	CHECK(worker.queue.blk.in_flight <= 512);
+	CHECK(worker.queue.attached == (worker.state != PVF_IDLE));
+}
+
+/* What the supervisor says */
+
+static void command(struct input *in)
+{
+	static union {
+		struct pvf_ctl_hdr hdr;
+		struct pvf_ctl_start start;
+		struct pvf_ctl_detach detach;
+		unsigned char bytes[PVF_CTL_MAX + 64];
+	} m;
+	struct pvf_ctl_attach *a = (struct pvf_ctl_attach *)(void *)m.bytes;
+	uint32_t how = upto(in, 256), bend = upto(in, 256), port = 9, count = 0;
+	static const uint16_t types[] = {PVF_CTL_ATTACH, PVF_CTL_START, PVF_CTL_QUIESCE,
+					 PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START, 6, 99};
+	uint16_t type = types[how % 8];
+	size_t size = sizeof(m.hdr);
+	int fds[12];
+
+	memset(&m, 0, sizeof(m.start) + sizeof(*a));
+	switch (type) {
+	case PVF_CTL_ATTACH:
+		a->device_class = PVF_CLASS_BLK;
+		a->port = port;
+		a->ring_pages = 1u << upto(in, 3);
+		a->pool_pages = 2 + upto(in, 60);
+		a->pool_offset = a->ring_pages * PVF_PAGE_SIZE;
+		memcpy(a->name, "vbd-51728", 10);
+		a->flags = upto(in, 2);
+		for (uint32_t i = 0; i < a->pool_pages; i++)
+			a->pool_grefs[i] = 100 + i;
+		size = sizeof(*a) + a->pool_pages * 4;
+		fds[count++] = bend & 16 ? any(upto(in, 6), port) : handed_over(PVF_HOST_EVENT, port);
+		fds[count++] = bend & 16 ? any(upto(in, 6), port) : handed_over(PVF_HOST_PAGES, 0);
+		break;
+	case PVF_CTL_START:
+		m.start.sectors = 2048;
+		m.start.sector_size = 512u << upto(in, 4);
+		m.start.flags = upto(in, 8) ^ 6;
+		m.start.max_segments = 1 + upto(in, 11);
+		m.start.discard_granularity = upto(in, 3) * 512;
+		m.start.options = upto(in, 2);
+		size = sizeof(m.start);
+		if (how & 8)
+			fds[count++] = bend & 16 ? any(upto(in, 6), port) : nbd_socket();
+		break;
+	case PVF_CTL_DETACH:
+		m.detach.flags = how & 8 ? upto(in, 4) : how >> 4 & 1;
+		size = sizeof(m.detach);
+		break;
+	}
+	m.hdr = (struct pvf_ctl_hdr){PVF_CTL_MAGIC, PVF_CTL_VERSION, type,
+				     generation + (type == PVF_CTL_ATTACH), (uint32_t)size};
+	if (bend & 32)
+		m.hdr.generation = (uint32_t)number(in, 1);
+	while (bend & 64 && count < 12 && upto(in, 4))
+		fds[count++] = any(upto(in, 6), port);
+	if ((bend & 15) == 1)
+		m.bytes[upto(in, (uint32_t)size)] ^= (unsigned char)number(in, 1);
+	if ((bend & 15) == 2) {
+		size = upto(in, sizeof(m.bytes)) + 1;
+		if (bend & 128)
+			m.hdr.length = (uint32_t)size;
+	}
+	if ((bend & 15) == 3)
+		raw(in, m.bytes, size);
+	bool exits = m.hdr.type == PVF_CTL_EXIT;
+
+	/* An empty queue of answers first, so that none is dropped for want of room. */
+	hear(0);
+	if (control >= 0) {
+		bool quiesce;
+		uint32_t answers;
+
+		send_packet(control, m.bytes, size, fds, count);
+		pvf_scm_close(fds, count);
+		turn();
+		if (size < sizeof(m.hdr))
+			m.hdr.type = 0; /* what it is called in the answer */
+		/* Too few descriptors or too many, a wrong length: ERROR names the type all the same. */
+		quiesce = m.hdr.type == PVF_CTL_QUIESCE;
+		if (quiesce)
+			quiesce_owed = true;
+		answers = hear(m.hdr.type);
+		if (control < 0 || (exits && worker.exiting))
+			return;
+		if (quiesce)
+			CHECK(answers == 1 || (!answers && quiesce_owed &&
+					       (worker.state == PVF_DRAINING ||
+						worker.state == PVF_TARGET_LOST)));
+		else
+			CHECK_EQ(answers, 1);
+	} else {
+		pvf_scm_close(fds, count);
+	}
+}
+
+static void supervisor(void)
+{
+	if (control >= 0)
+		close(control);
+	control = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	CHECK(control >= 0 && !connect(control, (struct sockaddr *)&address, address_size));
+	quiesce_owed = worker.quiesce_asked;
+	turn();
+	hear(0);
+}
+
+/* The two others */
+
+static void client_says(struct input *in)
+{
+	struct nbd_request r = {
+		.magic = htobe32(NBD_REQUEST_MAGIC),
+		.type = htobe32(upto(in, 5)),
+		.from = htobe64((uint64_t)upto(in, 256) * 4096),
+		.len = htobe32(upto(in, 64) * 4096),
+	};
+	static unsigned char bytes[4096];
+
+	if (client < 0)
+		return;
+	switch (upto(in, 5)) {
+	case 0:
+		close(client);
+		client = -1;
+		return;
+	case 1:
+		send(client, bytes, upto(in, 4096), MSG_DONTWAIT | MSG_NOSIGNAL);
+		return;
+	case 2:
+		while (recv(client, bytes, sizeof(bytes), MSG_DONTWAIT) > 0)
+			;
+		return;
+	default:
+		send(client, &r, sizeof(r), MSG_DONTWAIT | MSG_NOSIGNAL);
+	}
+}
+
+static void backend_does(struct input *in)
+{
+	blkif_sring_t *sring = (blkif_sring_t *)(void *)arena;
+	const struct pvf_blk *blk = &worker.queue.blk;
+	uint32_t op = upto(in, 8), n = upto(in, 64);
+
+	if (op == 0) {
+		arena[upto(in, 4096)] = (unsigned char)number(in, 1);
+	} else if (op == 1) {
+		((unsigned char *)channel)[upto(in, 256)] = (unsigned char)number(in, 1);
+	} else if (blk->ring.entries) { /* answers, of which most are good */
+		for (uint32_t i = 0; i < PVF_PIECES && n; i++) {
+			blkif_response_t *rsp =
+				&sring->ring[sring->rsp_prod & (blk->ring.entries - 1)].rsp;
+
+			if (!blk->piece[i].in_flight)
+				continue;
+			*rsp = (blkif_response_t){.id = blk->piece[i].id,
+						  .operation = blk->piece[i].op,
+						  .status = op == 2 ? -2 : op == 3 ? -1 : 0};
+			sring->rsp_prod++;
+			n--;
+		}
+	}
+	pvf_channel_notify(channel, 1, wakeup[0]);
+}
+
+static void forget_worker(void)
+{
+	struct pvf_queue *q = &worker.queue;
+
+	pvf_ctl_drop(&worker.ctl);
+	pvf_queue_detach(q, false);
+	if (worker.parked) /* the worker would hold it until it dies */
+		CHECK(!close(q->port.event_source));
+	CHECK_EQ(q->blk.free_requests, PVF_REQUESTS);
+	CHECK_EQ(q->blk.free_pieces, PVF_PIECES);
+	CHECK(q->target.fd < 0 && !q->attached);
+	close(q->unmask_timer);
+	close(q->watchdog_timer);
+	close(worker.epoll_fd);
+	close(worker.stats.fd);
+	munmap(worker.stats.shared, PVF_STATS_SIZE);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	struct input in = {data, data + size};
+	uint64_t before = open_fds();
+	const char *why = NULL;
+
+	signal(SIGPIPE, SIG_IGN); /* as confine.c does */
+	control = client = -1;
+	hubs = generation = 0;
+	quiesce_owed = false;
+	address = (struct sockaddr_un){.sun_family = AF_UNIX};
+	address_size = sizeof(address);
+	listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	/* An abstract name of the kernel's choice. */
+	CHECK(!bind(listener, (struct sockaddr *)&address, sizeof(sa_family_t)));
+	CHECK(!getsockname(listener, (struct sockaddr *)&address, &address_size));
+	CHECK(!listen(listener, 4));
+	arena_fd = memory(ARENA_PAGES * PVF_PAGE_SIZE, (void **)&arena);
+	channel_fd = memory(4096, (void **)&channel);
+	pvf_channel_init(channel);
+	for (int i = 0; i < 2; i++)
+		wakeup[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	CHECK(!pvf_worker_init(&worker, listener, "vbd-51728", &why));
+	supervisor();
+	while (more(&in) && !worker.exiting) {
+		uint32_t op = upto(&in, 8);
+
+		switch (op) {
+		case 0:
+		case 1:
+		case 2:
+			command(&in);
+			break;
+		case 3:
+			client_says(&in);
+			break;
+		case 4:
+			backend_does(&in);
+			break;
+		case 5:
+			if (control < 0 || upto(&in, 8) == 7)
+				supervisor();
+			break;
+		case 6:
+			hear(0);
+			break;
+		default:
+			turn();
+		}
+	}
+	forget_worker();
+	munmap(arena, ARENA_PAGES * PVF_PAGE_SIZE);
+	munmap(channel, 4096);
+	int own[] = {listener, arena_fd, channel_fd, wakeup[0], wakeup[1], control, client};
+
+	pvf_scm_close(own, sizeof(own) / sizeof(own[0]));
+	pvf_scm_close(hub, hubs);
+	CHECK(open_fds() == before);
+	return 0;
+}
