@@ -32,8 +32,8 @@ static struct pvf_blk_op_stats *op_stats(struct pvf_blk *blk, uint16_t type)
 
 static void clear_tables(struct pvf_blk *blk)
 {
-	blk->current = blk->filling = PVF_NONE;
-	blk->filled = blk->skip = 0;
+	blk->current = PVF_NONE;
+	blk->fillings = blk->prepared = blk->filled = blk->skip = 0;
 	blk->flush_count = blk->reply_count = 0;
 	blk->pending = blk->stream_error = 0;
 	blk->free_requests = PVF_REQUESTS;
@@ -86,6 +86,13 @@ static void free_piece(struct pvf_blk *blk, uint16_t index)
 	while (p->pages)
 		pvf_pool_give(&blk->pool, p->page[--p->pages]);
 	blk->free_piece[blk->free_pieces++] = index;
+}
+
+static void free_fillings(struct pvf_blk *blk)
+{
+	while (blk->fillings)
+		free_piece(blk, blk->filling[--blk->fillings]);
+	blk->prepared = blk->filled = 0;
 }
 
 static void free_request(struct pvf_blk *blk, struct pvf_request *r)
@@ -168,10 +175,7 @@ static void fail_current(struct pvf_blk *blk, uint32_t error)
 	r->error = error;
 	if (r->type == NBD_CMD_WRITE) {
 		blk->skip = r->bytes - r->issued - blk->filled;
-		if (blk->filling != PVF_NONE)
-			free_piece(blk, blk->filling);
-		blk->filling = PVF_NONE;
-		blk->filled = 0;
+		free_fillings(blk);
 	}
 	if (r->queued && r->reply_sent)
 		blk->stream_error = error;
@@ -225,7 +229,8 @@ static struct pvf_piece *new_data_piece(struct pvf_blk *blk, uint16_t request)
 {
 	struct pvf_request *r = &blk->request[request];
 	bool write = r->type == NBD_CMD_WRITE;
-	uint32_t bytes = pvf_min32(r->bytes - r->issued, blk->segments_max * PVF_PAGE_SIZE);
+	uint32_t bytes = pvf_min32(r->bytes - r->issued - blk->prepared,
+				   blk->segments_max * PVF_PAGE_SIZE);
 	uint32_t pages = (bytes + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE;
 
 	if (pvf_pool_available(&blk->pool) < pages + (write ? 0 : blk->reserve))
@@ -351,27 +356,42 @@ static enum pvf_step step_read(struct pvf_blk *blk, struct pvf_request *r)
 	return PVF_STEP_HEADER;
 }
 
+/* Puts the full ones of the filling pieces into the ring. False: it has no slot. */
+static bool issue_filled(struct pvf_blk *blk)
+{
+	uint32_t n = 0;
+
+	while (n < blk->fillings) {
+		struct pvf_piece *p = &blk->piece[blk->filling[n]];
+
+		if (blk->filled < p->bytes || !pvf_ring_free(&blk->ring))
+			break;
+		blk->filled -= p->bytes;
+		blk->prepared -= p->bytes;
+		issue_data(blk, p);
+		n++;
+	}
+	blk->fillings -= n;
+	memmove(blk->filling, blk->filling + n, blk->fillings * sizeof(*blk->filling));
+	return !blk->fillings || blk->filled < blk->piece[blk->filling[0]].bytes;
+}
+
 static enum pvf_step step_write(struct pvf_blk *blk, struct pvf_request *r)
 {
-	for (;;) {
-		if (blk->filling == PVF_NONE) {
-			if (r->issued == r->bytes)
-				break;
-			struct pvf_piece *p = new_data_piece(blk, blk->current);
+	if (!issue_filled(blk))
+		return PVF_STEP_SLOT;
+	while (blk->fillings < PVF_BLK_FILLING && r->issued + blk->prepared < r->bytes) {
+		struct pvf_piece *p = new_data_piece(blk, blk->current);
 
-			if (!p)
-				return PVF_STEP_PAGE;
-			blk->filling = (uint16_t)(p - blk->piece);
-			blk->filled = 0;
-		}
-		if (blk->filled < blk->piece[blk->filling].bytes)
-			return PVF_STEP_PAYLOAD;
-		if (!pvf_ring_free(&blk->ring))
-			return PVF_STEP_SLOT;
-		issue_data(blk, &blk->piece[blk->filling]);
-		blk->filling = PVF_NONE;
-		blk->filled = 0;
+		if (!p)
+			break;
+		blk->filling[blk->fillings++] = (uint16_t)(p - blk->piece);
+		blk->prepared += p->bytes;
 	}
+	if (blk->fillings)
+		return PVF_STEP_PAYLOAD;
+	if (r->issued < r->bytes)
+		return PVF_STEP_PAGE;
 	leave_intake(blk);
 	return PVF_STEP_HEADER;
 }
@@ -413,30 +433,45 @@ enum pvf_step pvf_blk_step(struct pvf_blk *blk)
 	return blk->free_requests ? PVF_STEP_HEADER : PVF_STEP_REQUEST;
 }
 
-int pvf_blk_payload(const struct pvf_blk *blk, struct iovec *iov, bool *last)
+/* Adds what of a piece begins at its byte `at`; neighbouring pages are one entry. */
+static int add_pages(const struct pvf_blk *blk, const struct pvf_piece *p, uint32_t at,
+		     struct iovec *iov, int n, int max)
 {
-	const struct pvf_piece *p = &blk->piece[blk->filling];
-	const struct pvf_request *r = &blk->request[p->request];
-	uint32_t at = blk->filled;
-	int n = 0;
-
 	while (at < p->bytes) {
 		uint32_t offset = at % PVF_PAGE_SIZE;
 		uint32_t bytes = pvf_min32(p->bytes - at, PVF_PAGE_SIZE - offset);
+		unsigned char *from = pvf_pool_page(&blk->pool, p->page[at / PVF_PAGE_SIZE]) + offset;
 
-		iov[n++] = (struct iovec){
-			.iov_base = pvf_pool_page(&blk->pool, p->page[at / PVF_PAGE_SIZE]) + offset,
-			.iov_len = bytes,
-		};
+		if (n && (unsigned char *)iov[n - 1].iov_base + iov[n - 1].iov_len == from)
+			iov[n - 1].iov_len += bytes;
+		else if (n < max)
+			iov[n++] = (struct iovec){.iov_base = from, .iov_len = bytes};
+		else
+			break;
 		at += bytes;
 	}
-	*last = r->issued + p->bytes == r->bytes;
+	return n;
+}
+
+int pvf_blk_payload(const struct pvf_blk *blk, struct iovec *iov, bool *last)
+{
+	const struct pvf_request *r = &blk->request[blk->current];
+	uint32_t at = blk->filled;
+	int n = 0;
+
+	for (uint32_t i = 0; i < blk->fillings; i++) {
+		const struct pvf_piece *p = &blk->piece[blk->filling[i]];
+
+		n = add_pages(blk, p, at, iov, n, PVF_BLK_PAYLOAD);
+		at -= pvf_min32(at, p->bytes);
+	}
+	*last = r->issued + blk->prepared == r->bytes;
 	return n;
 }
 
 void pvf_blk_payload_add(struct pvf_blk *blk, size_t bytes)
 {
-	PVF_ASSERT(bytes <= blk->piece[blk->filling].bytes - blk->filled);
+	PVF_ASSERT(bytes <= blk->prepared - blk->filled);
 	blk->filled += (uint32_t)bytes;
 }
 
@@ -512,23 +547,6 @@ uint32_t pvf_blk_drain(struct pvf_blk *blk, uint32_t available)
 
 /* Replies */
 
-static int add_data(const struct pvf_blk *blk, const struct pvf_piece *p, struct iovec *iov, int n,
-		    int max)
-{
-	for (uint32_t at = p->sent; at < p->bytes && n < max;) {
-		uint32_t offset = at % PVF_PAGE_SIZE;
-		uint32_t bytes = pvf_min32(p->bytes - at, PVF_PAGE_SIZE - offset);
-		unsigned char *from = pvf_pool_page(&blk->pool, p->page[at / PVF_PAGE_SIZE]) + offset;
-
-		if (n && (unsigned char *)iov[n - 1].iov_base + iov[n - 1].iov_len == from)
-			iov[n - 1].iov_len += bytes;
-		else
-			iov[n++] = (struct iovec){.iov_base = from, .iov_len = bytes};
-		at += bytes;
-	}
-	return n;
-}
-
 int pvf_blk_reply(struct pvf_blk *blk, struct iovec *iov, int max)
 {
 	int n = 0;
@@ -550,7 +568,7 @@ int pvf_blk_reply(struct pvf_blk *blk, struct iovec *iov, int max)
 
 			if (!p->done)
 				return n;
-			n = add_data(blk, p, iov, n, max);
+			n = add_pages(blk, p, p->sent, iov, n, max);
 			covered += p->bytes - p->sent;
 		}
 		if (covered < r->to_send)
@@ -654,10 +672,8 @@ void pvf_blk_start(struct pvf_blk *blk, const struct pvf_geometry *geo)
 
 bool pvf_blk_portable(struct pvf_blk *blk)
 {
-	if (blk->filling != PVF_NONE && !blk->filled) {
-		free_piece(blk, blk->filling);
-		blk->filling = PVF_NONE;
-	}
+	if (!blk->filled)
+		free_fillings(blk);
 	return !blk->in_flight && blk->pool.free == blk->pool.pages;
 }
 
@@ -669,10 +685,9 @@ void pvf_blk_drop_target(struct pvf_blk *blk)
 		used[i] = true;
 	for (uint32_t i = 0; i < blk->free_requests; i++)
 		used[blk->free_request[i]] = false;
-	if (blk->filling != PVF_NONE)
-		free_piece(blk, blk->filling);
-	blk->current = blk->filling = PVF_NONE;
-	blk->filled = blk->skip = 0;
+	free_fillings(blk);
+	blk->current = PVF_NONE;
+	blk->skip = 0;
 	blk->flush_count = blk->reply_count = 0;
 	blk->pending = blk->stream_error = 0;
 	for (uint32_t i = 0; i < PVF_REQUESTS; i++) {

@@ -10,8 +10,9 @@
  *   header and its last piece. Everything behind it waits in the socket. pvf_blk_step() takes the
  *   current request as far as slots and pages allow and says what it wants next.
  *
- *   A write's payload is received straight into the pages of its next piece, the *filling* one,
- *   which is issued when it is full. A read's pages are taken as its pieces are issued, and are
+ *   A write's payload is received straight into the pages of its next pieces, the *filling* ones, of
+ *   which each is issued when it is full: several at a time, so that one system call can bring
+ *   payload for all of them. A read's pages are taken as its pieces are issued, and are
  *   held until their bytes have been sent.
  *
  *   Replies leave in a queue. A read that fits the pool joins it when all its pieces are done, so
@@ -21,8 +22,8 @@
  *
  *   Why nothing waits for ever, whatever the order of completions:
  *   - A ring slot is held only by the backend. Each answer frees one.
- *   - A write's page is held only by the backend, but for the filling piece, which waits for the
- *     client's payload alone. Reads leave `reserve` pages to writes, enough for one piece, so a
+ *   - A write's page is held only by the backend, but for the filling pieces, which wait for the
+ *     client's payload alone; one of them is enough to go on. Reads leave `reserve` pages to writes, enough for one piece, so a
  *     write never waits for the client to take replies.
  *   - A request that has left intake holds all it needs; it finishes when the backend answers and
  *     the client reads.
@@ -47,10 +48,12 @@
 #include "ring.h"
 
 #define PVF_BLK_SEGMENTS 11u /* BLKIF_MAX_SEGMENTS_PER_REQUEST */
+#define PVF_BLK_FILLING 6u   /* pieces that receive payload at a time: 264 KiB */
+#define PVF_BLK_PAYLOAD (PVF_BLK_FILLING * PVF_BLK_SEGMENTS) /* entries of pvf_blk_payload() */
 #define PVF_REQUESTS 512u    /* NBD requests accepted and not answered */
-/* A piece in the ring holds a slot, a read's piece waiting to be sent holds a page, and one may be
+/* A piece in the ring holds a slot, a read's piece waiting to be sent holds a page, and some may be
  * filling: this many entries never run out. */
-#define PVF_PIECES (PVF_MAX_POOL_PAGES + 512u + 1u)
+#define PVF_PIECES (PVF_MAX_POOL_PAGES + 512u + PVF_BLK_FILLING)
 
 enum pvf_step {
 	PVF_STEP_HEADER,  /* between requests: pvf_blk_begin() the next */
@@ -105,8 +108,10 @@ struct pvf_blk {
 	uint32_t reserve;        /* pages that reads leave to writes */
 	uint64_t serial;
 	uint16_t current;        /* request at intake */
-	uint16_t filling;        /* its piece that is receiving payload */
-	uint32_t filled;         /* bytes of it */
+	uint16_t filling[PVF_BLK_FILLING]; /* its pieces that are receiving payload, in order */
+	uint32_t fillings;
+	uint32_t prepared;       /* bytes that these can take */
+	uint32_t filled;         /* bytes that have come */
 	uint32_t skip;           /* payload bytes to throw away */
 	uint16_t flush[PVF_REQUESTS]; /* requests that wait for a slot for their FUA flush */
 	uint32_t flush_head, flush_count;
@@ -148,7 +153,7 @@ enum pvf_step pvf_blk_step(struct pvf_blk *blk);
 void pvf_blk_begin(struct pvf_blk *blk, const struct pvf_nbd_request *request);
 
 /* PVF_STEP_PAYLOAD: where the next bytes go; returns the number of entries (at most
- * PVF_BLK_SEGMENTS), `*last` says that they end the request's payload. Then, how many came. */
+ * PVF_BLK_PAYLOAD), `*last` says that they end the request's payload. Then, how many came. */
 int pvf_blk_payload(const struct pvf_blk *blk, struct iovec *iov, bool *last);
 void pvf_blk_payload_add(struct pvf_blk *blk, size_t bytes);
 

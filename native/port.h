@@ -22,6 +22,7 @@ struct pvf_port;
 
 struct pvf_port_ops {
 	const char *name;
+	bool edges; /* event_fd is never emptied: each event is a new edge */
 	/* Makes event_fd of the sources, and maps ring and pool. 0, or -errno with `*why`: then
 	 * nothing is held. */
 	int (*open)(struct pvf_port *port, const struct pvf_ctl_attach *attach, const char **why);

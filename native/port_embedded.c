@@ -128,7 +128,7 @@ static void embedded_release(struct pvf_port *port)
 
 static int embedded_read(struct pvf_port *port)
 {
-	return pvf_channel_take(port->channel, port->side, port->event_fd);
+	return pvf_channel_take(port->channel, port->side, -1);
 }
 
 static int embedded_unmask(struct pvf_port *port)
@@ -143,6 +143,7 @@ static int embedded_notify(struct pvf_port *port)
 
 const struct pvf_port_ops pvf_port_embedded = {
 	.name = "embedded",
+	.edges = true,
 	.open = embedded_open,
 	.release = embedded_release,
 	.read = embedded_read,

@@ -32,9 +32,9 @@ static void arm(int timer, uint64_t ns)
 	timerfd_settime(timer, 0, &spec, NULL);
 }
 
-static int watch(const struct pvf_queue *q, int fd, uint32_t tag)
+static int watch(const struct pvf_queue *q, int fd, uint32_t tag, uint32_t how)
 {
-	struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag};
+	struct epoll_event event = {.events = EPOLLIN | how, .data.u64 = tag};
 
 	return epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 }
@@ -45,7 +45,7 @@ static int make_timer(const struct pvf_queue *q, uint32_t tag)
 
 	if (fd < 0)
 		return -errno;
-	int rc = watch(q, fd, tag);
+	int rc = watch(q, fd, tag, 0);
 
 	if (rc) {
 		close(fd);
@@ -91,7 +91,7 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 
 	if (rc)
 		return rc;
-	rc = watch(q, q->port.event_fd, PVF_TAG_EVENT);
+	rc = watch(q, q->port.event_fd, PVF_TAG_EVENT, q->port.ops->edges ? EPOLLET : 0);
 	if (rc) {
 		*why = "the event channel cannot be watched";
 		pvf_port_release(&q->port);
@@ -364,17 +364,16 @@ void pvf_queue_service(struct pvf_queue *q)
 		drain(q);
 	if (blk->fault.rule)
 		return;
+	if (q->target.fd >= 0 && q->serving)
+		q->again |= pvf_target_receive(&q->target, blk, q->no_new);
+	/* The backend has its work before the client has its answers: they go on side by side. */
+	if (pvf_ring_push(&blk->ring))
+		notify(q);
 	if (q->target.fd >= 0) {
-		q->again |= pvf_target_send(&q->target, blk);
-		if (q->serving)
-			q->again |= pvf_target_receive(&q->target, blk, q->no_new);
-		/* What was refused, or had been waiting for this, can be answered at once. */
 		q->again |= pvf_target_send(&q->target, blk);
 		if (q->target.gone)
 			target_ended(q);
 	}
-	if (pvf_ring_push(&blk->ring))
-		notify(q);
 	watch_ring(q);
 	if (blk->fault.rule || !q->masked || q->delayed)
 		return;

@@ -6,8 +6,8 @@
  * Theory of operation
  *
  *   A delivered event leaves the port masked: masked means that the ring has our attention. One
- *   pvf_queue_service() does a bounded amount of each (rule 8): drain the ring, send replies,
- *   receive and issue, publish with at most one notify. Then the final check: more responses, and
+ *   pvf_queue_service() does a bounded amount of each (rule 8): drain the ring, receive and issue,
+ *   publish with at most one notify, send replies. Then the final check: more responses, and
  *   the port stays masked for another round; none, and it is unmasked, because from there on every
  *   response brings an event.
  *

@@ -9,10 +9,11 @@
 
 #include <linux/nbd.h>
 
-#define RECEIVES 64 /* per wake-up */
-#define SENDS 8
+#define STEPS 256 /* a turn */
 #define SEND_IOV 256
 #define JUNK 65536
+#define SMALL 16384u /* bytes of a write that may be copied once more */
+#define HEADERS (16u * PVF_NBD_HEADER)
 
 static int watch(struct pvf_target *t, int op, bool out)
 {
@@ -26,8 +27,11 @@ static int watch(struct pvf_target *t, int op, bool out)
 
 int pvf_target_open(struct pvf_target *t, int fd, int epoll_fd, uint64_t tag)
 {
-	*t = (struct pvf_target){
-		.fd = fd, .epoll_fd = epoll_fd, .tag = tag, .rx_ready = true, .tx_ready = true};
+	memset(t, 0, offsetof(struct pvf_target, ahead)); /* what was never used stays unallocated */
+	t->fd = fd;
+	t->epoll_fd = epoll_fd;
+	t->tag = tag;
+	t->rx_ready = t->tx_ready = true;
 	int rc = watch(t, EPOLL_CTL_ADD, false);
 
 	if (rc)
@@ -68,7 +72,7 @@ void pvf_target_event(struct pvf_target *t, uint32_t events)
 }
 
 /* Receives into `iov`, of which the first `wanted` bytes are payload and the rest is `ahead`.
- * Returns the payload bytes that came. */
+ * Returns the payload bytes that came; `t->turn` counts all. */
 static size_t receive(struct pvf_target *t, struct iovec *iov, int n, size_t wanted, bool boundary)
 {
 	struct msghdr msg = {.msg_iov = iov, .msg_iovlen = (size_t)n};
@@ -97,6 +101,7 @@ static size_t receive(struct pvf_target *t, struct iovec *iov, int n, size_t wan
 		t->rx_ready = false;
 	size_t payload = (size_t)got < wanted ? (size_t)got : wanted;
 
+	t->turn += (uint32_t)got;
 	t->ahead_end += (uint32_t)((size_t)got - payload);
 	return payload;
 }
@@ -109,7 +114,8 @@ static int offer_ahead(struct pvf_target *t, struct iovec *iov, int n)
 	memmove(t->ahead, t->ahead + t->ahead_at, have);
 	t->ahead_at = 0;
 	t->ahead_end = have;
-	iov[n] = (struct iovec){.iov_base = t->ahead + have, .iov_len = PVF_TARGET_AHEAD - have};
+	iov[n] = (struct iovec){.iov_base = t->ahead + have,
+				.iov_len = (t->bulky ? HEADERS : PVF_TARGET_AHEAD) - have};
 	return n + 1;
 }
 
@@ -122,6 +128,8 @@ static void next_header(struct pvf_target *t, struct pvf_blk *blk)
 		return;
 	}
 	t->ahead_at += PVF_NBD_HEADER;
+	if (request.type == NBD_CMD_WRITE)
+		t->bulky = request.length > SMALL;
 	if (request.type == NBD_CMD_DISC)
 		t->disc = true;
 	else
@@ -130,7 +138,7 @@ static void next_header(struct pvf_target *t, struct pvf_blk *blk)
 
 static void receive_payload(struct pvf_target *t, struct pvf_blk *blk)
 {
-	struct iovec iov[PVF_BLK_SEGMENTS + 1];
+	struct iovec iov[PVF_BLK_PAYLOAD + 1];
 	bool last;
 	int n = pvf_blk_payload(blk, iov, &last);
 	size_t wanted = 0, have = t->ahead_end - t->ahead_at, copied = 0;
@@ -211,8 +219,10 @@ static bool receive_step(struct pvf_target *t, struct pvf_blk *blk, bool no_new)
 		return false;
 	case PVF_STEP_PAGE:
 		blk->stats.pool_empty++;
+		t->starved = true;
 		return false;
 	case PVF_STEP_REQUEST:
+		t->starved = true;
 		return false;
 	}
 	return false;
@@ -220,47 +230,60 @@ static bool receive_step(struct pvf_target *t, struct pvf_blk *blk, bool no_new)
 
 bool pvf_target_receive(struct pvf_target *t, struct pvf_blk *blk, bool no_new)
 {
-	for (int i = 0; i < RECEIVES; i++)
+	t->starved = false;
+	t->turn = 0;
+	for (int i = 0; i < STEPS && t->turn < PVF_TARGET_BYTES; i++)
 		if (t->gone || !receive_step(t, blk, no_new))
 			return false;
 	return true;
 }
 
+/* Cuts `iov` down to `bytes` bytes; returns the number of entries. `*all`: how many they are. */
+static size_t cut(struct iovec *iov, size_t n, size_t bytes, size_t *all)
+{
+	*all = 0;
+	for (size_t i = 0; i < n; i++) {
+		if (iov[i].iov_len >= bytes - *all) {
+			iov[i].iov_len = bytes - *all;
+			*all = bytes;
+			return i + 1;
+		}
+		*all += iov[i].iov_len;
+	}
+	return n;
+}
+
 bool pvf_target_send(struct pvf_target *t, struct pvf_blk *blk)
 {
-	for (int i = 0; i < SENDS; i++) {
-		struct iovec iov[SEND_IOV];
-		struct msghdr msg = {.msg_iov = iov};
-		size_t all = 0;
+	struct iovec iov[SEND_IOV];
+	struct msghdr msg = {.msg_iov = iov};
+	size_t all;
+	ssize_t sent;
 
-		if (blk->stream_error)
-			end(t, (int)blk->stream_error,
-			    "a read larger than the pool failed after its reply had begun");
-		if (t->gone || !t->tx_ready)
-			return false;
-		int n = pvf_blk_reply(blk, iov, SEND_IOV);
+	if (blk->stream_error)
+		end(t, (int)blk->stream_error,
+		    "a read larger than the pool failed after its reply had begun");
+	if (t->gone || !t->tx_ready)
+		return false;
+	int n = pvf_blk_reply(blk, iov, SEND_IOV);
 
-		if (!n)
-			return false;
-		for (int k = 0; k < n; k++)
-			all += iov[k].iov_len;
-		msg.msg_iovlen = (size_t)n;
-		ssize_t sent = sendmsg(t->fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
-
-		if (sent < 0 && errno == EINTR)
-			continue;
-		if (sent < 0 && errno != EAGAIN) {
-			end(t, errno, "the NBD socket failed while sending");
-			return false;
-		}
-		if (sent > 0)
-			pvf_blk_reply_sent(blk, (size_t)sent);
-		if (sent < (ssize_t)all) {
-			blk->stats.target_blocked++;
-			t->tx_ready = false;
-			watch(t, EPOLL_CTL_MOD, true);
-			return false;
-		}
+	if (!n)
+		return false;
+	msg.msg_iovlen = cut(iov, (size_t)n, PVF_TARGET_BYTES, &all);
+	do
+		sent = sendmsg(t->fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+	while (sent < 0 && errno == EINTR);
+	if (sent < 0 && errno != EAGAIN) {
+		end(t, errno, "the NBD socket failed while sending");
+		return false;
 	}
-	return true;
+	if (sent > 0)
+		pvf_blk_reply_sent(blk, (size_t)sent);
+	if (sent < (ssize_t)all) {
+		blk->stats.target_blocked++;
+		t->tx_ready = false;
+		watch(t, EPOLL_CTL_MOD, true);
+		return sent > 0 && t->starved;
+	}
+	return t->starved || all == PVF_TARGET_BYTES || n == SEND_IOV;
 }

@@ -11,7 +11,7 @@
  *   thread for each ring. The xenbus walk is Python's (pvfront/host/vbd.py); no call here waits for
  *   a request.
  *
- *   A ring's thread sleeps in ppoll() on its event channel and its control eventfd. Awake, it takes
+ *   A ring's thread sleeps in epoll_wait() on its event channel and its control eventfd. Awake, it takes
  *   each request into private memory, checks it as blkback does, maps its grants, does it, and
  *   answers. Nothing of the ring is read twice. A mapping is a compare-and-swap in the grant table:
  *   the memory itself, each arena as a whole, is mapped once. Disks in memory are mapped too, so a

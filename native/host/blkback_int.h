@@ -150,7 +150,7 @@ struct bb_ring {
 	void *shared;
 	struct pvf_channel *channel;
 	uint32_t side;
-	int own_fd, other_fd, ctl_fd;
+	int own_fd, other_fd, ctl_fd, epoll_fd;
 	pthread_t thread;
 	bool started;
 	/* Under conn->lock: */

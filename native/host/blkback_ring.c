@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -285,25 +286,31 @@ static void say(struct bb_ring *r, bool ended)
 	pthread_mutex_unlock(&conn->lock);
 }
 
-static void sleep_until(struct bb_ring *r, uint64_t when, bool events)
+static int watch(const struct bb_ring *r, int fd, uint32_t how)
 {
-	struct pollfd fds[2] = {{.fd = r->ctl_fd, .events = POLLIN},
-				{.fd = events ? r->own_fd : -1, .events = POLLIN}};
-	struct timespec pause = {0}, *timeout = NULL;
-	uint64_t count;
+	struct epoll_event event = {.events = EPOLLIN | how, .data.fd = fd};
 
-	if (when != BB_NEVER) {
-		uint64_t now = when ? bb_now() : 0;
+	return epoll_ctl(r->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
 
-		if (when > now) {
-			pause.tv_sec = (time_t)((when - now) / 1000000);
-			pause.tv_nsec = (long)((when - now) % 1000000 * 1000);
-		}
-		timeout = &pause;
+/* The event channel is watched edge-triggered: nothing is read from it. */
+static void sleep_until(struct bb_ring *r, uint64_t when)
+{
+	struct pollfd ready = {.fd = r->epoll_fd, .events = POLLIN};
+	struct epoll_event events[2];
+	uint64_t count, now = when && when != BB_NEVER ? bb_now() : 0;
+
+	if (when != BB_NEVER && when > now) { /* epoll counts milliseconds */
+		struct timespec pause = {.tv_sec = (time_t)((when - now) / 1000000),
+					 .tv_nsec = (long)((when - now) % 1000000 * 1000)};
+
+		ppoll(&ready, 1, &pause, NULL);
 	}
-	if (ppoll(fds, 2, timeout, NULL) > 0 && fds[0].revents &&
-	    read(r->ctl_fd, &count, sizeof(count)) < 0)
-		count = 0; /* somebody else's read: nothing depends on it */
+	int n = epoll_wait(r->epoll_fd, events, 2, when == BB_NEVER ? -1 : 0);
+
+	for (int i = 0; i < n; i++)
+		if (events[i].data.fd == r->ctl_fd && read(r->ctl_fd, &count, sizeof(count)) < 0)
+			count = 0; /* somebody else's read: nothing depends on it */
 }
 
 static void *ring_main(void *arg)
@@ -330,9 +337,9 @@ static void *ring_main(void *arg)
 		other = bb_idle_faults(r);
 		next = other < next ? other : next;
 		publish(r, 0, false);
-		sleep_until(r, look_there ? 0 : next, !stop && !r->halted);
+		sleep_until(r, look_there ? 0 : next);
 		delivered = !stop && !r->halted &&
-			    pvf_channel_take(r->channel, r->side, r->own_fd);
+			    pvf_channel_take(r->channel, r->side, -1);
 		if (delivered)
 			ADD(r->stats.wakeups, 1);
 		look_there |= delivered;
@@ -349,12 +356,13 @@ struct bb_ring *bb_ring_new(struct pvf_bb_conn *conn)
 	if (!r)
 		return NULL;
 	*r = (struct bb_ring){.conn = conn, .bb = conn->bb, .own_fd = -1, .other_fd = -1,
-			      .ctl_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)};
+			      .ctl_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC),
+			      .epoll_fd = epoll_create1(EPOLL_CLOEXEC)};
 	r->request = calloc(BB_SLOTS, sizeof(*r->request));
 	r->segments = calloc((size_t)BB_SLOTS * PVF_BB_SEGMENTS, sizeof(*r->segments));
 	r->kept = calloc(PVF_GRANTS, sizeof(*r->kept));
 	r->kept_ref = calloc(PVF_GRANTS, sizeof(*r->kept_ref));
-	if (r->ctl_fd < 0 || !r->request || !r->segments || !r->kept || !r->kept_ref) {
+	if (r->ctl_fd < 0 || r->epoll_fd < 0 || !r->request || !r->segments || !r->kept || !r->kept_ref) {
 		bb_ring_free(r);
 		return NULL;
 	}
@@ -372,7 +380,7 @@ void bb_ring_free(struct bb_ring *r)
 		pvf_mapper_unmap(&conn->mapper, r->refs, r->pages, r->shared);
 	if (r->channel)
 		pvf_channel_unmap(r->channel);
-	int fds[] = {r->own_fd, r->other_fd, r->ctl_fd};
+	int fds[] = {r->epoll_fd, r->own_fd, r->other_fd, r->ctl_fd};
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
 		if (fds[i] >= 0)
@@ -401,6 +409,11 @@ int bb_ring_start(struct bb_ring *r)
 		r->request[i].segment = &r->segments[(size_t)i * PVF_BB_SEGMENTS];
 		r->idle[r->idle_count++] = (uint16_t)(slots - 1 - i);
 	}
+	rc = watch(r, r->ctl_fd, 0);
+	if (!rc)
+		rc = watch(r, r->own_fd, EPOLLET);
+	if (rc)
+		return rc;
 	rc = -pthread_create(&r->thread, NULL, ring_main, r);
 	r->started = !rc;
 	return rc;

@@ -60,7 +60,7 @@ int pvf_channel_take(struct pvf_channel *channel, uint32_t side, int own_fd)
 	uint64_t count;
 
 	/* Empty (EAGAIN) or unreadable, the flags are what counts. */
-	if (read(own_fd, &count, sizeof(count)) < 0)
+	if (own_fd >= 0 && read(own_fd, &count, sizeof(count)) < 0)
 		count = 0;
 	return __atomic_compare_exchange_n(&channel->end[side].flags, &expected,
 					   PVF_CHANNEL_MASKED, false, __ATOMIC_SEQ_CST,

@@ -30,7 +30,7 @@ void pvf_channel_unmap(struct pvf_channel *channel);
 int pvf_channel_notify(struct pvf_channel *channel, uint32_t side, int other_fd);
 
 /* 1: our port was delivered and is masked now; 0: nothing there. `own_fd` is not readable then,
- * unless something came meanwhile. */
+ * unless something came meanwhile. Who watches it edge-triggered, and so need not empty it, says -1. */
 int pvf_channel_take(struct pvf_channel *channel, uint32_t side, int own_fd);
 
 /* Gives a delivered port back. An event that came meanwhile makes `own_fd` readable. 0 or -errno. */
