@@ -87,19 +87,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in ours:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(TEST_DEADLINE))
-    others = []
+    chosen = ours
     if not config.getoption("--with-embedded"):
-        others += [item for item in ours if item.get_closest_marker("embedded")]
+        chosen = [item for item in chosen if not item.get_closest_marker("embedded")]
     if config.getoption("--guest") != "hvm":
-        others += [item for item in ours if not item.get_closest_marker("core")]
+        chosen = [item for item in chosen if item.get_closest_marker("core")]
     if config.getoption("--soak"):
         done = _soaked(config).read_text().split("\n") if _soaked(config).exists() else []
-        others += [item for item in ours if "soak_round" not in _fixtures(item)]
-        left = [item for item in ours if item not in others and item.nodeid not in done]
+        chosen = [item for item in chosen if "soak_round" in _fixtures(item)]
+        left = [item for item in chosen if item.nodeid not in done]
         if left:
-            others += [item for item in ours if item.nodeid in done and item not in others]
+            chosen = left
         else:  # all were done: begin again
             _soaked(config).unlink(missing_ok=True)
+    others = [item for item in ours if item not in chosen]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""One set of tests, two worlds: the lab where its runner has loaded its plugin (`python -m lab
+test`), else the embedded host."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("embedded_world", "lab_world")
+
+if TYPE_CHECKING:  # neither is wanted where the other runs
+    from embedded_world import EmbeddedWorld
+    from world import World
+
+
+def _in_lab(config: pytest.Config) -> bool:
+    return config.pluginmanager.hasplugin("lab.plugin")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What the lab repeats in a soak runs once here."""
+    if "soak_round" in metafunc.fixturenames and not _in_lab(metafunc.config):
+        metafunc.parametrize("soak_round", range(1))
+
+
+@pytest.fixture(scope="module")
+def embedded_host() -> Iterator[EmbeddedWorld]:
+    """One for all tests of a file: it is told from a fresh one by nothing, or a test fails."""
+    from embedded_world import EmbeddedWorld
+
+    with EmbeddedWorld.begin() as made:
+        yield made
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """The disk service runs for all disks, and there is none (of ours)."""
+    if _in_lab(request.config):
+        from lab_world import LabWorld
+
+        lab = LabWorld(request.getfixturevalue("lab"), request.getfixturevalue("guest"))
+        lab.start()
+        yield lab
+        return
+    host: EmbeddedWorld = request.getfixturevalue("embedded_host")
+    host.start()
+    yield host
+    host.assert_nothing_left()
