@@ -57,14 +57,15 @@ async def start(directory: Path, settings: Mapping[str, object] | None = None) -
     config = directory / "store.conf"
     config.write_text(
         f"xenstored-log-file = {directory}/store-daemon.log\n"
-        "access-log-file = /dev/null\n"
         f"pid-file = {directory}/store.pid\n"
         "persistent = false\n"
         + "".join(f"{name} = {value}\n" for name, value in (settings or {}).items())
     )
     child = Child(
         "oxenstored",
-        [program, "--no-fork", "--no-domain-init", "--config-file", os.fspath(config)],
+        # No access log: it is rotated by renaming, and would take /dev/null away if that were its file.
+        [program, "--no-fork", "--no-domain-init", "--no-access-log"]
+        + ["--config-file", os.fspath(config)],
         directory / "store.log",
         {"LD_PRELOAD": os.fspath(SHIM), "OXENSTORED_SOCKET": os.fspath(path)},
     )
