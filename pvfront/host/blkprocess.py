@@ -54,7 +54,8 @@ class Process:
         self.vbds: dict[Name, Vbd] = {}
         self.vanished: dict[Name, Vbd] = {}
         self._tasks: dict[Name, asyncio.Task[None]] = {}
-        self._lingering: set[asyncio.Task[None]] = set()
+        self._lingering: dict[asyncio.Task[None], Vbd] = {}
+        """Devices that are gone but for their requests in flight."""
         self._totals: dict[str, int] = {}
         self._rescan = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -152,8 +153,8 @@ class Process:
             self.vanished[name] = vbd
         elif vbd.engine is not None:
             linger = asyncio.create_task(self._linger(vbd, vbd.engine))
-            self._lingering.add(linger)
-            linger.add_done_callback(self._lingering.discard)
+            self._lingering[linger] = vbd
+            linger.add_done_callback(self._lingering.pop)
         self._rescan.set()
 
     async def _linger(self, vbd: Vbd, engine: Engine) -> None:
@@ -224,7 +225,8 @@ class Process:
             self.missteps = missteps
 
     async def _release(self, request: Request) -> None:
-        for vbd in self._chosen(request):
+        held = [*self.vbds.values(), *self.vanished.values(), *self._lingering.values()]
+        for vbd in self._matching(request, held):
             if vbd.engine is not None:
                 vbd.engine.release()
 

@@ -29,7 +29,27 @@ async def world(whole_world):
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def disk(world):
-    made = await world.attach()
-    yield made
-    await made.end()
+async def attach(world):
+    """Attaches disks as World.attach does; they are detached at the end."""
+    made = []
+
+    async def more(*options, **settings):
+        made.append(await world.attach(*options, **settings))
+        return made[-1]
+
+    yield more
+    await world.honest()
+    problems = []
+    for disk in made:
+        try:
+            await disk.end()
+        except Exception as problem:  # the next test starts without it all the same
+            problems.append(problem)
+            await disk.remove()
+    if problems:
+        raise problems[0]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def disk(attach):
+    return await attach()

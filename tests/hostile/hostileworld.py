@@ -23,14 +23,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from nbdclient import Client, NbdError
+from nbdclient import PATIENCE, Client, NbdError
 
 from pvfront.abi import BlkStats, read_stats
+from pvfront.errors import PvfrontError
 from pvfront.host import Host
 from pvfront.host.blkback import BlkBackend, Fault, Misstep
 from pvfront.host.handles import EmbeddedGrantMapper
 
-PATIENCE = 30.0
 MIB = 1 << 20
 SIZE = 8 * MIB
 
@@ -44,7 +44,10 @@ _BAD = ("Traceback", "Sanitizer", "assertion", "the device loop failed")
 
 
 async def until(
-    what: str, holds: Callable[[], Awaitable[Any]], *, seconds: float = PATIENCE,
+    what: str,
+    holds: Callable[[], Awaitable[Any]],
+    *,
+    seconds: float = PATIENCE,
     why: Callable[[], str] = str,
 ) -> Any:
     """Asks again until the answer is true, and returns it; says what never came."""
@@ -147,6 +150,11 @@ class World:
         if self.backend._child.process.poll() is not None:
             self.backend = await BlkBackend.start(self.host)
 
+    async def honest(self) -> None:
+        """No fault and no misstep any more, for disks to come either."""
+        with contextlib.suppress(PvfrontError):
+            await self.backend.clear()
+
     async def new_backend(self, **features: Any) -> None:
         """Another backend process in the place of the one that is gone."""
         self.backend = await BlkBackend.start(self.host, **features)
@@ -160,23 +168,27 @@ class World:
             answer: dict[str, Any] = json.loads(sock.recv(1 << 20))
         return answer
 
-    async def attach(self, *options: str, size: str = "8M", wait: bool = True) -> Disk:
+    async def attach(self, *options: str, target: str = "memory:8M", wait: bool = True) -> Disk:
         """A new disk, connected unless not waited for."""
         name = f"xvd{_NAMES[self._turn % len(_NAMES)]}"
         self._turn += 1
-        mark = self.log.stat().st_size
+        marks = self.log.stat().st_size, self.backend.log.stat().st_size
         spec = ",".join(["format=raw", f"vdev={name}", "access=rw", *options])
-        vdev = await self.host.attach_disk(1, f"{spec},target=memory:{size}")
-        disk = Disk(self, name, vdev, mark)
+        vdev = await self.host.attach_disk(1, f"{spec},target={target}")
+        disk = Disk(self, name, vdev, *marks)
         if wait:
-            await disk.connected()
+            try:
+                await disk.connected()
+            except BaseException:
+                await disk.remove()
+                raise
         return disk
 
 
 class Disk:
     """One disk of the world and what the tests do with it."""
 
-    def __init__(self, world: World, label: str, vdev: int, mark: int) -> None:
+    def __init__(self, world: World, label: str, vdev: int, mark: int, backend_mark: int) -> None:
         self.world = world
         self.label = label
         self.vdev = vdev
@@ -185,6 +197,7 @@ class Disk:
         self.back = f"/local/domain/0/backend/vbd/1/{vdev}"
         self.gone = False
         self._mark = mark
+        self._backend_mark = backend_mark
         self._clients: list[Client] = []
         self._rings: list[Ring] = []
 
@@ -219,15 +232,13 @@ class Disk:
         """Waits for something that the list shows."""
         shown: dict[str, Any] = {}
 
-        async def look() -> dict[str, Any]:
+        async def look() -> Any:
             nonlocal shown
             shown = await self.shown()
-            return shown if holds(shown) else {}
+            return holds(shown)
 
-        found: dict[str, Any] = await until(
-            what, look, seconds=seconds, why=lambda: f"{shown}\n{self.log}"
-        )
-        return found
+        await until(what, look, seconds=seconds, why=lambda: f"{shown}\n{self.log}")
+        return shown
 
     async def logged(self, text: str, *, seconds: float = PATIENCE) -> None:
         async def look() -> bool:
@@ -273,6 +284,17 @@ class Disk:
             return await self.served(f"fired_{kind}") >= times
 
         await until(f"{kind} fired {times} times", look, why=lambda: self.log)
+
+    async def misstepped(self, what: str) -> None:
+        """Waits until the backend has gone wrong in its walk, as it logs."""
+        text = f"vbd 1/{self.vdev}: misstep {what}"
+
+        async def look() -> bool:
+            with self.world.backend.log.open("rb") as file:
+                file.seek(self._backend_mark)
+                return text.encode() in file.read()
+
+        await until(text, look, why=lambda: self.log)
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -355,13 +377,10 @@ class Disk:
     # -- the end -----------------------------------------------------------------------------------
 
     async def end(self) -> None:
-        """The backend is honest again and the disk is detached; nothing of it is left."""
-        for ring in self._rings:
-            ring.close()
+        """The backend is honest and the disk is detached; nothing of it is left."""
+        self._unmap()
         await self.leave()
         world = self.world
-        with contextlib.suppress(Exception):
-            await world.backend.clear(vbd=self.vdev)
         if not self.gone:
             await world.host.detach_disk(1, self.vdev)
 
@@ -374,6 +393,18 @@ class Disk:
         bad = [line for line in self.log.splitlines() if any(word in line for word in _BAD)]
         assert not bad, self.log
 
+    async def remove(self) -> None:
+        """Takes it away by force, after a failed test."""
+        self._unmap()
+        await self.leave()
+        await self.world.honest()
+        with contextlib.suppress(PvfrontError):
+            await self.world.host.detach_disk(1, self.vdev, force=True, timeout=2)
+
+    def _unmap(self) -> None:
+        while self._rings:
+            self._rings.pop().close()
+
     def _left(self) -> list[str]:
         """Files of it; ports and grants of the whole guest, since tests run one by one."""
         run, dump = self.world.run_dir, self.world.dump()
@@ -382,3 +413,7 @@ class Disk:
         left += [f"port {port}" for port in dump["ports"]]
         left += [f"grant {grant}" for grant in dump["grants"]]
         return [*left, "deferred"] if dump["deferred"] else left
+
+
+Attach = Callable[..., Awaitable[Disk]]
+"""The fixture `attach`."""

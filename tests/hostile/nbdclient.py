@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import struct
 from pathlib import Path
 
-PATIENCE = 30.0
+PATIENCE = float(os.environ.get("PVFRONT_PATIENCE", "30"))
+"""Seconds."""
 
 READ, WRITE, DISC, FLUSH, TRIM = range(5)
 FUA = 1

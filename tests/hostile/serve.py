@@ -14,7 +14,7 @@ import pvfront.device
 from pvfront.cli import main
 
 pvfront.device.Deadlines = functools.partial(  # type: ignore[misc]
-    pvfront.device.Deadlines, init_wait=3.0, connected=3.0, closing=2.0, drain=3.0, busy_poll=0.2
+    pvfront.device.Deadlines, init_wait=2.0, connected=2.0, closing=1.0, drain=2.0, busy_poll=0.2
 )
 pvfront.device.RETRY_LAST = 1.0
 

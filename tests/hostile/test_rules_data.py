@@ -11,7 +11,7 @@ import asyncio
 import os
 
 import pytest
-from hostileworld import MIB, REQ_PROD, Disk, World, until
+from hostileworld import MIB, REQ_PROD, Attach, Disk, World, until
 from nbdclient import EIO, READ, WRITE, NbdError, finished, outcome
 
 from pvfront.abi import lib
@@ -70,20 +70,17 @@ async def test_rule_17_a_new_connection_shows_nothing_of_the_former(disk: Disk) 
     ("option", "seen"), [("untrusted", False), ("trusted", True)], ids=["untrusted", "trusted"]
 )
 async def test_rule_18_for_an_untrusted_backend_pages_are_cleared_whole(
-    world: World, option: str, seen: bool
+    attach: Attach, option: str, seen: bool
 ) -> None:
     """What only the backend put there is left alone for a trusted one: that shows the look works."""
-    disk = await world.attach(option)
-    try:
-        client = await disk.client()
-        await client.write(0, bytes(512))
-        await disk.fault(Fault.rewrite_pages("idle", pattern=WORD, count=3))
-        await disk.fired("pages", 3)
-        await disk.fault(Fault.look(WORD))
-        await client.write(0, bytes(512))
-        assert bool(await disk.served("canaries")) is seen
-    finally:
-        await disk.end()
+    disk = await attach(option)
+    client = await disk.client()
+    await client.write(0, bytes(512))
+    await disk.fault(Fault.rewrite_pages("idle", pattern=WORD, count=3))
+    await disk.fired("pages", 3)
+    await disk.fault(Fault.look(WORD))
+    await client.write(0, bytes(512))
+    assert bool(await disk.served("canaries")) is seen
 
 
 @pytest.mark.parametrize("length", [512, 4096, 65536, MIB])
@@ -226,9 +223,7 @@ async def test_rule_21_what_a_broken_connection_had_acknowledged_is_on_the_disk(
     client = await disk.client()
     data = [os.urandom(4096) for _ in range(64)]
     await disk.fault(Fault.corrupt("id", xor=1, op="write", skip=40, count=1))
-    ends = [
-        await outcome(client.start(WRITE, 4096 * i, 4096, data[i])) for i in range(len(data))
-    ]
+    ends = [await outcome(client.start(WRITE, 4096 * i, 4096, data[i])) for i in range(len(data))]
     done = [i for i, end in enumerate(ends) if not isinstance(end, Exception)]
     assert len(done) == 40
     await disk.connected(after=1)
