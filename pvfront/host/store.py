@@ -63,9 +63,15 @@ async def start(directory: Path, settings: Mapping[str, object] | None = None) -
     )
     child = Child(
         "oxenstored",
-        # No access log: it is rotated by renaming, and would take /dev/null away if that were its file.
-        [program, "--no-fork", "--no-domain-init", "--no-access-log"]
-        + ["--config-file", os.fspath(config)],
+        [
+            program,
+            "--no-fork",
+            "--no-domain-init",
+            # Rotated by renaming: as root, /dev/null as its file was renamed too.
+            "--no-access-log",
+            "--config-file",
+            os.fspath(config),
+        ],
         directory / "store.log",
         {"LD_PRELOAD": os.fspath(SHIM), "OXENSTORED_SOCKET": os.fspath(path)},
     )

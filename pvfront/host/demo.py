@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""`make demo`: a disk from an xl config, served by pvfront, used and verified, in seconds.
+
+Everything that runs in a Xen guest runs here: the real store, the disk service, its worker on a
+shared ring, a block backend as a process of its own. Only the hypervisor is missing; the embedded
+host (docs/host.md) stands in for its event channels and grants. No root is needed.
+
+Every command is shown as it can be repeated. Exit status 0: all data was the same on both sides,
+and nothing was left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pvfront.errors import PvfrontError
+from pvfront.host import Host
+from pvfront.host.blkback import BlkBackend
+from pvfront.host.service import DiskService
+
+MIB = 1 << 20
+DISK = "xvdb"
+TOOLS = {
+    "nbdinfo": "libnbd-bin",
+    "nbdcopy": "libnbd-bin",
+    "qemu-io": "qemu-utils",
+    "fio": "fio",
+}
+"""What is used on the disk, none of it ours: program, Debian package."""
+
+
+class DemoFailed(PvfrontError):
+    """Something did not do what it should have; the line says what."""
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+class Progress:
+    """One line on a terminal, renewed in place; a line for each quarter elsewhere."""
+
+    def __init__(self, what: str, size: int) -> None:
+        self._what = what
+        self._size = size
+        self._begin = time.monotonic()
+        self._live = sys.stdout.isatty()
+        self._told = 0
+
+    def show(self, percent: int) -> None:
+        if self._live:
+            bar = "#" * (percent * 30 // 100)
+            print(f"\r{self._what} [{bar:30}] {self._line(percent)} ", end="", flush=True)
+        elif percent // 25 > self._told:
+            print(f"  {self._what} {self._line(percent)}", flush=True)
+        self._told = max(self._told, percent // 25)
+
+    def feed(self, data: bytes) -> None:
+        """Lines as nbdcopy writes them: N/100."""
+        for line in data.split(b"\n"):
+            percent = line.removesuffix(b"/100")
+            if percent.isdigit() and percent != line:
+                self.show(int(percent))
+
+    def end(self) -> None:
+        if self._live:
+            print(flush=True)
+
+    def _line(self, percent: int) -> str:
+        done = self._size * percent / 100 / MIB
+        seconds = max(time.monotonic() - self._begin, 1e-6)
+        return f"{percent:3}%  {done:4.0f} MiB  {done / seconds:6.0f} MiB/s"
+
+
+class Demo:
+    """The walk; `run` is all of it."""
+
+    def __init__(self, host: Host, size: int) -> None:
+        self.host = host
+        self.size = size
+        self.store = host.directory / "disk.img"  # what the backend keeps the disk in
+
+    async def run(self) -> None:
+        """Raises PvfrontError."""
+        self.store.touch()
+        os.truncate(self.store, self.size)
+        spec = f"format=raw,vdev={DISK},access=rw,target={self.store}"
+        say("a guest with a disk, as its xl config has it")
+        print(f"disk = [ '{spec}' ]")
+        await self.host.create_domain()
+        vdev = await self.host.attach_disk(1, spec)
+        async with await BlkBackend.start(self.host) as backend:
+            say("domain 0's block backend runs; in the guest the disk service takes the disk")
+            print(f"$ export PVFRONT_HOST={self.host.directory}")
+            print("$ pvfront vbd serve --all &")
+            service = await DiskService.start(self.host)
+            try:
+                await self.look(service)
+                await self.use(service)
+                stats = await backend.stats()
+                say("the toolstack takes the disk away (xl block-detach)")
+                await self.host.detach_disk(1, vdev)
+                await self.pvfront("list")
+                if await service.stop():
+                    raise DemoFailed("the disk service failed", hint=service.log.read_text())
+            finally:
+                await service.end()
+        self.nothing_left(stats)
+
+    async def look(self, service: DiskService) -> None:
+        await self.pvfront("list")
+        say("what was negotiated")
+        await self.pvfront("status", DISK, only=lambda line: not line.startswith("statistics"))
+        say("tools that nobody here wrote use it at its NBD socket")
+        await self.tool("nbdinfo", service.uri(DISK))
+
+    async def use(self, service: DiskService) -> None:
+        uri = service.uri(DISK)
+        source, back = self.host.directory / "random", self.host.directory / "back"
+        wanted = fill(source, self.size)
+        await self.copy("write", str(source), uri)
+        await self.copy("read ", uri, str(back))
+        self.compare("sent to the disk", wanted, "the backend's store", digest(self.store))
+        self.compare("sent to the disk", wanted, "read back", digest(back))
+        back.unlink()
+        say("requests of all kinds, checked by those who sent them")
+        await self.tool(
+            "qemu-io", "-f", "raw", "-c", "write -P 0x5a 1M 4M", "-c", "flush",
+            "-c", "discard 2M 1M", "-c", "read -P 0x5a 1M 1M", "-c", "read -P 0x5a 3M 2M", uri,
+        )  # fmt: skip
+        await self.tool(
+            "fio", "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw",
+            "--bsrange=512-256k", "--iodepth=32", f"--size={self.size // 4}", "--verify=crc32c",
+            "--verify_fatal=1", "--verify_state_save=0", "--output-format=terse",
+            show=False,
+        )  # fmt: skip
+        print("fio: every block was what it had written")
+        await self.copy("read ", uri, str(back))
+        self.compare("read by the client", digest(back), "the backend's store", digest(self.store))
+        say("what the worker counted")
+        counted = ("requests", "bytes", "notifies", "events", "wakeups")
+        await self.pvfront(
+            "status", DISK,
+            only=lambda line: line.startswith("statistics") and any(c in line for c in counted),
+        )  # fmt: skip
+
+    # -- showing ---------------------------------------------------------------------------------
+
+    async def pvfront(self, *arguments: str, only: Callable[[str], bool] | None = None) -> None:
+        print(f"$ pvfront {shlex.join(arguments)}", flush=True)
+        command = [sys.executable, "-P", "-m", "pvfront", *arguments]
+        text = await self._run(command, {**os.environ, **self.host.environ})
+        lines = text.rstrip().splitlines()
+        print("\n".join(line for line in lines if only is None or only(line)), flush=True)
+
+    async def tool(self, *command: str, show: bool = True) -> None:
+        print(f"$ {shlex.join(command)}", flush=True)
+        text = await self._run(command)
+        if show and text.strip():
+            print(text.rstrip(), flush=True)
+
+    async def copy(self, what: str, source: str, destination: str) -> None:
+        """nbdcopy, with its progress as one live line."""
+        read, write = os.pipe()
+        flush = ["--flush"] if destination.startswith("nbd") else []
+        command = ["nbdcopy", *flush, f"--progress={write}", source, destination]
+        print(f"$ {shlex.join(['nbdcopy', *flush, source, destination])}", flush=True)
+        progress = Progress(what, self.size)
+        os.set_blocking(read, False)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(read, lambda: progress.feed(os.read(read, 4096)))
+        try:
+            await self._run(command, pass_fds=(write,))
+            progress.show(100)
+        finally:
+            loop.remove_reader(read)
+            progress.end()
+            os.close(read)
+            os.close(write)
+
+    async def _run(
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> str:
+        """What it says; ended if we are. Raises DemoFailed."""
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environ, cwd=self.host.directory, pass_fds=pass_fds,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            out, _ = await process.communicate()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+        text = out.decode(errors="replace")
+        if process.returncode:
+            raise DemoFailed(f"{command[0]} failed with status {process.returncode}", hint=text)
+        return text
+
+    def compare(self, left: str, one: str, right: str, other: str) -> None:
+        print(f"sha256 {one[:32]}…  {left}\nsha256 {other[:32]}…  {right}", flush=True)
+        if one != other:
+            raise DemoFailed(f"what was {left} is not {right}")
+
+    def nothing_left(self, stats: Mapping[str, int]) -> None:
+        say("nothing is left behind")
+        left = dump(self.host.directory)
+        print(
+            f"event channels: {len(left['ports'])}, grants: {len(left['grants'])}, "
+            f"grants still mapped: {left['deferred']}, requests unanswered: "
+            f"{stats['requests'] - stats['responses']} of {stats['requests']}",
+            flush=True,
+        )
+        if any(left.values()) or stats["requests"] != stats["responses"]:
+            raise DemoFailed(f"something leaked: {left}")
+
+
+def fill(path: Path, size: int) -> str:
+    """Random bytes; their sha256."""
+    found = hashlib.sha256()
+    with path.open("wb") as file:
+        for _ in range(size // MIB):
+            block = os.urandom(MIB)
+            found.update(block)
+            file.write(block)
+    return found.hexdigest()
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dump(directory: Path) -> dict[str, Any]:
+    """What domain 1 still holds, as the hub has it in its books."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as hub:
+        hub.connect(str(directory / "hub.sock"))
+        for request in ({"do": "open", "device": "evtchn", "domid": 1}, {"do": "dump"}):
+            hub.send(json.dumps(request).encode())
+            answer = json.loads(hub.recv(1 << 20))
+            if not answer["ok"]:
+                raise DemoFailed(f"the hub refuses {request['do']}: {answer['text']}")
+    return {name: answer[name] for name in ("ports", "grants", "deferred")}
+
+
+def require_tools() -> None:
+    """Raises DemoFailed naming the packages of what is not installed."""
+    missing = {package for tool, package in TOOLS.items() if shutil.which(tool) is None}
+    if missing:
+        raise DemoFailed(
+            "some of the tools that use the disk are not installed",
+            hint=f"as root: apt-get install --no-install-recommends {' '.join(sorted(missing))}",
+        )
+
+
+async def demo(size: int) -> None:
+    """Runs it and cleans up, whatever happens. Raises PvfrontError."""
+    require_tools()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="pvfront-demo-") as directory:
+        async with await Host.start(Path(directory)) as host:
+            await Demo(host, size).run()
+    say(f"done in {time.monotonic() - begin:.0f} s")
+    print(
+        "The same in a real guest: `make demo-xen` boots Xen under QEMU and does it there;\n"
+        'for a guest of your own see README.md, "In a guest of your own".'
+    )
+
+
+async def _main(size: int) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await demo(size)
+    except asyncio.CancelledError:
+        print("\ndemo: interrupted; everything that it started is ended", file=sys.stderr)
+        return 130
+    except PvfrontError as exc:
+        print(f"\ndemo: {exc}", file=sys.stderr)
+        if exc.hint:
+            print(f"  {exc.hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pvfront.host.demo", description="A disk, served and verified, in seconds."
+    )
+    parser.add_argument("--size", type=int, default=128, metavar="MIB", help="of the disk")
+    options = parser.parse_args(arguments)
+    if options.size < 16:
+        parser.error("the disk must have 16 MiB at least")
+    return asyncio.run(_main(options.size * MIB))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
