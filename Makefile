@@ -84,7 +84,8 @@ native-tsan: setup ## the C tests under ThreadSanitizer
 test-xen: build setup-lab ## the lab: GUEST=hvm|pvh|pv, K=marker (disk, survive, services, ...)
 	@$(LAB) test --guest $(GUEST) $(if $(K),-k '$(K)')
 
-soak: build setup-lab ## the long counts of the lab's tests; resumable, results in build/soak/
+soak: build setup-lab ## the long counts; the lab's are resumable, results in build/soak/
+	@PVFRONT_REPEATS=10 $(BIN)/pytest tests/functional
 	@$(LAB) soak --guest $(GUEST) $(if $(K),-k '$(K)')
 
 xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed

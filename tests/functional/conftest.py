@@ -4,6 +4,7 @@ test`), else the embedded host."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,9 @@ def _in_lab(config: pytest.Config) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What the lab repeats in a soak runs once here."""
+    """A test that asks for `soak_round` runs once, and $PVFRONT_REPEATS times in a soak."""
     if "soak_round" in metafunc.fixturenames and not _in_lab(metafunc.config):
-        metafunc.parametrize("soak_round", range(1))
+        metafunc.parametrize("soak_round", range(int(os.environ.get("PVFRONT_REPEATS", "1"))))
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,11 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     host.start()
     yield host
     host.assert_nothing_left()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests of this directory have measured."""
+    for report in terminalreporter.stats.get("passed", []):
+        if report.when == "call" and Path(__file__).parent.name in Path(report.fspath).parts:
+            for name, value in report.user_properties:
+                terminalreporter.write_line(f"{name}: {value}")
