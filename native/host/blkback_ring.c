@@ -175,8 +175,10 @@ static uint32_t work(struct bb_ring *r)
 	for (;;) {
 		RING_IDX prod = __atomic_load_n(&shared->req_prod, __ATOMIC_SEQ_CST);
 
-		/* RING_REQUEST_PROD_OVERFLOW, without the responses that nobody asked for */
-		if (prod - (r->ring.rsp_prod_pvt - r->unasked) > RING_SIZE(&r->ring)) {
+		/* RING_REQUEST_PROD_OVERFLOW, without the responses that nobody asked for; and, as
+		 * requests may be held, an index that moved back behind what was taken */
+		if (prod - (r->ring.rsp_prod_pvt - r->unasked) > RING_SIZE(&r->ring) ||
+		    prod - r->ring.req_cons > RING_SIZE(&r->ring)) {
 			r->halted = true;
 			ADD(r->stats.bogus, 1);
 			return taken;

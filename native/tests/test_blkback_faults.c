@@ -590,6 +590,32 @@ static void barriers_wait(void)
 	peer_end(&p);
 }
 
+/* The indices alone would still allow it: those that were held have no response yet. */
+static void goes_back(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule r = rule(PVF_BB_STALL);
+
+	peer_begin(&p, NULL, DISK);
+	r.count = 2;
+	one(&p, r);
+	put(&p, BLKIF_OP_READ, 0, 0, 1);
+	put(&p, BLKIF_OP_READ, 0, 1, 1);
+	push(&p);
+	CHECK(silent(&p, SHORT_WAIT));
+	CHECK_EQ(stats(&p).in_flight, 2);
+	p.queue[0].ring.req_prod_pvt--;
+	push(&p);
+	CHECK_EQ(pvf_channel_notify(p.queue[0].channel, 0, p.queue[0].fd[1]), 0);
+	for (int i = 0; !stats(&p).bogus; i++) {
+		CHECK(i < DEADLINE);
+		usleep(1000);
+	}
+	CHECK_EQ(stats(&p).requests, 2);
+	pvf_bb_release(p.bb);
+	peer_end(&p);
+}
+
 static void ends_late(void)
 {
 	struct peer p = {0};
@@ -711,6 +737,7 @@ int main(void)
 		{"chance is the seed's", draws},
 		{"several faults hit one request, one of a kind", combines},
 		{"a barrier waits, and is waited for", barriers_wait},
+		{"a req_prod that moves back while requests are held halts the ring", goes_back},
 		{"requests in flight outlive their connection", ends_late},
 		{"rules without sense are refused and change nothing", refuses_rules},
 	};
