@@ -175,7 +175,7 @@ static uint32_t hear(uint16_t type)
 		case PVF_CTL_HELLO:
 			CHECK_EQ(n, sizeof(m.hello));
 			CHECK(m.hello.state <= PVF_TARGET_LOST && m.hello.pid == worker.pid);
-			CHECK_EQ(m.hello.has_target, worker.queue.target.fd >= 0);
+			CHECK(m.hello.has_target <= 1);
 			text_ends(m.hello.name, sizeof(m.hello.name));
 			break;
 		case PVF_CTL_ATTACHED:
@@ -190,7 +190,7 @@ static uint32_t hear(uint16_t type)
 			answers++;
 			break;
 		case PVF_CTL_DRAINED: /* an answer, or a client's end */
-			answers += type == PVF_CTL_QUIESCE;
+			answers += type == PVF_CTL_QUIESCE && !answers; /* else it was an ERROR */
 			quiesce_owed = false;
 			CHECK_EQ(worker.queue.blk.in_flight, 0);
 			break;
