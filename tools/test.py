@@ -29,7 +29,7 @@ JUNIT = ROOT / "build" / "junit"
 LOGS = ROOT / "build" / "log"
 
 LINT = ["ruff", "mypy"]
-FAST = [*LINT, "unit", "native", "asan", "tsan"]
+FAST = [*LINT, "unit", "native", "asan", "tsan", "fuzz"]
 LAB = ["hvm", "pvh", "pv"]
 GROUPS = {"lint": LINT, "fast": FAST, "lab": LAB, "all": [*FAST, *LAB]}
 
@@ -111,6 +111,8 @@ def stage(name: str) -> int:
             return meson("asan", "-Db_sanitize=address,undefined", "-Db_lundef=false")
         case "tsan":
             return meson("tsan", "-Db_sanitize=thread", "-Db_lundef=false")
+        case "fuzz":
+            return run(BIN / "python", "tools/fuzz.py", "--seconds", "10", "--junit", junit)
         case "hvm" | "pvh" | "pv":
             return run(BIN / "python", "-m", "lab", "test", "--guest", name, f"--junit={junit}")
     raise ValueError(name)
