@@ -107,10 +107,16 @@ uint32_t pvf_ring_poll(struct pvf_ring *ring, struct pvf_fault *fault)
 
 void pvf_ring_get(struct pvf_ring *ring, void *response, size_t size)
 {
-	PVF_ASSERT(ring->rsp_cons != ring->rsp_seen && size <= ring->entry_size);
-	memcpy(response, slot(ring, ring->rsp_cons), size);
-	/* The copy is what is checked and used: the compiler may not go back to the slot. */
-	__asm__ volatile("" ::: "memory");
+	PVF_ASSERT(ring->rsp_cons != ring->rsp_seen && size <= ring->entry_size && !(size % 4));
+	const uint32_t *from = (const uint32_t *)(const void *)slot(ring, ring->rsp_cons);
+
+	/* Word by word: memcpy() may read a byte twice, and a compiler may go back to the slot. The
+	 * copy is what is checked and used. */
+	for (size_t i = 0; i < size / 4; i++) {
+		uint32_t word = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+
+		memcpy((unsigned char *)response + 4 * i, &word, sizeof(word));
+	}
 	ring->rsp_cons++;
 }
 

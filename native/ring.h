@@ -45,7 +45,8 @@ bool pvf_ring_push(struct pvf_ring *ring);
 /* Responses that can be read now. Sets `fault` and returns 0 when rsp_prod breaks rule 1 or 2. */
 uint32_t pvf_ring_poll(struct pvf_ring *ring, struct pvf_fault *fault);
 
-/* Copies the next response out. Only after pvf_ring_poll() counted it. */
+/* Copies the next response out, each byte once. Only after pvf_ring_poll() counted it; `size` is a
+ * multiple of 4, as that of every response is. */
 void pvf_ring_get(struct pvf_ring *ring, void *response, size_t size);
 
 /* Asks for an event with the next response and looks once more (RING_FINAL_CHECK_FOR_RESPONSES):
