@@ -3,8 +3,8 @@
 
     python serve.py vbd serve ...
 
-All but the numbers of `device.Deadlines` is the command that users start. `detach`, what a toolstack
-sees, is as it is.
+All but the numbers of `device.Deadlines` is the command that users start. `detach`, which is what a
+toolstack sees, is as it is.
 """
 
 import functools

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Rules 25 to 28: keys that lie, states that jump, nodes that go, and a backend that does nothing."""
+"""Rules 25 to 28: keys that lie, states that jump, nodes that go, a backend that does nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ELSEWHERE = "/local/domain/0/backend/vbd/1/999"
         ("sectors", "many"),
         ("sectors", HUGE),
         ("sectors", str((1 << 64) - 1)),
-        ("sectors", str(1 << 54)),  # × 512 is 2^63
+        ("sectors", str(1 << 54)),  # of 512 bytes: 2^63
         ("sector-size", "0"),
         ("sector-size", "511"),
         ("sector-size", "8192"),
