@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""`make demo` as it is run: its exit status, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pvfront.host.demo import TOOLS
+
+COMMAND = [sys.executable, "-P", "-m", "pvfront.host.demo", "--size=16"]
+
+
+@pytest.fixture
+def environ() -> dict[str, str]:
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed (tools/apt-demo.txt)")
+    return dict(os.environ)
+
+
+def left_behind(pid: int) -> list[str]:
+    """The pids of its processes, all of which have its environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"PVFRONT_DEMO_TEST={pid}".encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+def start(environ: dict[str, str]) -> subprocess.Popen[str]:
+    mark = {"PVFRONT_DEMO_TEST": str(os.getpid())}
+    return subprocess.Popen(
+        COMMAND, env={**environ, **mark}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+
+
+def test_the_demo_verifies_both_sides_and_leaves_nothing(environ: dict[str, str]) -> None:
+    with start(environ) as process:
+        text, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, text
+    assert "read by the client" in text
+    assert "event channels: 0, grants: 0, grants still mapped: 0" in text
+    assert left_behind(os.getpid()) == []
+
+
+def test_the_demo_interrupted_ends_all_that_it_started(environ: dict[str, str]) -> None:
+    with start(environ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "nbdinfo" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        text = process.stdout.read()
+        assert process.wait(timeout=60) == 130, text
+    end = time.monotonic() + 20
+    while left := left_behind(os.getpid()):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
