@@ -518,6 +518,22 @@ static void refused_write(void)
 	CHECK_EQ(backend.taken, 1);
 }
 
+/* Neither slots nor pages nor bytes end this intake: only the bound does. */
+static void bounded(void)
+{
+	const uint32_t many = PVF_REQUESTS - 12;
+
+	setup(22, 11, 9);
+	for (uint32_t i = 0; i < many; i++)
+		say(NBD_CMD_READ, i, 1, 512, 0);
+	send_all();
+	CHECK(pvf_target_receive(&target, &blk, false));
+	CHECK(blk.pending && blk.pending <= many * 3 / 4);
+	until_idle();
+	for (uint32_t i = 0; i < many; i++)
+		CHECK_EQ(reply_error(), PVF_NBD_EINVAL);
+}
+
 static void magic(void)
 {
 	setup(22, 11, 9);
@@ -705,6 +721,7 @@ int main(void)
 		{"FUA is a write followed by a flush, answered after both", fua},
 		{"a trim is cut to whole discard granules", granularity},
 		{"the payload of a refused write is thrown away", refused_write},
+		{"rule 8: a turn takes a bounded number of requests", bounded},
 		{"a wrong magic ends the connection", magic},
 		{"a disconnect ends the connection after the last reply", disconnect},
 		{"a client that leaves right after it has sent something has left", leaving},

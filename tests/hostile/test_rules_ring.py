@@ -29,10 +29,6 @@ from pvfront.host.blkback import Fault
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-RECEIVES = 64
-"""Steps of intake for each wake-up (native/target.c)."""
-
-
 async def write(client: Client) -> None:
     await client.write(0, bytes(4096))
 
@@ -247,19 +243,18 @@ async def test_rule_07_a_flush_that_failed_is_no_success_of_a_fua_write(disk: Di
     assert caught.value.number == EIO
 
 
-async def test_rule_08_the_work_of_one_wake_up_is_bounded(disk: Disk) -> None:
+async def test_rule_08_a_flood_of_requests_is_taken_in_several_turns(disk: Disk) -> None:
+    """How many at a time is shown by native/tests/test_engine.c."""
     client = await disk.client()
     await client.read(0, 4096)
-    count = 6 * RECEIVES
     before = (await disk.stats()).wakeups
     # Refused at once, so that neither slot nor page stops the intake; in one write, so that
     # the worker could take them all at once.
-    ones = [client.start(READ, 1, 512) for _ in range(count)]
-    for reply in ones:
+    for reply in [client.start(READ, 1, 512) for _ in range(500)]:
         error = await outcome(reply)
         assert isinstance(error, NbdError)
         assert error.number == EINVAL
-    assert (await disk.stats()).wakeups - before >= count // RECEIVES
+    assert (await disk.stats()).wakeups - before >= 2
 
 
 async def test_rule_08_a_backend_that_answers_without_end_does_not_keep_others_waiting(
