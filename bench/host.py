@@ -292,13 +292,15 @@ async def many(count: int, idle_seconds: float) -> list[Figure]:
 # All of it
 
 
-async def bench(rounds: int, seconds: float, counts: Sequence[int], jobs: Jobs) -> list[Figure]:
+async def bench(
+    rounds: int, seconds: float, counts: Sequence[int], jobs: Jobs, null_server: Path
+) -> list[Figure]:
     figures = []
     with tempfile.TemporaryDirectory(prefix="pvf-bench-") as directory:
         commands = {
             PEER: nbdkit("memory", DISK),
             PEER_NULL: nbdkit("null", DISK),
-            ROOF: [str(NULL_SERVER), "SOCKET", str(DISK)],
+            ROOF: [str(null_server), "SOCKET", str(DISK)],
         }
         async with (
             ours(DISK) as (backend, service, _),
@@ -335,6 +337,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each job")
     parser.add_argument("--quick", action="store_true", help="one short round: does it work?")
     parser.add_argument("--match", default="", help="only jobs whose name contains this")
+    parser.add_argument("--null-server", type=Path, default=NULL_SERVER, help="the program")
     parser.add_argument("--output", type=Path, default=BUILD, help="directory")
     options = parser.parse_args()
     every = [("fio", job, d) for job in JOBS for d in ("read", "write")]
@@ -345,7 +348,7 @@ def main() -> int:
     if options.quick:
         rounds, seconds, counts = 1, 0.1, counts[:2]
     try:
-        figures = asyncio.run(bench(rounds, seconds, counts, jobs))
+        figures = asyncio.run(bench(rounds, seconds, counts, jobs, options.null_server))
     except (Failed, PvfrontError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
  * The empty NBD server: the roof that a server behind a socket can reach. It answers every request
- * at once, reads from one page of zeroes and writes into the void, on one thread with blocking
+ * at once, reads from memory that is one page of zeroes, writes into the void, on one thread with blocking
  * calls: as many requests a recv() as have come, as many replies a sendmsg() as that makes. What is
  * faster than this does not use a socket.
  *
