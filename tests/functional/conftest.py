@@ -24,6 +24,12 @@ def _in_lab(config: pytest.Config) -> bool:
     return config.pluginmanager.hasplugin("lab.plugin")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is of the embedded host alone is not even imported in the lab."""
+    only_here = {"test_many_disks.py", "test_embedded_world.py"}
+    return True if collection_path.name in only_here and _in_lab(config) else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that asks for `soak_round` runs once, and $PVFRONT_REPEATS times in a soak."""
     if "soak_round" in metafunc.fixturenames and not _in_lab(metafunc.config):

@@ -149,6 +149,10 @@ def _test(options: argparse.Namespace) -> int:
     """Run the plugin's suites; the last line is `N passed, N failed, N skipped`."""
     import pytest
 
+    # `python -m lab` in the checkout puts its folder first, and pvfront's sources there, which lack
+    # what is built, would hide the installed package.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != paths.PROJECT]
+
     name = "soak" if options.soak else "lab"
     if options.soak:
         os.environ.setdefault("PVFRONT_REPEATS", "10")
