@@ -13,7 +13,7 @@ SOURCES := $(shell git ls-files -co --exclude-standard pvfront native meson.buil
 LAB := PYTHONPATH=ci/xen-nested $(BIN)/python -m lab
 
 .PHONY: help setup setup-lab build demo demo-xen bench bench-xen test test-fast test-xen soak \
-	xen-shell lint clean native native-asan native-tsan unit fuzz
+	xen-shell lint clean native native-asan native-tsan unit fuzz hostile mutate
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -86,6 +86,7 @@ test-xen: build setup-lab ## the lab: GUEST=hvm|pvh|pv, K=marker (disk, survive,
 
 soak: build setup-lab ## the long counts; the lab's are resumable, results in build/soak/
 	@PVFRONT_REPEATS=10 $(BIN)/pytest tests/functional
+	@$(if $(K),true,$(BIN)/python tests/hostile/test_random_faults.py $${PVFRONT_FAULT_SECONDS:-3600})
 	@$(LAB) soak --guest $(GUEST) $(if $(K),-k '$(K)')
 
 xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
@@ -97,6 +98,12 @@ bench-xen: build setup-lab ## pvfront beside the kernel's blkfront, same guest a
 fuzz: build setup ## fuzz for a long time: FUZZ=ring|nbd|port|ctl|blkback FUZZ_SECONDS=600 (of each)
 	@$(BIN)/python tools/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ)
 	@$(BIN)/pytest tests/fuzz --hypothesis-profile=long --timeout=3600
+
+hostile: build ## a backend that breaks every rule, on the embedded host
+	@$(BIN)/python tools/test.py hostile
+
+mutate: build ## each rule's check removed in turn: its tests must fail (docs/security.md)
+	@$(BIN)/python tools/mutate.py
 
 lint: setup ## ruff and mypy
 	@$(BIN)/python tools/test.py lint

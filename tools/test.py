@@ -29,7 +29,7 @@ JUNIT = ROOT / "build" / "junit"
 LOGS = ROOT / "build" / "log"
 
 LINT = ["ruff", "mypy"]
-FAST = [*LINT, "unit", "native", "asan", "tsan", "fuzz"]
+FAST = [*LINT, "unit", "hostile", "native", "asan", "tsan", "fuzz", "mutate"]
 LAB = ["hvm", "pvh", "pv"]
 GROUPS = {"lint": LINT, "fast": FAST, "lab": LAB, "all": [*FAST, *LAB]}
 
@@ -80,6 +80,11 @@ def read_junit(path: Path) -> Count:
     return count
 
 
+def results(stage: str) -> list[Path]:
+    """The JUnit files of a stage."""
+    return [*JUNIT.glob(f"{stage}.xml"), *JUNIT.glob(f"{stage}-*.xml")]
+
+
 def meson(name: str, *options: str) -> int:
     """Builds the C tests in a directory of their own and runs them."""
     build = ROOT / "build" / f"native-{name}"
@@ -95,9 +100,23 @@ def meson(name: str, *options: str) -> int:
     return code
 
 
+def sanitized(name: str, *options: str) -> int:
+    """The C tests, and the worker's and the ring's tests on a worker, built with a sanitizer."""
+    code = meson(name, *options, "-Db_lundef=false")
+    worker = ROOT / "build" / f"native-{name}" / "native" / "pvfront-worker"
+    if code and not worker.exists():
+        return code
+    return code | run(
+        "env", "PVFRONT_SANITIZED=1", f"PVFRONT_WORKER={worker}", BIN / "pytest", "-q",
+        f"--junit-xml={JUNIT / f'{name}-worker.xml'}", "tests/worker",
+        "tests/hostile/test_rules_ring.py",
+    )  # fmt: skip
+
+
 def stage(name: str) -> int:
+    for old in results(name):
+        old.unlink()
     junit = JUNIT / f"{name}.xml"
-    junit.unlink(missing_ok=True)
     match name:
         case "ruff":
             return run(BIN / "ruff", "check", "--quiet", ".")
@@ -105,14 +124,18 @@ def stage(name: str) -> int:
             return run(BIN / "mypy", "--no-error-summary")
         case "unit":
             return run(BIN / "pytest", "-q", f"--junit-xml={junit}")
+        case "hostile":
+            return run(BIN / "pytest", "-q", f"--junit-xml={junit}", "tests/hostile")
         case "native":
             return meson("native")
         case "asan":
-            return meson("asan", "-Db_sanitize=address,undefined", "-Db_lundef=false")
+            return sanitized("asan", "-Db_sanitize=address,undefined")
         case "tsan":
-            return meson("tsan", "-Db_sanitize=thread", "-Db_lundef=false")
+            return sanitized("tsan", "-Db_sanitize=thread")
         case "fuzz":
             return run(BIN / "python", "tools/fuzz.py", "--seconds", "10", "--junit", junit)
+        case "mutate":
+            return run(BIN / "python", "tools/mutate.py", "--sample", "3", "--junit", junit)
         case "hvm" | "pvh" | "pv":
             return run(BIN / "python", "-m", "lab", "test", "--guest", name, f"--junit={junit}")
     raise ValueError(name)
@@ -133,11 +156,11 @@ class Ended:
 def timed(name: str) -> Ended:
     started = time.monotonic()
     code = stage(name)
-    junit = JUNIT / f"{name}.xml"
-    count = read_junit(junit) if junit.exists() else Count()
+    files = results(name)
+    count = sum(map(read_junit, files), Count())
     if code and not count.failed:
         count += Count(failed=1)
-    if not code and not junit.exists():
+    if not code and not files:
         count += Count(passed=1)  # a check without cases of its own: ruff, mypy
     return Ended(name, count, time.monotonic() - started)
 

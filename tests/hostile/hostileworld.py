@@ -390,6 +390,8 @@ class Disk:
         await until(
             "nothing is left of the disk", forgotten, why=lambda: f"{self._left()}\n{self.log}"
         )
+        for path in (self.front, self.back):
+            assert await world.host.store.read_opt(path) is None, f"a ghost: {path}"
         bad = [line for line in self.log.splitlines() if any(word in line for word in _BAD)]
         assert not bad, self.log
 
