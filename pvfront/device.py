@@ -319,7 +319,7 @@ class DeviceLoop:
             self._poked.clear()
             if self.goal is not before or self.device.view.backend is not backend:
                 return
-            if not self.device.view.present:
+            if not self.device.view.present and not self.device.view.moved:
                 raise DeviceGone(f"{self.device.name}: removed")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poked.wait(), left)
@@ -539,7 +539,13 @@ class DeviceLoop:
         while self.goal is Goal.PARKED:
             self._poked.clear()
             await self._poked.wait()
-        await self.device.reopen()
+        try:
+            await self.device.reopen()
+        except DeviceGone:
+            raise
+        except (PvfrontError, OSError) as error:
+            # Nothing is lost: the walk looks again, and says what is wrong until it is put right.
+            log.warning("%s: %s", self.device.name, error)
         await self._enter(Phase.RECONNECTING, "resumed")
 
     async def _close(self) -> None:

@@ -99,20 +99,24 @@ class XenbusDevice:
         """
         path = f"{home}device/{klass}/{devid}"
         device = cls(store, klass, devid, path, *await _locate(store, path))
-        await device._begin()
+        try:
+            await device._begin()
+        except BaseException:
+            await device.close()
+            raise
         return device
 
     async def reopen(self) -> None:
         """Follows the backend that the frontend names now. After a restore it is another one.
 
-        Raises as `open` does; the object is then closed.
+        Raises as `open` does; the backend is then the same as before, and still watched.
         """
+        backend, backend_id = await _locate(self.store, self.path)
         await self.close()
-        self.backend, self.backend_id = await _locate(self.store, self.path)
+        self.backend, self.backend_id = backend, backend_id
         await self._begin()
 
     async def _begin(self) -> None:
-        await self.refresh()
         for watched in (
             f"{self.path}/state",
             f"{self.path}/backend",
@@ -120,6 +124,7 @@ class XenbusDevice:
             f"{self.backend}/online",
         ):
             self._tasks.append(asyncio.create_task(self._follow(watched), name=watched))
+        await self.refresh()
 
     async def close(self) -> None:
         """Drops the watches; the device's keys are left as they are. Idempotent."""

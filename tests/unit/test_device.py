@@ -402,6 +402,27 @@ async def test_after_a_restore_under_another_id_the_new_backend_is_followed(
     assert "close" not in world.disk.calls, "the OS device must outlive the move"
 
 
+async def test_nonsense_that_names_the_backend_after_a_resume_is_said_until_it_is_put_right(
+    world: World,
+) -> None:
+    world.nodes()
+    loop = await world.connected()
+    for key, nonsense in (("backend", b"nonsense"), ("backend-id", b"")):
+        loop.aim(Goal.PARKED)
+        await loop.until_phase(Phase.PARKED, timeout=PATIENCE)
+        world.mem.set(f"{FRONT}/{key}", nonsense, "n5,r0")
+        loop.aim(Goal.CONNECTED)
+        if key == "backend":
+            await loop.until_phase(Phase.FAILED, timeout=PATIENCE)
+            assert "no absolute path" in loop.reason
+            world.mem.set(f"{FRONT}/backend", BACK.encode(), "n5,r0")
+        await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    # and it is watched again
+    await world.backend.write("6")
+    await world.eventually("generation 4", lambda: world.disk.generation == 4)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+
+
 async def test_a_suspend_that_nobody_announced_never_unbinds_the_old_port(world: World) -> None:
     world.nodes()
     loop = await world.connected()
