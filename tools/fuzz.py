@@ -116,13 +116,13 @@ def relative(path: str) -> str:
 
 
 def keep(name: str) -> None:
-    """Makes the kept corpus: the fewest and smallest inputs that reach what all reach."""
+    """Makes the kept corpus: few and small inputs that reach every branch that any reaches."""
     small = FOUND / name / "small"
     small.mkdir(parents=True, exist_ok=True)
     for old in small.iterdir():
         old.unlink()
     folders = [small, kept(name), collected(name)]
-    command = [fuzzer(name), "-merge=1", f"-max_len={LONGEST}", *folders]
+    command = [fuzzer(name), "-merge=1", "-use_counters=0", f"-max_len={LONGEST}", *folders]
     subprocess.run(command, check=True, capture_output=True)
     for old in kept(name).glob("*"):
         if len(old.name) == 40:  # libFuzzer's; what has a name was put there by somebody
