@@ -4,6 +4,7 @@ test`), else the embedded host."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -36,13 +37,40 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("soak_round", range(int(os.environ.get("PVFRONT_REPEATS", "1"))))
 
 
-@pytest.fixture(scope="module")
-def embedded_host() -> Iterator[EmbeddedWorld]:
-    """One for all tests of a file: it is told from a fresh one by nothing, or a test fails."""
-    from embedded_world import EmbeddedWorld
+class Hosts:
+    """Embedded hosts, one after another: a test gets the last one's, if nothing was left there."""
 
-    with EmbeddedWorld.begin() as made:
-        yield made
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._host: EmbeddedWorld | None = None
+
+    def get(self) -> EmbeddedWorld:
+        if self._host is None or not self._host.is_clean():
+            from embedded_world import EmbeddedWorld
+
+            self.close()
+            self._host = self._stack.enter_context(EmbeddedWorld.begin())
+        self._host.start()
+        return self._host
+
+    def close(self) -> None:
+        self._host = None
+        self._stack.close()
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    made = Hosts()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def host(hosts: Hosts) -> Iterator[EmbeddedWorld]:
+    """An embedded host with the disk service and no disk; so it must be in the end."""
+    found = hosts.get()
+    yield found
+    found.assert_nothing_left()
 
 
 @pytest.fixture
@@ -54,11 +82,8 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
         lab = LabWorld(request.getfixturevalue("lab"), request.getfixturevalue("guest"))
         lab.start()
         yield lab
-        return
-    host: EmbeddedWorld = request.getfixturevalue("embedded_host")
-    host.start()
-    yield host
-    host.assert_nothing_left()
+    else:
+        yield request.getfixturevalue("host")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -280,7 +280,7 @@ class EmbeddedWorld:
                     try:
                         world.start()
                         yield world
-                        if world.running():
+                        if world.running() and world.is_clean():
                             world.stop()
                     finally:
                         world._kill_all()
@@ -339,6 +339,7 @@ class EmbeddedWorld:
     def stop(self) -> None:
         service = self._service
         assert service is not None
+        self._orphans.update(self.workers())  # one whose disk is in use stays
         service.terminate()
         assert service.wait(2 * PATIENCE) == 0, self.log.read_text()
 
@@ -458,7 +459,7 @@ class EmbeddedWorld:
     # -- waiting -------------------------------------------------------------------------------
 
     def wait_until(self, what: str, holds: Callable[[], T], deadline: float = PATIENCE) -> T:
-        end = time.monotonic() + max(deadline, PATIENCE)
+        end = time.monotonic() + deadline
         while True:
             value = holds()
             if value:
@@ -472,9 +473,19 @@ class EmbeddedWorld:
         stats = self.do(self.backend.stats())
         assert (stats["io_errors"], stats["rejected"], stats["map_errors"]) == (0, 0, 0), stats
 
-    def assert_nothing_left(self) -> None:
+    def is_clean(self) -> bool:
+        """Whether another test may run here."""
+        try:
+            attached = self.do(self.host.store.read_opt("/local/domain/1/device/vbd"))
+            return attached is None and not any(self.held().values())
+        except OSError:
+            return False  # a part of the host has gone
+
+    def assert_nothing_left(self, deadline: float = PATIENCE) -> None:
         """After a test."""
-        self.wait_until("nothing of its disks left", lambda: not any(self.held().values()))
+        self.wait_until(
+            "nothing of its disks left", lambda: not any(self.held().values()), deadline
+        )
         for log in self.directory.glob("*.log"):
             text = log.read_text(errors="replace")
             bad = [line for line in text.splitlines() if any(word in line for word in BAD)]

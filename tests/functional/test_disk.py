@@ -7,6 +7,8 @@ Tools that we did not write look at the disk, through the installed package. Wha
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from world import Disk, World
 
@@ -17,6 +19,22 @@ def written(disk: Disk) -> int:
     """Write requests so far."""
     counters = disk.status().get("statistics")
     return int(counters["write"]["requests"]) if counters else 0
+
+
+def sixteen_held(disk: Disk) -> bool:
+    """Holds what is under way; lets go of it again if that is less and stays so.
+
+    fio begins nothing new while it waits for the last of a batch.
+    """
+    disk.backing.hold()
+    before = -1
+    while (now := disk.backing.in_flight()) != before:
+        if now >= 16:
+            return True
+        before = now
+        time.sleep(0.5)
+    disk.backing.release()
+    return False
 
 
 @pytest.mark.parametrize(
@@ -132,8 +150,7 @@ def test_a_worker_killed_with_16_requests_in_flight_loses_nothing(world: World) 
     with world.disk(32, slow=True) as disk:
         load = disk.load(depth=32, size="8M", reconnects=True)
         world.wait_until("I/O", lambda: written(disk) > 50)
-        disk.backing.hold()
-        world.wait_until("16 requests held", lambda: disk.backing.in_flight() >= 16)
+        world.wait_until("16 requests held", lambda: sixteen_held(disk))
         old = disk.worker()
         world.kill(old)
         world.wait_until(
