@@ -153,6 +153,7 @@ class LabWorld:
         wait_until(
             "systemd's new supervisor",
             lambda: self.running() and self.supervisor() not in (0, old),
+            120,  # Python starts on the one emulated processor that the load has
         )
 
     def kill(self, pid: int) -> None:
@@ -214,7 +215,7 @@ class LabWorld:
         before, after = ticks[: len(pids)], ticks[len(pids) :]
         return [new - old for old, new in zip(before, after, strict=True)]
 
-    def wait_until(self, what: str, holds: Callable[[], T], deadline: float = 30.0) -> T:
+    def wait_until(self, what: str, holds: Callable[[], T], deadline: float = 60.0) -> T:
         return wait_until(what, holds, deadline)
 
     def assert_no_io_errors(self) -> None:

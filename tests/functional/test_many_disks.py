@@ -7,7 +7,7 @@ import asyncio
 import os
 import string
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,7 @@ def names() -> Iterator[str]:
 
 @pytest.mark.timeout(300)
 def test_many_disks_are_attached_served_and_detached(
-    roomy: EmbeddedWorld, count: int, record_property: Callable[[str, object], None]
+    roomy: EmbeddedWorld, count: int, request: pytest.FixtureRequest
 ) -> None:
     needs("fio")
     begin = time.monotonic()
@@ -74,12 +74,12 @@ def test_many_disks_are_attached_served_and_detached(
     begin = time.monotonic()
     roomy.do(detach_all(roomy, disks))
     roomy.assert_nothing_left()
-    record_property(
-        f"{count} disks",
+    figures = (
         f"served after {served:.1f} s, detached in {time.monotonic() - begin:.1f} s; "
         f"a worker: {max(own)} KiB of its own, {max(shared)} KiB of grants; "
-        f"the supervisor: {supervisor} KiB",
+        f"the supervisor: {supervisor} KiB"
     )
+    request.node.user_properties.append((f"{count} disks", figures))
     assert max(own) < WORKER_KIB
 
 
