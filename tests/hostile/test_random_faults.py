@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -54,10 +55,19 @@ class Model:
 
     def __init__(self) -> None:
         self.may: list[set[bytes]] = [{bytes(BLOCK)} for _ in range(SIZE // BLOCK)]
+        self.past: list[deque[str]] = [deque(maxlen=8) for _ in self.may]
+        """What became of the last requests to each block, for a miscompare's report."""
         self.compared = 0
         self.acknowledged = 0
 
+    def _note(self, first: int, count: int, what: str) -> None:
+        for i in range(first, first + count):
+            self.past[i].append(f"{time.monotonic():.3f} {what}")
+
     def wrote(self, first: int, data: bytes, *, sure: bool) -> None:
+        self._note(
+            first, len(data) // BLOCK, f"write {data[:4].hex()} {'ok' if sure else 'in doubt'}"
+        )
         for i in range(len(data) // BLOCK):
             new = data[i * BLOCK : (i + 1) * BLOCK]
             if sure:
@@ -68,16 +78,18 @@ class Model:
 
     def trimmed(self, first: int, count: int) -> None:
         """Zeroes or what was there: advice."""
+        self._note(first, count, "trim")
         for i in range(first, first + count):
             self.may[i].add(bytes(BLOCK))
 
     def read(self, first: int, data: bytes) -> None:
+        self._note(first, len(data) // BLOCK, "read")
         for i in range(len(data) // BLOCK):
             got = data[i * BLOCK : (i + 1) * BLOCK]
             may = self.may[first + i]
             assert got in may, (
                 f"miscompare in block {first + i}: {got[:24].hex()}… is none of "
-                f"{[content[:24].hex() for content in may]}"
+                f"{[content[:24].hex() for content in may]}: {'; '.join(self.past[first + i])}"
             )
             self.may[first + i] = {got}
             self.compared += 1
@@ -156,6 +168,7 @@ class Havoc:
         self.world = disk.world
         self.random = random.Random(seed)
         self.done: dict[str, int] = {}
+        self.past: list[str] = []
         self.kinds: list[Callable[[], Awaitable[None]]] = [
             self.late, self.late, self.unordered, self.unordered, self.failing, self.deaf,
             self.storm, self.stalled, self.scribbled, self.broken, self.broken, self.dropped,
@@ -167,6 +180,7 @@ class Havoc:
         while time.monotonic() < end:
             kind = self.random.choice(self.kinds)
             self.done[kind.__name__] = self.done.get(kind.__name__, 0) + 1
+            self.past.append(f"{time.monotonic():.3f} {kind.__name__}")
             await kind()
             await self.disk.fault()
             await self.disk.release()
@@ -238,8 +252,7 @@ class Havoc:
         await asyncio.sleep(0.02)
 
     async def backend_killed(self) -> None:
-        await self.world.backend.kill()
-        await self.world.new_backend()
+        await self.world.backend_dies()
 
     async def supervisor_killed(self) -> None:
         await self.world.end_supervisor(signal.SIGKILL)
@@ -251,6 +264,7 @@ async def trial(disk: Disk, seconds: float, seed: int) -> str:
     work, havoc = Workload(disk, seed), Havoc(disk, seed + 1)
     running = asyncio.create_task(work.run())
     wrecking = asyncio.create_task(havoc.run(seconds))
+    running.add_done_callback(lambda t: t.cancelled() or (t.exception() and print(havoc.past)))
     try:
         await asyncio.wait({running, wrecking}, return_when=asyncio.FIRST_COMPLETED)
         if wrecking.done():
@@ -315,10 +329,13 @@ async def test_fio_verifies_its_data_under_faults_that_keep_the_connection(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PVFRONT_FAULT_SECONDS", "".join(sys.argv[1:2]) or "60")
+    os.environ["PVFRONT_FAULT_SECONDS"] = "".join(sys.argv[1:2]) or "60"
     if sys.argv[2:]:
         os.environ["PVFRONT_FAULT_SEED"] = sys.argv[2]
     here = (
         f"{Path(__file__)}::test_random_faults_lose_no_acknowledged_write_and_return_no_wrong_byte"
     )
-    sys.exit(pytest.main(["-q", "-s", "--timeout=0", here]))
+    # -P: the installed package, wherever this is started.
+    os.execv(
+        sys.executable, [sys.executable, "-P", "-m", "pytest", "-q", "-s", "--timeout=0", here]
+    )

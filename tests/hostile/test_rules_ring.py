@@ -29,6 +29,7 @@ from pvfront.host.blkback import Fault
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
+
 async def write(client: Client) -> None:
     await client.write(0, bytes(4096))
 
