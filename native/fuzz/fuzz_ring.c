@@ -180,7 +180,7 @@ static enum pvf_step intake(struct input *in, size_t bytes)
 	if (step == PVF_STEP_HEADER && in) {
 		begin(in);
 	} else if (step == PVF_STEP_PAYLOAD) {
-		struct iovec iov[PVF_BLK_SEGMENTS];
+		struct iovec iov[PVF_BLK_PAYLOAD];
 		bool last;
 		int n = pvf_blk_payload(&blk, iov, &last);
 		size_t done = 0;
