@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,17 @@ class World:
             await host.stop()
             raise
         return world
+
+    @contextlib.contextmanager
+    def backend_stopped(self) -> Iterator[None]:
+        """The backend's process stands still meanwhile, whatever it was about to do."""
+        pid = self.backend.pid
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     async def stop(self) -> None:
         try:
