@@ -81,7 +81,7 @@ native-asan: setup ## the C tests under AddressSanitizer and UBSan
 native-tsan: setup ## the C tests under ThreadSanitizer
 	@$(BIN)/python tools/test.py tsan
 
-test-xen: build setup-lab ## the lab: GUEST=hvm|pvh|pv, K=marker (disk, survive, services, ...)
+test-xen: build setup-lab ## the lab: GUEST=hvm|pvh|pv|pvh612, K=marker (disk, survive, services, ...)
 	@$(LAB) test --guest $(GUEST) $(if $(K),-k '$(K)')
 
 soak: build setup-lab ## the long counts; the lab's are resumable, results in build/soak/

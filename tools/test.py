@@ -30,7 +30,7 @@ LOGS = ROOT / "build" / "log"
 
 LINT = ["ruff", "mypy"]
 FAST = [*LINT, "unit", "hostile", "native", "asan", "tsan", "fuzz", "mutate"]
-LAB = ["hvm", "pvh", "pv"]
+LAB = ["hvm", "pvh", "pv", "pvh612"]
 GROUPS = {"lint": LINT, "fast": FAST, "lab": LAB, "all": [*FAST, *LAB]}
 
 _output = threading.local()
@@ -138,7 +138,7 @@ def stage(name: str) -> int:
             return run(BIN / "python", "tools/fuzz.py", "--seconds", "10", "--junit", junit)
         case "mutate":
             return run(BIN / "python", "tools/mutate.py", "--sample", "3", "--junit", junit)
-        case "hvm" | "pvh" | "pv":
+        case "hvm" | "pvh" | "pv" | "pvh612":
             return run(BIN / "python", "-m", "lab", "test", "--guest", name, f"--junit={junit}")
     raise ValueError(name)
 

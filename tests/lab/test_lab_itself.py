@@ -44,7 +44,7 @@ def test_the_emulators_triple_fault_is_told_from_a_crash(
 def test_dom0_and_guest_run_commands_on_a_real_xen(lab: Lab, guest: Guest) -> None:
     assert lab.dom0.output(["cat", "/proc/xen/capabilities"]).split(",")[0] == "control_d"
     assert guest.output(["cat", "/sys/hypervisor/type"]) == "xen"
-    expected = {"hvm": "HVM", "pvh": "PVH", "pv": "PV"}[guest.kind]
+    expected = guest.type.upper()
     assert guest.output(["cat", "/sys/hypervisor/guest_type"]) == expected
 
 

@@ -21,8 +21,11 @@ from .paths import BLOCK_SCRIPT
 from .progress import say
 from .xen import ADDRESS, Outer
 
-Kind = Literal["hvm", "pvh", "pv"]
-KINDS: tuple[Kind, ...] = ("hvm", "pvh", "pv")
+Kind = Literal["hvm", "pvh", "pv", "pvh612"]
+KINDS: tuple[Kind, ...] = ("hvm", "pvh", "pv", "pvh612")
+
+IMAGE: dict[Kind, str] = {"hvm": "guest", "pvh": "guest", "pv": "guest", "pvh612": "guest612"}
+"""The image a guest starts from. pvh612 is the PVH guest with Debian's packaged 6.12 kernel."""
 
 BRIDGE = "xenbr0"
 FILES = "/var/lib/lab"
@@ -43,6 +46,10 @@ OWN_CRASH = re.compile(
 
 Value = str | int | Sequence[str]
 
+
+def boot_file(kind: Kind, name: str) -> str:
+    """Where dom0 has "vmlinuz" or "initrd.img" of a kind's image."""
+    return f"{FILES}/{IMAGE[kind]}-{name}"
 
 
 def disk_spec(vdev: str, mode: str, device: str, *, stock: bool = False) -> str:
@@ -93,6 +100,8 @@ class Guest(Machine):
         """`root`, `payload`: dom0's block devices for xvda and xvdz."""
         super().__init__(kind, outer.ports[kind])
         self.kind: Kind = kind
+        self.type = "pvh" if kind == "pvh612" else kind
+        """What xl calls it: "hvm", "pvh" or "pv"."""
         self.outer = outer
         self.dom0 = outer.dom0
         self.address = ADDRESS[kind]
@@ -121,9 +130,9 @@ class Guest(Machine):
         """
         config: dict[str, Value] = {
             "name": self.kind,
-            "type": self.kind,
-            "kernel": f"{FILES}/vmlinuz",
-            "ramdisk": f"{FILES}/initrd.img",
+            "type": self.type,
+            "kernel": boot_file(self.kind, "vmlinuz"),
+            "ramdisk": boot_file(self.kind, "initrd.img"),
             "cmdline": self._command_line(cmdline),
             "memory": 640,
             "vcpus": 1,
@@ -170,8 +179,10 @@ class Guest(Machine):
         """The tar archive from which GRUB starts an HVM guest."""
         menu = f"linux /vmlinuz {self._command_line(more)}\ninitrd /initrd.img\nboot\n"
         self.dom0.write(f"{FILES}/grub.cfg", menu)
+        for name in ("vmlinuz", "initrd.img"):
+            self.dom0.run(["ln", "-sf", boot_file(self.kind, name), f"{FILES}/{name}"])
         names = "grub.cfg vmlinuz initrd.img"
-        self.dom0.run(f"tar --format=ustar -C {FILES} -cf {BOOT_DISK} {names}")
+        self.dom0.run(f"tar --format=ustar -h -C {FILES} -cf {BOOT_DISK} {names}")
 
     # -- life -------------------------------------------------------------------------------
 

@@ -3,9 +3,10 @@
 
 Theory of operation
 -------------------
-`build("dom0")` and `build("guest")` each run mmdebstrap into a directory, add the lab's own files,
-and turn the directory into an ext4 image with `mke2fs -d` (no mount, no loop device). The result
-is a directory in the cache named by a hash over everything that decides its contents:
+`build("dom0")`, `build("guest")` and `build("guest612")`, the guest with the 6.12 kernel, each run
+mmdebstrap into a directory, add the lab's own files, and turn the directory into an ext4 image with
+`mke2fs -d` (no mount, no loop device). The result is a directory in the cache named by a hash over
+everything that decides its contents:
 
     NAME-HASH/root.img     ext4, sparse; never written after the build: runs use qcow2 overlays
     NAME-HASH/vmlinuz      the kernel of the image
@@ -25,6 +26,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -41,7 +43,11 @@ SUITE = "bookworm"
 FORMAT = 1
 """Raise to rebuild every image."""
 
-DISK_SIZE = {"dom0": "6G", "guest": "4G"}
+DISK_SIZE = {"dom0": "6G", "guest": "4G", "guest612": "4G"}
+
+# A guest that differs from "guest" in its kernel alone. The cloud flavour of 6.12 has every module
+# that the lab wants, and is a third as large.
+KERNEL = {"guest": "linux-image-amd64", "guest612": "linux-image-6.12-cloud-amd64"}
 
 # Parts of the kernel package that no dom0 or guest of the lab can use: half of its 400 MB.
 UNUSED_MODULES = (
@@ -63,6 +69,7 @@ UNUSED_MODULES = (
 INITRD_MODULES = {
     "dom0": ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic"),
     "guest": ("xen-blkfront", "ext4", "crc32c_generic"),
+    "guest612": ("xen-blkfront", "ext4", "crc32c_generic"),
 }
 
 REQUIRED_MODULES = {
@@ -70,6 +77,8 @@ REQUIRED_MODULES = {
              "loop", "dm-delay", "bridge", "tun", "virtio_net"),
     "guest": ("nbd", "xen-gntalloc", "xen-gntdev", "xen-evtchn", "tun", "xen-blkfront",
               "xen-netfront", "overlay", "dm-mod"),
+    "guest612": ("nbd", "ublk_drv", "xen-gntalloc", "xen-gntdev", "xen-evtchn", "tun",
+                 "xen-blkfront", "xen-netfront", "overlay", "dm-mod"),
 }  # fmt: skip
 
 # Units that a test guest does not need and that cost seconds each under emulation.
@@ -122,20 +131,24 @@ class Image:
 
 
 def packages(name: str) -> list[str]:
-    """The package list of an image, from packages-NAME.txt."""
-    lines = (paths.HERE / f"packages-{name}.txt").read_text().splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    """The package list of an image, from packages-dom0.txt or packages-guest.txt."""
+    file = "dom0" if name == "dom0" else "guest"
+    lines = (paths.HERE / f"packages-{file}.txt").read_text().splitlines()
+    listed = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if name == "dom0":
+        return listed
+    return [KERNEL[name] if package == KERNEL["guest"] else package for package in listed]
 
 
 def fingerprint(name: str) -> str:
     """Hash over what decides an image's contents, 16 hex digits."""
     digest = hashlib.sha256(f"{FORMAT} {SUITE} {name}\n".encode())
     digest.update("\n".join(packages(name)).encode())
-    recipe = (GRUB_CONFIG, GRUB_MODULES, DISK_SIZE, UNUSED_MODULES, INITRD_MODULES,
-              REQUIRED_MODULES)  # fmt: skip
+    recipe = (GRUB_CONFIG, GRUB_MODULES, DISK_SIZE[name], UNUSED_MODULES, INITRD_MODULES[name],
+              REQUIRED_MODULES[name])  # fmt: skip
     digest.update(repr(recipe).encode())
-    prefix = {"dom0": ("dom0-", "initramfs-"), "guest": ("guest-", "lab-", "initramfs-")}[name]
-    if name == "guest":
+    prefix = ("dom0-", "initramfs-") if name == "dom0" else ("guest-", "lab-", "initramfs-")
+    if name != "dom0":
         digest.update(repr(MASKED_UNITS).encode())
     for file in sorted((paths.LAB / "files").iterdir()):
         if file.name.startswith(prefix):
@@ -145,7 +158,10 @@ def fingerprint(name: str) -> str:
 
 
 def build(name: str) -> Image:
-    """The image `name` ("dom0" or "guest"), from the cache or built now. Raises LabError(image)."""
+    """The image `name` ("dom0", "guest", "guest612"), from the cache or built now.
+
+    Raises LabError(image).
+    """
     directory = paths.cache() / f"{name}-{fingerprint(name)}"
     if not (directory / "about.json").exists():
         with (paths.cache() / f"{name}.build-lock").open("w") as lock:
@@ -319,7 +335,7 @@ def _initramfs(name: str, tree: Path, release: str, stage: Path, out: Path, log:
     for line in (base / "modules.dep").read_text().splitlines():
         module, _, rest = line.partition(":")
         depends[module] = rest.split()
-        by_name[Path(module).name.removesuffix(".ko").replace("_", "-")] = module
+        by_name[Path(module).name.split(".ko")[0].replace("_", "-")] = module
     order: list[str] = []
 
     def visit(module: str) -> None:
@@ -332,8 +348,12 @@ def _initramfs(name: str, tree: Path, release: str, stage: Path, out: Path, log:
         if wanted.replace("_", "-") in by_name:  # else: built in
             visit(by_name[wanted.replace("_", "-")])
     for module in order:
-        shutil.copy(base / module, stage / "modules" / Path(module).name)
-    (stage / "modules/order").write_text("".join(Path(m).name + "\n" for m in order))
+        data = (base / module).read_bytes()
+        # Busybox's insmod wants them plain.
+        plain = lzma.decompress(data) if module.endswith(".xz") else data
+        (stage / "modules" / Path(module).name.removesuffix(".xz")).write_bytes(plain)
+    names = [Path(module).name.removesuffix(".xz") for module in order]
+    (stage / "modules/order").write_text("".join(f"{name}\n" for name in names))
     # Not compressed: unpacking a compressed one costs an emulated CPU more than reading it.
     archive = f"cd {stage} && find . | LC_ALL=C sort | cpio -o -H newc --quiet >{out}"
     _run(["sh", "-c", archive], log)
@@ -411,6 +431,6 @@ def _populate(name: str, tree: Path) -> None:
 def clean() -> None:
     """Forget every cached image (not the .deb files)."""
     for path in paths.cache().iterdir():
-        if re.fullmatch(r"(dom0|guest)-([0-9a-f]{16}|build-.*)", path.name):
+        if re.fullmatch(r"(dom0|guest|guest612)-([0-9a-f]{16}|build-.*)", path.name):
             say(f"removing {path}")
             shutil.rmtree(path)

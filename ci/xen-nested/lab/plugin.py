@@ -130,7 +130,12 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         yield lab
         return
     image = None if option("--no-payload") else payload.build()
-    lab = Lab.up(image, owner=f"tests, pid {os.getpid()}", wait=option("--lab-wait"))
+    lab = Lab.up(
+        image,
+        owner=f"tests, pid {os.getpid()}",
+        wait=option("--lab-wait"),
+        kinds=[option("--guest")],
+    )
     request.config.stash[LAB] = lab
     try:
         yield lab

@@ -25,7 +25,7 @@ def _machine(lab: Lab, name: str) -> Machine:
     for kind in KINDS:
         if kind == name:
             return lab.guest(kind)
-    raise SystemExit(f"no machine {name!r}: dom0, hvm, pvh or pv")
+    raise SystemExit(f"no machine {name!r}: dom0, {', '.join(KINDS)}")
 
 
 def _payload(options: argparse.Namespace) -> Path | None:
@@ -38,7 +38,7 @@ def _payload(options: argparse.Namespace) -> Path | None:
 def _install(options: argparse.Namespace) -> int:
     lab = Lab.attach()
     for kind in options.kinds or KINDS:
-        if lab.guest(kind).running():
+        if lab.has_guest(kind) and lab.guest(kind).running():
             payload.install(lab.guest(kind), Path(options.wheel) if options.wheel else None)
     return 0
 
@@ -47,7 +47,9 @@ def _up(options: argparse.Namespace) -> int:
     state = State.load()
     if state is None:
         owner = f"up, started by pid {os.getpid()}"
-        lab = Lab.up(_payload(options), owner=owner, keep=True, wait=options.wait)
+        lab = Lab.up(
+            _payload(options), owner=owner, keep=True, wait=options.wait, kinds=options.guest or []
+        )
     else:
         say(f"already up: {state.owner}")
         lab = Lab.attach()
@@ -72,7 +74,7 @@ def _status(_options: argparse.Namespace) -> int:
     print(f"{state.owner}: QEMU pid {state.pid}, logs in {state.run}, payload: {state.payload}")
     print(lab.xl("list").stdout, end="")
     for kind in KINDS:
-        if lab.guest(kind).running():
+        if lab.has_guest(kind) and lab.guest(kind).running():
             print(f"{kind}: agent {'answers' if lab.guest(kind).alive() else 'SILENT'}")
     return 0
 
@@ -109,7 +111,11 @@ def _exec(options: argparse.Namespace) -> int:
 def _shell(options: argparse.Namespace) -> int:
     """A shell in the running lab, else in one of our own that ends with it."""
     ours = State.load() is None
-    lab = Lab.up(_payload(options), owner=f"shell, pid {os.getpid()}") if ours else Lab.attach()
+    lab = (
+        Lab.up(_payload(options), owner=f"shell, pid {os.getpid()}", kinds=[options.guest])
+        if ours
+        else Lab.attach()
+    )
     try:
         machine = _machine(lab, options.machine or options.guest)
         if isinstance(machine, Guest):

@@ -22,7 +22,7 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing import TypeVar
 from . import image, paths
 from .client import Machine, Result
 from .errors import CommandFailed, DeadlineExceeded, LabError
-from .guest import FILES, KINDS, Guest, Kind, Tally, disk_spec
+from .guest import FILES, IMAGE, KINDS, Guest, Kind, Tally, boot_file, disk_spec
 from .progress import say, step
 from .xen import Disk, Outer, new_run_directory
 
@@ -219,17 +219,26 @@ class Lab:
 
     @classmethod
     def up(
-        cls, payload: Path | None = None, *, owner: str, wait: float = 0.0, keep: bool = False
+        cls,
+        payload: Path | None = None,
+        *,
+        owner: str,
+        wait: float = 0.0,
+        keep: bool = False,
+        kinds: Collection[Kind] = (),
     ) -> Lab:
         """Build what is missing, boot Xen and dom0. `keep`: it outlives this process.
 
         payload: an ext4 image for the guests' /opt/pvfront, None for a lab without.
+        kinds: guests that are wanted; those of the common image can always be had.
         """
-        dom0, guest = image.build("dom0"), image.build("guest")
+        dom0 = image.build("dom0")
+        images = {name: image.build(name) for name in {"guest", *(IMAGE[kind] for kind in kinds)}}
         lock = acquire_lock(wait)
         try:
             run = new_run_directory()
-            disks = [Disk(kind, guest.root) for kind in KINDS]
+            available = [kind for kind in KINDS if IMAGE[kind] in images]
+            disks = [Disk(kind, images[IMAGE[kind]].root) for kind in available]
             if payload:
                 disks.append(Disk("payload", payload, overlay=False))
             outer = Outer.start(run, dom0, disks, lock, die_with_us=not keep)
@@ -239,9 +248,11 @@ class Lab:
         try:
             with step("booting Xen and dom0"):
                 outer.wait_booted()
-                outer.dom0.push(guest.kernel, f"{FILES}/vmlinuz")
-                outer.dom0.push(guest.initrd, f"{FILES}/initrd.img")
-                outer.dom0.push(guest.grub, f"{FILES}/grub.lnx")
+                for kind in {IMAGE[kind]: kind for kind in available}.values():
+                    built = images[IMAGE[kind]]
+                    outer.dom0.push(built.kernel, boot_file(kind, "vmlinuz"))
+                    outer.dom0.push(built.initrd, boot_file(kind, "initrd.img"))
+                outer.dom0.push(images["guest"].grub, f"{FILES}/grub.lnx")
                 outer.dom0.push(paths.BLOCK_SCRIPT, f"/etc/xen/scripts/{paths.BLOCK_SCRIPT.name}")
         except BaseException:
             outer.stop()
@@ -266,19 +277,28 @@ class Lab:
     def guest(self, kind: Kind) -> Guest:
         """The guest of that kind, running or not."""
         if kind not in self._guests:
+            if not self.has_guest(kind):
+                raise LabError("image", f"this lab began without {kind}: up --guest {kind}")
             self._guests[kind] = Guest(
                 kind, self.outer, self.disk_device(kind),
                 self.disk_device("payload") if self.has_payload else None, self.tally,
             )  # fmt: skip
         return self._guests[kind]
 
+    def has_guest(self, kind: Kind) -> bool:
+        """Whether the lab was started with that guest's root disk."""
+        return kind in self._all_disks()
+
     def disk_device(self, serial: str) -> str:
         """dom0's device of one of the virtual machine's disks."""
+        return self._all_disks()[serial]
+
+    def _all_disks(self) -> dict[str, str]:
         if not self._disks:
             command = "cd /sys/block; for d in vd*; do echo $d $(cat $d/serial); done"
             listing = self.dom0.output(command)
             self._disks = {ln.split()[1]: f"/dev/{ln.split()[0]}" for ln in listing.splitlines()}
-        return self._disks[serial]
+        return self._disks
 
     # -- the toolstack ----------------------------------------------------------------------
 

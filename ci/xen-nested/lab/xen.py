@@ -43,7 +43,10 @@ DOM0_COMMAND_LINE = (
 BOOT_DEADLINE = 240.0
 """Seconds from power-on to dom0's agent; 20 is usual on an idle 2-core machine."""
 
-ADDRESS = {"dom0": "10.0.2.15", "hvm": "10.0.2.21", "pvh": "10.0.2.22", "pv": "10.0.2.23"}
+ADDRESS = {
+    "dom0": "10.0.2.15", "hvm": "10.0.2.21", "pvh": "10.0.2.22", "pv": "10.0.2.23",
+    "pvh612": "10.0.2.24",
+}  # fmt: skip
 """On the bridge of the control network, which is QEMU's user-mode network."""
 
 # What the Xen console shows once a stage is done, in order.
