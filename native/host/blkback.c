@@ -291,6 +291,29 @@ int pvf_bb_arena(struct pvf_bb *bb, uint16_t number, int fd)
 	return rc;
 }
 
+uint32_t pvf_bb_left(const struct pvf_bb *bb, struct pvf_bb_left *left)
+{
+	memcpy(left, bb->left, bb->lefts * sizeof(*left));
+	return bb->lefts;
+}
+
+int pvf_bb_take_up(struct pvf_bb *bb, const struct pvf_bb_left *left, uint32_t count)
+{
+	if (count > PVF_BB_QUEUES)
+		return -EINVAL;
+	memcpy(bb->left, left, count * sizeof(*left));
+	bb->lefts = count;
+	return 0;
+}
+
+static bool was_left_at(const struct pvf_bb *bb, uint32_t ref, RING_IDX rsp_prod)
+{
+	for (uint32_t i = 0; i < bb->lefts; i++)
+		if (bb->left[i].ref == ref)
+			return bb->left[i].rsp_prod == rsp_prod;
+	return false;
+}
+
 int pvf_bb_ring(struct pvf_bb *bb, const uint32_t *refs, uint32_t pages, int channel_fd,
 		uint32_t side, int own_fd, int other_fd, char *why)
 {
@@ -318,7 +341,7 @@ int pvf_bb_ring(struct pvf_bb *bb, const uint32_t *refs, uint32_t pages, int cha
 	}
 	memcpy(ring->refs, refs, pages * sizeof(*refs));
 	ring->pages = pages;
-	/* As a blkback that was bound again: what is in the ring and not answered is done (again). */
+	/* As a blkback that was bound again: what was put there meanwhile is done. */
 	const blkif_sring_t *shared = ring->shared;
 	RING_IDX rsp_prod = __atomic_load_n(&shared->rsp_prod, __ATOMIC_ACQUIRE);
 	RING_IDX req_prod = __atomic_load_n(&shared->req_prod, __ATOMIC_ACQUIRE);
@@ -329,6 +352,10 @@ int pvf_bb_ring(struct pvf_bb *bb, const uint32_t *refs, uint32_t pages, int cha
 	if (req_prod - rsp_prod > RING_SIZE(&ring->ring)) {
 		bb_ring_free(ring);
 		return explain(why, -EIO, "the ring's indices");
+	}
+	if ((req_prod || rsp_prod) && !was_left_at(bb, refs[0], rsp_prod)) {
+		bb_ring_free(ring);
+		return explain(why, -EBUSY, "the ring was not left in order by who served it");
 	}
 	ring->side = side;
 	rc = pvf_channel_map(channel_fd, &ring->channel);
@@ -351,6 +378,8 @@ int pvf_bb_start(struct pvf_bb *bb)
 	struct pvf_bb_conn *conn = bb->conn;
 	int rc = conn && conn->rings ? 0 : -ENOTCONN;
 
+	if (!rc)
+		bb->lefts = 0;
 	for (uint32_t i = 0; !rc && i < conn->rings; i++)
 		rc = bb_ring_start(conn->ring[i]);
 	return rc;
@@ -383,10 +412,16 @@ int pvf_bb_disconnect(struct pvf_bb *bb)
 	if (busy)
 		return -EBUSY;
 	for (uint32_t i = 0; i < conn->rings; i++) {
-		if (conn->ring[i]->started)
-			pthread_join(conn->ring[i]->thread, NULL);
-		conn->ring[i]->started = false;
-		add_stats(&bb->ended, &conn->ring[i]->stats);
+		struct bb_ring *ring = conn->ring[i];
+
+		if (ring->started) {
+			pthread_join(ring->thread, NULL);
+			if (bb_ring_in_order(ring))
+				bb->left[bb->lefts++] =
+					(struct pvf_bb_left){ring->refs[0], ring->published};
+		}
+		ring->started = false;
+		add_stats(&bb->ended, &ring->stats);
 	}
 	free_conn(conn);
 	bb->conn = NULL;

@@ -21,6 +21,14 @@
  *   them, are still executed and answered later, as blkback's are; until then pvf_bb_disconnect()
  *   says -EBUSY, and nothing new can connect.
  *
+ *   A ring that was used before is taken up at its rsp_prod only if its last server left it in order:
+ *   everything that it had taken is answered, and nothing is written into a slot that rsp_prod does
+ *   not count. Otherwise requests would be done again that were answered out of order, with pages
+ *   that are others' by now, or read from slots that hold a response. The kernel's blkback drains
+ *   before it lets go of a ring and cannot be killed; a process can be. pvf_bb_disconnect() knows
+ *   which rings it left in order (pvf_bb_left()); whoever serves them next, in another process, is
+ *   told (pvf_bb_take_up()).
+ *
  *   A rule matches requests by operation and sectors when they are taken (storms and idle
  *   rewriting: whenever their time comes), lets `skip` of them pass, then fires with probability
  *   `chance` until it has fired `count` times. Up to PVF_BB_ACTIONS different faults fire for one
@@ -167,8 +175,20 @@ int pvf_bb_connect(struct pvf_bb *bb, int table_fd, int maptrack_fd, uint16_t ow
 /* Gives an arena that the hub need not be asked for. 0 or -errno. */
 int pvf_bb_arena(struct pvf_bb *bb, uint16_t number, int fd);
 
+/* A ring that was left in order: the reference of its first page, and where its responses end. */
+struct pvf_bb_left {
+	uint32_t ref, rsp_prod;
+};
+
+/* The rings of the last connection that were left in order, PVF_BB_QUEUES at most: how many. None
+ * once a new connection was started. */
+uint32_t pvf_bb_left(const struct pvf_bb *bb, struct pvf_bb_left *left);
+
+/* What another process left, before pvf_bb_ring(). 0 or -EINVAL. */
+int pvf_bb_take_up(struct pvf_bb *bb, const struct pvf_bb_left *left, uint32_t count);
+
 /* Maps one more ring of 1, 2, 4, 8 or 16 pages behind an event channel. 0, or -errno with the
- * reason in `why` (PVF_BB_TEXT bytes). */
+ * reason in `why` (PVF_BB_TEXT bytes). -EBUSY: the ring was used and not left in order. */
 int pvf_bb_ring(struct pvf_bb *bb, const uint32_t *refs, uint32_t pages, int channel_fd,
 		uint32_t side, int own_fd, int other_fd, char *why);
 

@@ -105,6 +105,8 @@ struct pvf_bb {
 	uint32_t released; /* counts pvf_bb_release() */
 	struct pvf_bb_conn *conn;
 	struct pvf_bb_stats ended; /* of connections that are over */
+	struct pvf_bb_left left[PVF_BB_QUEUES]; /* in order, by the last connection */
+	uint32_t lefts;
 };
 
 /* Maps one page: 0, or -errno as pvf_grant_map() has them. */
@@ -209,6 +211,8 @@ uint64_t bb_idle_faults(struct bb_ring *r);
 int bb_ring_start(struct bb_ring *ring);
 void bb_ring_kick(struct bb_ring *ring);
 /* After its thread has ended, or if it never started. */
+/* Once its thread has ended: whether all that it took is answered, and every answer published. */
+bool bb_ring_in_order(const struct bb_ring *r);
 void bb_ring_free(struct bb_ring *ring);
 struct bb_ring *bb_ring_new(struct pvf_bb_conn *conn);
 

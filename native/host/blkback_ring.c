@@ -372,6 +372,12 @@ struct bb_ring *bb_ring_new(struct pvf_bb_conn *conn)
 	return r;
 }
 
+bool bb_ring_in_order(const struct bb_ring *r)
+{
+	return !r->halted && !r->held_count && !r->unasked &&
+	       r->ring.req_cons == r->ring.rsp_prod_pvt && r->published == r->ring.rsp_prod_pvt;
+}
+
 void bb_ring_free(struct bb_ring *r)
 {
 	struct pvf_bb_conn *conn = r->conn;

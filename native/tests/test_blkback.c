@@ -477,7 +477,7 @@ static void reconnects(void)
 	peer_end(&p);
 }
 
-/* The frontend notices nothing, and what was not answered is done. */
+/* The frontend notices nothing, and what was put there meanwhile is done. */
 static void attaches_again(void)
 {
 	struct peer p = {0};
@@ -508,6 +508,42 @@ static void attaches_again(void)
 	peer_end(&p);
 }
 
+/* Answered out of order: from rsp_prod on, the write would be done again. */
+static void leaves_what_was_not_in_order(void)
+{
+	struct peer p = {0};
+	struct pvf_bb_rule stall = {.kind = PVF_BB_STALL, .ops = 1 << BLKIF_OP_READ,
+				    .last = UINT64_MAX, .count = 1, .chance = PVF_BB_ALWAYS};
+	struct pvf_bb_left left[PVF_BB_QUEUES];
+	uint32_t refs[1] = {GREF(0)}, bad;
+	struct queue *q = &p.queue[0];
+	char why[PVF_BB_TEXT];
+
+	peer_begin(&p, NULL, DISK);
+	CHECK_EQ(pvf_bb_set_rules(p.bb, &stall, 1, 1, &bad), 0);
+	put(&p, BLKIF_OP_READ, 0, 0, 1);
+	uint64_t write = put(&p, BLKIF_OP_WRITE, 8, 1, 1);
+
+	push(&p);
+	CHECK_EQ(response(&p).id, write);
+	CHECK_EQ(pvf_bb_disconnect(p.bb), -EBUSY);
+	pvf_bb_free(p.bb); /* forgets the read */
+	p.bb = pvf_bb_new(NULL, DISK, &honest, &(int){0});
+	CHECK(p.bb);
+	for (int known = 0; known < 3; known++) {
+		CHECK_EQ(pvf_bb_connect(p.bb, p.table_fd, p.track_fd, 0, FRONT_DOMID, -1, false), 0);
+		CHECK_EQ(pvf_bb_arena(p.bb, ARENA, p.arena_fd), 0);
+		CHECK_EQ(pvf_bb_left(p.bb, left), (uint32_t)!!known);
+		CHECK_EQ(pvf_bb_ring(p.bb, refs, 1, q->channel_fd, 1, q->fd[1], q->fd[0], why),
+			 known == 2 ? 0 : -EBUSY);
+		CHECK_EQ(pvf_bb_disconnect(p.bb), 0);
+		left[0] = (struct pvf_bb_left){GREF(0), (uint32_t)known}; /* 1 is right */
+		CHECK_EQ(pvf_bb_take_up(p.bb, left, 1), 0);
+	}
+	CHECK_EQ(pvf_bb_take_up(p.bb, left, PVF_BB_QUEUES + 1), -EINVAL);
+	peer_end(&p);
+}
+
 int main(void)
 {
 	static const struct test tests[] = {
@@ -534,7 +570,8 @@ int main(void)
 		{"events are sent when rsp_event asks for them", counts_events},
 		{"a ring that cannot be mapped is refused with its reason", ring_refusals},
 		{"a frontend comes and goes, the disk stays", reconnects},
-		{"a backend attaches to a ring that is in use", attaches_again},
+		{"a ring that was left in order is taken up", attaches_again},
+		{"a ring that was not left in order is left alone", leaves_what_was_not_in_order},
 	};
 	return RUN_TESTS(tests);
 }

@@ -108,12 +108,20 @@ class BlkBackend:
         return self._child.log
 
     async def stop(self) -> None:
-        """Ends it as rmmod would: states stay as they are, what is in flight is forgotten."""
+        """Ends it in order: states stay as they are, and the next one goes on with its rings.
+
+        Requests that a fault holds back are forgotten; the next one then makes the frontend leave
+        their ring, as after `kill`.
+        """
         self._drop()
         await self._child.stop()
 
     async def kill(self) -> None:
-        """Ends it without its knowledge: everything it held goes, its states in the store stay."""
+        """Ends it without its knowledge: everything it held goes, its states in the store stay.
+
+        The next one does not know what was under way: it goes Closing, and the frontend comes
+        again with new rings.
+        """
         self._drop()
         await self._child.stop(signal.SIGKILL)
 

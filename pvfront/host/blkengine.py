@@ -12,7 +12,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,8 @@ class Engine:
     ) -> None:
         """Binds and maps the rings of domain `domid`'s frontend.
 
-        Raises Busy, EngineError (then nothing is connected).
+        A ring that was used is taken up if it was left in order, else that is an EngineError
+        (EBUSY). Raises Busy, EngineError (then nothing is connected).
         """
         self.disconnect()
         try:
@@ -262,6 +263,19 @@ class Engine:
             if isinstance(exc, OSError | ValueError):
                 raise EngineError(f"the hub of {host}: {exc}", errno.EIO) from exc
             raise
+
+    def left(self) -> dict[int, int]:
+        """Rings of the last connection that were left in order: rsp_prod by their first reference.
+
+        Whoever has them may take them up there; {} as soon as a new connection has started.
+        """
+        rings = ffi.new("struct pvf_bb_left[]", lib.PVF_BB_QUEUES)
+        return {ring.ref: ring.rsp_prod for ring in rings[0 : lib.pvf_bb_left(self._bb, rings)]}
+
+    def take_up(self, left: Mapping[int, int]) -> None:
+        """What `left` was of the process that served the disk before, for the next `connect`."""
+        rings = ffi.new("struct pvf_bb_left[]", list(left.items()) or 1)
+        self._check("take up", lib.pvf_bb_take_up(self._bb, rings, len(left)))
 
     def start(self) -> None:
         """Begins to serve what is connected."""

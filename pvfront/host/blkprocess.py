@@ -84,6 +84,8 @@ class Process:
                     *self._tasks.values(), *self._lingering, return_exceptions=True
                 )
                 for vbd in [*self.vbds.values(), *self.vanished.values()]:
+                    with contextlib.suppress(PvfrontError):  # a store that has gone keeps no mark
+                        await vbd.leave()
                     if vbd.engine is not None:
                         vbd.engine.close()
 

@@ -49,6 +49,8 @@ VDISK_CDROM, VDISK_REMOVABLE, VDISK_READONLY = 1, 2, 4
 
 PROTOCOLS = ("x86_64-abi",)  # XEN_IO_PROTO_ABI_X86_64: the layout of this machine
 LINGER_SECONDS = 0.05
+MARK = "rings-in-order"
+"""Key of the rings that a backend left in order: "GREF:RSP_PROD ..."."""
 
 Keys = Mapping[str, str | None]
 
@@ -239,6 +241,8 @@ class Vbd:
         try:
             self.engine.disconnect()
             queues, persistent = await self._read_frontend()
+            if left := await self._take_mark():
+                self.engine.take_up(left)
             self.engine.connect(
                 self.host, self.own_domid, self.domid, queues, persistent=persistent
             )
@@ -272,6 +276,29 @@ class Vbd:
         if _state(await self._read("state")) == CLOSING:
             await self._switch(CLOSED)
         self._gone = True
+
+    # The kernel's blkback drains before it lets go of a ring and then may be bound to it again. A
+    # process can be killed with requests answered out of order, of which nothing in the ring tells;
+    # so a used ring is taken up only by its mark, which is written last and removed before anything
+    # is served: who is killed has left none.
+
+    async def leave(self) -> None:
+        """The process ends in order: rings with nothing under way are left to the next one."""
+        if self.engine is None or self._saved is not None:
+            return
+        with contextlib.suppress(Busy):
+            self.engine.disconnect()
+            if left := self.engine.left():
+                said = " ".join(f"{ref}:{rsp_prod}" for ref, rsp_prod in left.items())
+                await self._write_if_there(MARK, said)
+
+    async def _take_mark(self) -> dict[int, int]:
+        said = await self._read(MARK)
+        if said is None:
+            return {}
+        await self.store.remove(f"{self.path}/{MARK}", missing_ok=True)
+        pairs = re.findall(r"\b(\d{1,9}):(\d{1,10})\b", said)
+        return {int(ref): int(at) & 0xFFFFFFFF for ref, at in pairs[:16]}
 
     async def _properties(self) -> dict[str, str]:
         assert self.engine is not None
@@ -430,7 +457,7 @@ class Vbd:
             key = f"{below}/{name}"
             if re.match(r"/(feature-|discard-[ags]|sector|physical-sector|info$|m.*max-)", key):
                 continue
-            if not key.startswith("/max-ring") and key != "/state":
+            if not key.startswith("/max-ring") and key not in ("/state", f"/{MARK}"):
                 keys[key[1:]] = await self.store.read_opt(self.path + key) or ""
                 keys |= await self._dump(key)
         return keys
@@ -470,14 +497,16 @@ class Vbd:
 
     async def _write_state(self, state: int) -> None:
         """As xenbus_switch_state: a directory that has gone is not made again."""
-        path = f"{self.path}/state"
+        if await self._write_if_there("state", str(state)):
+            self.state = state
+
+    async def _write_if_there(self, key: str, value: str) -> bool:
         async for txn in self.store.transaction():
             async with txn:
-                there = await txn.read_opt(path) is not None
+                there = await txn.read_opt(f"{self.path}/state") is not None
                 if there:
-                    await txn.write(path, str(state))
-        if there:
-            self.state = state
+                    await txn.write(f"{self.path}/{key}", value)
+        return there
 
     async def _fatal(self, code: int, text: str) -> None:
         """As xenbus_dev_fatal: says why, and goes Closing."""

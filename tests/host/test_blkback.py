@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from pathlib import Path
 
@@ -361,19 +362,69 @@ async def test_a_backend_that_was_killed_comes_back_with_fewer_features() -> Non
             frontend.drop()
 
 
-async def test_a_backend_that_comes_back_attaches_to_the_rings_as_they_are(tmp_path: Path) -> None:
+async def test_a_killed_backend_s_requests_are_not_done_again_by_the_next(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    async with disk(f"vdev=xvdb,target={image}") as (host, backend, frontend):
+        await frontend.connect(persistent=True)
+        await backend.fault(Fault.stall(op="read", count=1))
+        frontend.put(READ, 64, whole(10, 1))
+        frontend.data[:PAGE] = pattern(1, 1)
+        write = frontend.put(WRITE, 8, whole(0, 1))
+        frontend.push()
+        # Answered out of order: the ring's consumer is before this write, its page is free again.
+        assert (await frontend.response())[0] == write
+        frontend.data[:PAGE] = pattern(2, 1)
+        await backend.kill()
+        async with await BlkBackend.start(host):
+            await frontend.backend_is(CLOSING)
+            assert image.read_bytes()[8 * SECTOR :][:PAGE] == pattern(1, 1)
+            await frontend.reconnect()
+            assert await frontend.read_back(8, 1) == pattern(1, 1)
+
+
+async def test_a_backend_that_was_stopped_in_order_goes_on_with_its_rings(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
     async with disk(f"vdev=xvdb,target={image}") as (host, backend, frontend):
         await frontend.connect(order=1, persistent=True)
         assert await frontend.write(0, pattern(1, 1)) == OKAY
-        await backend.kill()
+        await backend.stop()
         frontend.put(WRITE, 8, whole(0, 1))
         frontend.push()
         async with await BlkBackend.start(host):
             assert (await frontend.response())[2] == OKAY
             await frontend.backend_is(CONNECTED)
             assert await frontend.read_back(8, 1) == pattern(1, 1)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_a_ring_with_requests_held_back_is_not_taken_up(tmp_path: Path, how: str) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    async with disk(f"vdev=xvdb,target={image}") as (host, backend, frontend):
+        await frontend.connect()
+        # The first successor has its mark, and leaves none.
+        await backend.stop()
+        assert re.fullmatch(r"\d+:0", await frontend.read("rings-in-order") or "")
+        second = await BlkBackend.start(host)
+        await frontend.backend_is(CONNECTED)
+        assert await frontend.read("rings-in-order") is None
+        await second.fault(Fault.stall())
+        frontend.put(READ, 0, whole(0, 1))
+        frontend.push()
+        await eventually("a request held", lambda: _held(second))
+        await getattr(second, how)()
+        async with await BlkBackend.start(host):
+            await frontend.backend_is(CLOSING)
+            error = await host.store.read(f"/local/domain/0/error/backend/vbd/1/{VBD}/error")
+            assert "not left in order" in error
+            await frontend.reconnect()
+            assert await frontend.do(READ, 0, whole(0, 1)) == OKAY
+
+
+async def _held(backend: BlkBackend) -> bool:
+    return (await backend.stats())["in_flight"] == 1
 
 
 async def test_a_backend_that_cannot_start_says_why(tmp_path: Path) -> None:
