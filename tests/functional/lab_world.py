@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from lab.client import Job
+from lab.disks import BackingDisk, DelayedDisk
 from lab.guest import Guest
 from lab.pvf import VDEV, Pvfront, end_fio, fio
-from lab.scenario import BackingDisk, DelayedDisk, Lab, wait_until
+from lab.scenario import Lab, wait_until
 from world import Backing, Mode, Result, Seen
 
 T = TypeVar("T")
@@ -58,10 +58,7 @@ class LabBacking:
         self._delayed.clear_delay()
 
     def resize(self, mib: int) -> None:
-        loop = shlex.quote(self.disk.device)
-        self.disk.dom0.run(
-            f"truncate -s {mib}M $(losetup -n -O BACK-FILE {loop}) && losetup -c {loop}"
-        )
+        self.disk.resize(mib)
 
     def remove(self) -> None:
         self.disk.remove()

@@ -98,7 +98,8 @@ MASKED_UNITS = (
     "systemd-remount-fs.service", "systemd-boot-system-token.service", "kmod-static-nodes.service",
     "modprobe@loop.service", "modprobe@dm_mod.service", "modprobe@drm.service",
     "modprobe@efi_pstore.service", "modprobe@fuse.service", "modprobe@configfs.service",
-    "dbus-org.freedesktop.timesync1.service",
+    "dbus-org.freedesktop.timesync1.service", "mdcheck_start.timer", "mdcheck_continue.timer",
+    "mdmonitor-oneshot.timer",
 )  # fmt: skip
 
 

@@ -5,16 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from .client import Job
+from .disks import BackingDisk
 from .guest import Guest
-from .scenario import BackingDisk, Lab, wait_until
+from .scenario import Lab, wait_until
 
 UNIT = "pvfront-vbd"
-VDEV = {"xvdb": 51728, "xvdc": 51744, "xvdd": 51760, "xvde": 51776}
+LETTERS = string.ascii_lowercase
+NAMES = [f"xvd{letters}" for letters in (*LETTERS, *(f"a{letter}" for letter in LETTERS))]
+VDEV = {
+    # xen-vbd-interface(7): 16 disks with minor numbers of 4 bits, the others are extended ones.
+    name: 51712 + 16 * number if number < 16 else 1 << 28 | number << 8
+    for number, name in enumerate(NAMES)
+}
+"""xvda to xvdaz, by name."""
 
 
 @dataclass

@@ -19,10 +19,9 @@ import fcntl
 import json
 import os
 import re
-import shlex
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,17 @@ from typing import TypeVar
 
 from . import image, paths
 from .client import Machine, Result
+from .disks import (
+    BackingDisk,
+    DelayedDisk,
+    ImageFormat,
+    LoopDisk,
+    QemuDisk,
+    VolumeDisk,
+    device_mapper,
+)
 from .errors import CommandFailed, DeadlineExceeded, LabError
-from .guest import FILES, IMAGE, KINDS, Guest, Kind, Tally, boot_file, disk_spec
+from .guest import FILES, IMAGE, KINDS, Guest, Kind, Tally, boot_file
 from .progress import say, step
 from .xen import Disk, Outer, new_run_directory
 
@@ -61,84 +69,6 @@ def wait_until(
         if time.monotonic() - begin > deadline:
             raise DeadlineExceeded(f"within {deadline:.0f} s never came: {what}; last: {last!r}")
         time.sleep(every)
-
-
-# -- backing stores in dom0 -----------------------------------------------------------------
-
-
-def device_mapper(dom0: Machine, name: str, table: str) -> str:
-    """Make a device-mapper device and return the kernel's node, /dev/dm-N (dom0 has no udev)."""
-    dom0.run(["dmsetup", "create", name, "--table", table])
-    info = ["dmsetup", "info", "-c", "--noheadings", "-o", "blkdevname", name]
-    return f"/dev/{dom0.output(info)}"
-
-
-class BackingDisk:
-    """A block device in dom0 that can back a vbd."""
-
-    def __init__(self, dom0: Machine, device: str, undo: Sequence[str]) -> None:
-        """`undo`: the commands that remove it."""
-        self.dom0 = dom0
-        self.device = device
-        self._undo = list(undo)
-
-    def spec(self, vdev: str, mode: str = "w", *, stock: bool = False) -> str:
-        """For xl; `stock` as in `guest.disk_spec`."""
-        return disk_spec(vdev, mode, self.device, stock=stock)
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return int(self.dom0.output(["blockdev", "--getsize64", self.device]))
-
-    def sha256(self, timeout: float = 300.0) -> str:
-        """Of the whole store, caches flushed first."""
-        command = f"blockdev --flushbufs {self.device}; sha256sum {self.device}"
-        return self.dom0.output(command, timeout=timeout).split()[0]
-
-    def remove(self) -> None:
-        """Undo its creation; it must be detached."""
-        for command in self._undo:
-            self.dom0.run(command)
-        self._undo = []
-
-
-class DelayedDisk(BackingDisk):
-    """A dm-delay device: requests are held as long as one says, so they are provably in flight."""
-
-    def __init__(self, dom0: Machine, name: str, below: BackingDisk) -> None:
-        self.name = name
-        self.below = below
-        self._sectors = below.size // 512
-        device = device_mapper(dom0, name, self._table(0, 0))
-        super().__init__(dom0, device, [f"dmsetup remove {name}"])
-
-    def _table(self, read_ms: int, write_ms: int) -> str:
-        target = self.below.device
-        return f"0 {self._sectors} delay {target} 0 {read_ms} {target} 0 {write_ms}"
-
-    def set_delay(self, read_ms: int, write_ms: int | None = None) -> None:
-        """Hold every read and write (and flush) this long, from now on.
-
-        Requests held under the old delay are let go by the change.
-        """
-        table = shlex.quote(self._table(read_ms, read_ms if write_ms is None else write_ms))
-        self.dom0.run(
-            f"dmsetup load {self.name} --table {table} && dmsetup resume {self.name}"
-        )
-
-    def clear_delay(self) -> None:
-        """No delay; what is held is let go at once."""
-        self.set_delay(0)
-
-    def in_flight(self) -> int:
-        """Requests that the device holds now: reads, writes and flushes."""
-        status = self.dom0.output(["dmsetup", "status", self.name])  # "0 65536 delay 0 1 0"
-        return sum(int(word) for word in status.split()[3:6])
-
-    def remove(self) -> None:
-        super().remove()
-        self.below.remove()
 
 
 D = TypeVar("D", bound=BackingDisk)
@@ -356,13 +286,21 @@ class Lab:
         undo = [f"dmsetup remove {name}", f"blockdev --flushbufs {ram}"]
         return self._keep(BackingDisk(self.dom0, device_mapper(self.dom0, name, table), undo))
 
-    def loop_disk(self, mib: int = 64) -> BackingDisk:
+    def loop_disk(self, mib: int = 64, *, sector_size: int = 512) -> LoopDisk:
         """A loop device over a sparse file in dom0's memory: flush and discard."""
         path = f"/tmp/{self._unique('loop')}.img"
-        command = f"truncate -s {mib}M {path} && losetup --show -f {path}"
-        device = self.dom0.output(command)
-        undo = [f"losetup -d {device}", f"rm -f {path}"]
-        return self._keep(BackingDisk(self.dom0, device, undo))
+        return self._keep(LoopDisk(self.dom0, path, mib, sector_size))
+
+    def volume(self, mib: int = 64, *, most: int = 0) -> VolumeDisk:
+        """A logical volume that may grow up to `most` MiB: flush and discard."""
+        name = self._unique("vg")
+        below = LoopDisk(self.dom0, f"/tmp/{name}.img", max(mib, most) + 2)
+        return self._keep(VolumeDisk(self.dom0, name, below, mib))
+
+    def qemu_disk(self, mib: int = 64, image: ImageFormat = "raw") -> QemuDisk:
+        """An image file in dom0's memory, served by QEMU."""
+        path = f"/tmp/{self._unique('image')}.{image}"
+        return self._keep(QemuDisk(self.dom0, path, mib, image))
 
     def delayed_disk(self, mib: int = 64) -> DelayedDisk:
         """A loop_disk under dm-delay, without delay at first."""
