@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
-#include "blk.h"
+#include "blk_int.h"
 
 #include <string.h>
 
@@ -7,14 +7,11 @@
 #include <xen/xen.h>
 #include <xen/io/blkif.h>
 
-#define INDEX_BITS 16
-#define PAGE_SECTORS (PVF_PAGE_SIZE / PVF_SECTOR)
+#define INDEX_MASK 0xffffu /* of an id: the piece's entry */
 
-_Static_assert(PVF_BLK_SEGMENTS == BLKIF_MAX_SEGMENTS_PER_REQUEST, "blkif segments");
-_Static_assert(PVF_PIECES < PVF_NONE && PVF_REQUESTS < PVF_NONE, "indices are 16 bits");
-_Static_assert(sizeof(struct blkif_request_discard) <= sizeof(struct blkif_request), "blkif");
+_Static_assert(PVF_REQUESTS < PVF_NONE, "indices are 16 bits");
 
-static struct pvf_blk_op_stats *op_stats(struct pvf_blk *blk, uint16_t type)
+struct pvf_blk_op_stats *pvf_blk_op_stats(struct pvf_blk *blk, uint16_t type)
 {
 	switch (type) {
 	case NBD_CMD_READ:
@@ -63,35 +60,10 @@ static uint16_t index_of(const struct pvf_blk *blk, const struct pvf_request *r)
 	return (uint16_t)(r - blk->request);
 }
 
-static void queue_put(uint16_t *queue, uint32_t head, uint32_t *count, uint16_t value)
-{
-	PVF_ASSERT(*count < PVF_REQUESTS);
-	queue[(head + (*count)++) % PVF_REQUESTS] = value;
-}
-
-static uint16_t queue_take(const uint16_t *queue, uint32_t *head, uint32_t *count)
-{
-	uint16_t value = queue[*head];
-
-	*head = (*head + 1) % PVF_REQUESTS;
-	(*count)--;
-	return value;
-}
-
-static void free_piece(struct pvf_blk *blk, uint16_t index)
-{
-	struct pvf_piece *p = &blk->piece[index];
-
-	/* In reverse, so that they are taken again in the same order and stay neighbours. */
-	while (p->pages)
-		pvf_pool_give(&blk->pool, p->page[--p->pages]);
-	blk->free_piece[blk->free_pieces++] = index;
-}
-
 static void free_fillings(struct pvf_blk *blk)
 {
 	while (blk->fillings)
-		free_piece(blk, blk->filling[--blk->fillings]);
+		pvf_piece_free(blk, blk->filling[--blk->fillings]);
 	blk->prepared = blk->filled = 0;
 }
 
@@ -117,7 +89,7 @@ static void drop_data(struct pvf_blk *blk, struct pvf_request *r)
 			continue;
 		}
 		*link = p->next;
-		free_piece(blk, index);
+		pvf_piece_free(blk, index);
 	}
 }
 
@@ -126,11 +98,10 @@ static void drop_data(struct pvf_blk *blk, struct pvf_request *r)
 static void queue_reply(struct pvf_blk *blk, struct pvf_request *r)
 {
 	r->queued = true;
-	queue_put(blk->reply, blk->reply_head, &blk->reply_count, index_of(blk, r));
+	pvf_queue_put(blk->reply, blk->reply_head, &blk->reply_count, index_of(blk, r));
 }
 
-/* Takes a request as far as it can go without a slot, a page or a byte from the client. */
-static void settle(struct pvf_blk *blk, struct pvf_request *r)
+void pvf_blk_settle(struct pvf_blk *blk, struct pvf_request *r)
 {
 	bool current = blk->current == index_of(blk, r);
 
@@ -153,7 +124,7 @@ static void settle(struct pvf_blk *blk, struct pvf_request *r)
 		return;
 	if (r->fua && !r->error) {
 		r->fua = false;
-		queue_put(blk->flush, blk->flush_head, &blk->flush_count, index_of(blk, r));
+		pvf_queue_put(blk->flush, blk->flush_head, &blk->flush_count, index_of(blk, r));
 		return;
 	}
 	queue_reply(blk, r);
@@ -164,7 +135,7 @@ static void leave_intake(struct pvf_blk *blk)
 	struct pvf_request *r = &blk->request[blk->current];
 
 	blk->current = PVF_NONE;
-	settle(blk, r);
+	pvf_blk_settle(blk, r);
 }
 
 /* Ends the current request's intake with an error; a write's payload is still to come. */
@@ -182,12 +153,16 @@ static void fail_current(struct pvf_blk *blk, uint32_t error)
 	leave_intake(blk);
 }
 
+bool pvf_blk_whole(const struct pvf_blk *blk, uint32_t bytes)
+{
+	return pvf_piece_need(blk, bytes) <= blk->pool.pages - blk->reserve;
+}
+
 void pvf_blk_begin(struct pvf_blk *blk, const struct pvf_nbd_request *n)
 {
 	PVF_ASSERT(blk->current == PVF_NONE && !blk->skip && blk->free_requests);
 	uint16_t index = blk->free_request[--blk->free_requests];
 	struct pvf_request *r = &blk->request[index];
-	uint32_t readable = blk->pool.pages - blk->reserve;
 
 	*r = (struct pvf_request){
 		.sector = n->from / PVF_SECTOR,
@@ -198,6 +173,7 @@ void pvf_blk_begin(struct pvf_blk *blk, const struct pvf_nbd_request *n)
 		.error = pvf_nbd_check(n, &blk->geo, blk->features_off),
 	};
 	memcpy(r->handle, n->handle, sizeof(r->handle));
+	r->began = blk->now;
 	blk->pending++;
 	if (r->error) {
 		blk->stats.rejected++;
@@ -207,7 +183,7 @@ void pvf_blk_begin(struct pvf_blk *blk, const struct pvf_nbd_request *n)
 	}
 	if (n->type == NBD_CMD_READ) {
 		r->to_send = r->bytes;
-		r->stream = (r->bytes + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE > readable;
+		r->stream = !pvf_blk_whole(blk, r->bytes);
 	}
 	r->fua = n->flags & PVF_NBD_FLAG_FUA && (n->type == NBD_CMD_WRITE || n->type == NBD_CMD_TRIM);
 	blk->current = index;
@@ -215,131 +191,12 @@ void pvf_blk_begin(struct pvf_blk *blk, const struct pvf_nbd_request *n)
 
 /* Issue */
 
-static struct pvf_piece *new_piece(struct pvf_blk *blk, uint16_t request, uint8_t op)
-{
-	PVF_ASSERT(blk->free_pieces);
-	struct pvf_piece *p = &blk->piece[blk->free_piece[--blk->free_pieces]];
-
-	*p = (struct pvf_piece){.request = request, .next = PVF_NONE, .op = op};
-	return p;
-}
-
-/* Takes pages for the next bytes of a read or write: a full piece, or all that is left of it. */
-static struct pvf_piece *new_data_piece(struct pvf_blk *blk, uint16_t request)
-{
-	struct pvf_request *r = &blk->request[request];
-	bool write = r->type == NBD_CMD_WRITE;
-	uint32_t bytes = pvf_min32(r->bytes - r->issued - blk->prepared,
-				   blk->segments_max * PVF_PAGE_SIZE);
-	uint32_t pages = (bytes + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE;
-
-	if (pvf_pool_available(&blk->pool) < pages + (write ? 0 : blk->reserve))
-		return NULL;
-	struct pvf_piece *p = new_piece(blk, request, write ? BLKIF_OP_WRITE : BLKIF_OP_READ);
-
-	p->bytes = bytes;
-	for (uint32_t left = bytes; left; left -= pvf_min32(left, PVF_PAGE_SIZE))
-		p->page[p->pages++] =
-			pvf_pool_take(&blk->pool, pvf_min32(left, PVF_PAGE_SIZE), write);
-	return p;
-}
-
-/* Puts a piece into the ring; the caller has checked that there is a slot. */
-static void issue(struct pvf_blk *blk, struct pvf_piece *p, const void *request, size_t size)
-{
-	struct pvf_request *r = &blk->request[p->request];
-
-	PVF_ASSERT(pvf_ring_put(&blk->ring, request, size));
-	p->in_flight = true;
-	r->outstanding++;
-	blk->in_flight++;
-	if (blk->in_flight > blk->stats.in_flight_peak)
-		blk->stats.in_flight_peak = blk->in_flight;
-	blk->stats.segments += p->pages;
-	op_stats(blk, r->type)->ring_requests++;
-}
-
-static uint64_t new_id(struct pvf_blk *blk, struct pvf_piece *p)
-{
-	p->id = ++blk->serial << INDEX_BITS | (uint64_t)(p - blk->piece);
-	return p->id;
-}
-
-static void issue_data(struct pvf_blk *blk, struct pvf_piece *p)
-{
-	struct pvf_request *r = &blk->request[p->request];
-	uint32_t left = p->bytes / PVF_SECTOR;
-	struct blkif_request req = {
-		.operation = p->op,
-		.nr_segments = p->pages,
-		.handle = (blkif_vdev_t)blk->geo.vdev,
-		.id = new_id(blk, p),
-		.sector_number = r->sector + r->issued / PVF_SECTOR,
-	};
-
-	for (uint32_t i = 0; i < p->pages; i++) {
-		uint32_t sectors = pvf_min32(left, PAGE_SECTORS);
-
-		req.seg[i].gref = blk->pool.gref[p->page[i]];
-		req.seg[i].first_sect = 0;
-		req.seg[i].last_sect = (uint8_t)(sectors - 1);
-		left -= sectors;
-	}
-	r->issued += p->bytes;
-	issue(blk, p, &req, sizeof(req));
-}
-
-static void issue_flush(struct pvf_blk *blk, uint16_t request)
-{
-	struct pvf_piece *p = new_piece(blk, request, BLKIF_OP_FLUSH_DISKCACHE);
-	struct blkif_request req = {
-		.operation = p->op,
-		.handle = (blkif_vdev_t)blk->geo.vdev,
-		.id = new_id(blk, p),
-	};
-
-	issue(blk, p, &req, sizeof(req));
-}
-
-/* TRIM is advice: it is cut down to whole discard granules, as NBD cannot tell the client where
- * they lie. False: nothing is left of it. */
-static bool issue_discard(struct pvf_blk *blk, uint16_t request)
-{
-	const struct pvf_request *r = &blk->request[request];
-	uint64_t granule = blk->geo.discard_granularity / PVF_SECTOR;
-	uint64_t start = r->sector, end = r->sector + r->bytes / PVF_SECTOR;
-
-	if (granule > 1) {
-		uint64_t shift = blk->geo.discard_alignment / PVF_SECTOR % granule;
-		uint64_t ahead = (start % granule + granule - shift) % granule;
-		uint64_t behind = (end % granule + granule - shift) % granule;
-
-		start += ahead ? granule - ahead : 0;
-		if (end < start + behind)
-			return false;
-		end -= behind;
-	}
-	if (start >= end)
-		return false;
-	struct pvf_piece *p = new_piece(blk, request, BLKIF_OP_DISCARD);
-	struct blkif_request_discard req = {
-		.operation = p->op,
-		.handle = (blkif_vdev_t)blk->geo.vdev,
-		.id = new_id(blk, p),
-		.sector_number = start,
-		.nr_sectors = end - start,
-	};
-
-	issue(blk, p, &req, sizeof(req));
-	return true;
-}
-
 static enum pvf_step step_read(struct pvf_blk *blk, struct pvf_request *r)
 {
 	while (!r->error && r->issued < r->bytes) {
 		if (!pvf_ring_free(&blk->ring))
 			return PVF_STEP_SLOT;
-		struct pvf_piece *p = new_data_piece(blk, blk->current);
+		struct pvf_piece *p = pvf_piece_new(blk, blk->current);
 
 		if (!p)
 			return PVF_STEP_PAGE;
@@ -350,7 +207,7 @@ static enum pvf_step step_read(struct pvf_blk *blk, struct pvf_request *r)
 		else
 			blk->piece[r->last].next = index;
 		r->last = index;
-		issue_data(blk, p);
+		pvf_piece_issue(blk, p);
 	}
 	leave_intake(blk);
 	return PVF_STEP_HEADER;
@@ -368,7 +225,7 @@ static bool issue_filled(struct pvf_blk *blk)
 			break;
 		blk->filled -= p->bytes;
 		blk->prepared -= p->bytes;
-		issue_data(blk, p);
+		pvf_piece_issue(blk, p);
 		n++;
 	}
 	blk->fillings -= n;
@@ -380,8 +237,9 @@ static enum pvf_step step_write(struct pvf_blk *blk, struct pvf_request *r)
 {
 	if (!issue_filled(blk))
 		return PVF_STEP_SLOT;
-	while (blk->fillings < PVF_BLK_FILLING && r->issued + blk->prepared < r->bytes) {
-		struct pvf_piece *p = new_data_piece(blk, blk->current);
+	while (blk->fillings < PVF_BLK_FILLING && r->issued + blk->prepared < r->bytes &&
+	       blk->prepared - blk->filled < PVF_BLK_PAYLOAD * PVF_PAGE_SIZE) {
+		struct pvf_piece *p = pvf_piece_new(blk, blk->current);
 
 		if (!p)
 			break;
@@ -403,7 +261,7 @@ enum pvf_step pvf_blk_step(struct pvf_blk *blk)
 	while (blk->flush_count) {
 		if (!pvf_ring_free(&blk->ring))
 			return PVF_STEP_SLOT;
-		issue_flush(blk, queue_take(blk->flush, &blk->flush_head, &blk->flush_count));
+		pvf_piece_issue_flush(blk, pvf_queue_take(blk->flush, &blk->flush_head, &blk->flush_count));
 	}
 	if (blk->skip)
 		return PVF_STEP_SKIP;
@@ -421,9 +279,9 @@ enum pvf_step pvf_blk_step(struct pvf_blk *blk)
 			if (!pvf_ring_free(&blk->ring))
 				return PVF_STEP_SLOT;
 			if (r->type == NBD_CMD_FLUSH)
-				issue_flush(blk, blk->current);
+				pvf_piece_issue_flush(blk, blk->current);
 			else
-				issue_discard(blk, blk->current);
+				pvf_piece_issue_discard(blk, blk->current);
 			leave_intake(blk);
 			step = PVF_STEP_HEADER;
 		}
@@ -433,39 +291,28 @@ enum pvf_step pvf_blk_step(struct pvf_blk *blk)
 	return blk->free_requests ? PVF_STEP_HEADER : PVF_STEP_REQUEST;
 }
 
-/* Adds what of a piece begins at its byte `at`; neighbouring pages are one entry. */
-static int add_pages(const struct pvf_blk *blk, const struct pvf_piece *p, uint32_t at,
-		     struct iovec *iov, int n, int max)
-{
-	while (at < p->bytes) {
-		uint32_t offset = at % PVF_PAGE_SIZE;
-		uint32_t bytes = pvf_min32(p->bytes - at, PVF_PAGE_SIZE - offset);
-		unsigned char *from = pvf_pool_page(&blk->pool, p->page[at / PVF_PAGE_SIZE]) + offset;
-
-		if (n && (unsigned char *)iov[n - 1].iov_base + iov[n - 1].iov_len == from)
-			iov[n - 1].iov_len += bytes;
-		else if (n < max)
-			iov[n++] = (struct iovec){.iov_base = from, .iov_len = bytes};
-		else
-			break;
-		at += bytes;
-	}
-	return n;
-}
-
 int pvf_blk_payload(const struct pvf_blk *blk, struct iovec *iov, bool *last)
 {
 	const struct pvf_request *r = &blk->request[blk->current];
+	size_t offered = 0, most = PVF_BLK_PAYLOAD * PVF_PAGE_SIZE;
 	uint32_t at = blk->filled;
 	int n = 0;
 
-	for (uint32_t i = 0; i < blk->fillings; i++) {
+	for (uint32_t i = 0; i < blk->fillings && offered < most; i++) {
 		const struct pvf_piece *p = &blk->piece[blk->filling[i]];
+		uint32_t skip = pvf_min32(at, p->bytes);
+		size_t part = p->bytes - skip, left;
 
-		n = add_pages(blk, p, at, iov, n, PVF_BLK_PAYLOAD);
-		at -= pvf_min32(at, p->bytes);
+		if (part > most - offered)
+			part = most - offered;
+		left = part;
+		n = pvf_piece_iov(blk, p, skip, &left, iov, n, PVF_BLK_PAYLOAD);
+		offered += part - left;
+		at -= skip;
+		if (left)
+			break;
 	}
-	*last = r->issued + blk->prepared == r->bytes;
+	*last = r->issued + blk->filled + offered == r->bytes;
 	return n;
 }
 
@@ -487,7 +334,8 @@ static uint32_t map_status(struct pvf_blk *blk, uint8_t op, int16_t status)
 {
 	if (status == BLKIF_RSP_OKAY)
 		return 0;
-	if (status == BLKIF_RSP_EOPNOTSUPP && op == BLKIF_OP_FLUSH_DISKCACHE) {
+	if (status == BLKIF_RSP_EOPNOTSUPP &&
+	    (op == BLKIF_OP_FLUSH_DISKCACHE || op == BLKIF_OP_WRITE_BARRIER)) {
 		blk->features_off |= PVF_BLK_FLUSH;
 		return PVF_NBD_ENOTSUP;
 	}
@@ -500,7 +348,7 @@ static uint32_t map_status(struct pvf_blk *blk, uint8_t op, int16_t status)
 
 static bool complete(struct pvf_blk *blk, const struct blkif_response *rsp)
 {
-	uint64_t index = rsp->id & ((1u << INDEX_BITS) - 1);
+	uint64_t index = rsp->id & INDEX_MASK;
 	struct pvf_piece *p = index < PVF_PIECES ? &blk->piece[index] : NULL;
 
 	if (!p || !p->in_flight || p->id != rsp->id) {
@@ -524,10 +372,10 @@ static bool complete(struct pvf_blk *blk, const struct blkif_response *rsp)
 	if (error && r->queued && r->reply_sent && !r->orphan)
 		blk->stream_error = error;
 	if (p->op == BLKIF_OP_READ)
-		p->done = true; /* stays with its request until sent or dropped */
+		pvf_piece_done(blk, p);
 	else
-		free_piece(blk, (uint16_t)index);
-	settle(blk, r);
+		pvf_piece_free(blk, (uint16_t)index);
+	pvf_blk_settle(blk, r);
 	return true;
 }
 
@@ -545,94 +393,6 @@ uint32_t pvf_blk_drain(struct pvf_blk *blk, uint32_t available)
 	return n;
 }
 
-/* Replies */
-
-int pvf_blk_reply(struct pvf_blk *blk, struct iovec *iov, int max)
-{
-	int n = 0;
-
-	for (uint32_t i = 0; i < blk->reply_count && n < max; i++) {
-		struct pvf_request *r =
-			&blk->request[blk->reply[(blk->reply_head + i) % PVF_REQUESTS]];
-		uint32_t covered = 0;
-
-		if (!r->reply_sent)
-			pvf_nbd_reply(r->reply, r->handle, r->error);
-		if (r->reply_sent < PVF_NBD_REPLY)
-			iov[n++] = (struct iovec){.iov_base = r->reply + r->reply_sent,
-						  .iov_len = PVF_NBD_REPLY - r->reply_sent};
-		if (r->error || r->type != NBD_CMD_READ)
-			continue;
-		for (uint16_t k = r->first; k != PVF_NONE && n < max; k = blk->piece[k].next) {
-			const struct pvf_piece *p = &blk->piece[k];
-
-			if (!p->done)
-				return n;
-			n = add_pages(blk, p, p->sent, iov, n, max);
-			covered += p->bytes - p->sent;
-		}
-		if (covered < r->to_send)
-			return n; /* the rest is still on its way, and nothing may overtake it */
-	}
-	return n;
-}
-
-static void answered(struct pvf_blk *blk, struct pvf_request *r)
-{
-	struct pvf_blk_op_stats *stats = op_stats(blk, r->type);
-
-	queue_take(blk->reply, &blk->reply_head, &blk->reply_count);
-	stats->requests++;
-	if (r->error)
-		stats->errors++;
-	else if (r->type != NBD_CMD_FLUSH)
-		stats->bytes += r->bytes;
-	blk->pending--;
-	r->orphan = true; /* a failed streaming read may still have pieces in the ring */
-	settle(blk, r);
-}
-
-void pvf_blk_reply_sent(struct pvf_blk *blk, size_t bytes)
-{
-	while (blk->reply_count) {
-		struct pvf_request *r = &blk->request[blk->reply[blk->reply_head]];
-		uint32_t part = PVF_NBD_REPLY - r->reply_sent;
-
-		if (part > bytes)
-			part = (uint32_t)bytes;
-		r->reply_sent += (uint8_t)part;
-		bytes -= part;
-		if (r->reply_sent < PVF_NBD_REPLY)
-			return;
-		if (!r->error && r->type == NBD_CMD_READ) {
-			while (bytes && r->to_send) {
-				uint16_t index = r->first;
-				struct pvf_piece *p = &blk->piece[index];
-
-				PVF_ASSERT(index != PVF_NONE && p->done);
-				part = p->bytes - p->sent;
-				if (part > bytes)
-					part = (uint32_t)bytes;
-				p->sent += part;
-				r->to_send -= part;
-				bytes -= part;
-				if (p->sent < p->bytes)
-					break;
-				r->first = p->next;
-				if (r->first == PVF_NONE)
-					r->last = PVF_NONE;
-				free_piece(blk, index);
-			}
-			if (r->to_send)
-				return;
-		}
-		answered(blk, r);
-		if (!bytes)
-			return;
-	}
-	PVF_ASSERT(!bytes);
-}
-
 /* Connections come and go */
 
 void pvf_blk_attach(struct pvf_blk *blk, void *ring, size_t ring_bytes, void *pool,
@@ -643,15 +403,13 @@ void pvf_blk_attach(struct pvf_blk *blk, void *ring, size_t ring_bytes, void *po
 	blk->features_off = 0;
 	pvf_ring_init(&blk->ring, ring, ring_bytes, sizeof(union blkif_sring_entry), 0);
 	pvf_pool_init(&blk->pool, pool, pool_pages, grefs, scrub);
-	blk->segments_max = blk->reserve = pvf_min32(PVF_BLK_SEGMENTS, pool_pages / 2);
+	pvf_piece_limits(blk, PVF_BLK_DIRECT);
 }
 
 void pvf_blk_start(struct pvf_blk *blk, const struct pvf_geometry *geo)
 {
 	blk->geo = *geo;
-	blk->segments_max = pvf_min32(geo->max_segments, pvf_min32(PVF_BLK_SEGMENTS,
-								   blk->pool.pages / 2));
-	blk->reserve = blk->segments_max;
+	pvf_piece_limits(blk, geo->max_segments);
 	if (blk->current == PVF_NONE)
 		return;
 	struct pvf_request *r = &blk->request[blk->current];
@@ -664,8 +422,7 @@ void pvf_blk_start(struct pvf_blk *blk, const struct pvf_geometry *geo)
 	uint32_t error = pvf_nbd_check(&n, geo, blk->features_off);
 
 	if (r->type == NBD_CMD_READ && !r->queued)
-		r->stream = (r->bytes + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE >
-			    blk->pool.pages - blk->reserve;
+		r->stream = !pvf_blk_whole(blk, r->bytes);
 	if (error)
 		fail_current(blk, error);
 }
@@ -698,7 +455,7 @@ void pvf_blk_drop_target(struct pvf_blk *blk)
 		r->orphan = true;
 		if (r->type == NBD_CMD_READ)
 			drop_data(blk, r);
-		settle(blk, r);
+		pvf_blk_settle(blk, r);
 	}
 }
 

@@ -5,8 +5,8 @@
  *
  * Theory of operation
  *
- *   An NBD *request* becomes one or more *pieces*; a piece is one blkif request of up to eleven
- *   pages. Intake is strictly in order: at most one request, the *current* one, is between its
+ *   An NBD *request* becomes one or more *pieces*; a piece is one blkif request: a direct one of up
+ *   to eleven pages, or an indirect one of up to 256 and a page more for its descriptors. Intake is strictly in order: at most one request, the *current* one, is between its
  *   header and its last piece. Everything behind it waits in the socket. pvf_blk_step() takes the
  *   current request as far as slots and pages allow and says what it wants next.
  *
@@ -23,8 +23,9 @@
  *   Why nothing waits for ever, whatever the order of completions:
  *   - A ring slot is held only by the backend. Each answer frees one.
  *   - A write's page is held only by the backend, but for the filling pieces, which wait for the
- *     client's payload alone; one of them is enough to go on. Reads leave `reserve` pages to writes, enough for one piece, so a
- *     write never waits for the client to take replies.
+ *     client's payload alone; one of them is enough to go on. A piece makes do with `least` pages.
+ *     Reads leave `reserve` pages to writes, enough for one such piece, so a write never waits
+ *     for the client to take replies.
  *   - A request that has left intake holds all it needs; it finishes when the backend answers and
  *     the client reads.
  *   - A streaming read that has begun its reply may stand in front of finished reads that hold the
@@ -47,9 +48,10 @@
 #include "pool.h"
 #include "ring.h"
 
-#define PVF_BLK_SEGMENTS 11u /* BLKIF_MAX_SEGMENTS_PER_REQUEST */
-#define PVF_BLK_FILLING 6u   /* pieces that receive payload at a time: 264 KiB */
-#define PVF_BLK_PAYLOAD (PVF_BLK_FILLING * PVF_BLK_SEGMENTS) /* entries of pvf_blk_payload() */
+#define PVF_BLK_DIRECT 11u    /* segments of a direct request: BLKIF_MAX_SEGMENTS_PER_REQUEST */
+#define PVF_BLK_SEGMENTS 256u /* of an indirect one, at most */
+#define PVF_BLK_FILLING 6u    /* pieces that receive payload at a time */
+#define PVF_BLK_PAYLOAD (PVF_BLK_FILLING * PVF_BLK_DIRECT) /* pages offered to it: 264 KiB */
 #define PVF_REQUESTS 512u    /* NBD requests accepted and not answered */
 /* A piece in the ring holds a slot, a read's piece waiting to be sent holds a page, and some may be
  * filling: this many entries never run out. */
@@ -67,12 +69,13 @@ enum pvf_step {
 struct pvf_piece {
 	uint64_t id;  /* as published in the ring: serial << 16 | index */
 	uint32_t bytes;
-	uint32_t sent; /* of a read's bytes: handed to the socket */
+	uint32_t sent; /* of a read's bytes: handed on, and the pages that they filled given back */
 	uint16_t request;
-	uint16_t next; /* of the same read, in disk order */
-	uint16_t page[PVF_BLK_SEGMENTS];
-	uint8_t pages;
-	uint8_t op; /* BLKIF_OP_* */
+	uint16_t next;  /* of the same read, in disk order */
+	uint16_t first; /* of the pages that it holds, a chain in pool.next[] */
+	uint16_t pages; /* how many they are */
+	uint16_t descriptors; /* the page with an indirect request's segments, or PVF_NONE */
+	uint8_t op; /* BLKIF_OP_*; of an indirect request the inner one, as in its answer */
 	bool in_flight;
 	bool done; /* a read's bytes have come */
 };
@@ -81,6 +84,7 @@ struct pvf_request {
 	uint8_t handle[8];
 	uint8_t reply[PVF_NBD_REPLY];
 	uint64_t sector; /* of 512 bytes */
+	uint64_t began;  /* ns: `now` at its intake */
 	uint32_t bytes;
 	uint32_t issued;  /* bytes that became pieces */
 	uint32_t to_send; /* a read's bytes not yet in the socket */
@@ -105,7 +109,9 @@ struct pvf_blk {
 	uint32_t in_flight;      /* pieces in the ring */
 	uint32_t pending;        /* requests accepted and not answered */
 	uint32_t segments_max;   /* pages of one piece */
+	uint32_t least;          /* of which it takes fewer only when it wants fewer */
 	uint32_t reserve;        /* pages that reads leave to writes */
+	uint64_t now;            /* ns, CLOCK_MONOTONIC: set by the caller, once a turn */
 	uint64_t serial;
 	uint16_t current;        /* request at intake */
 	uint16_t filling[PVF_BLK_FILLING]; /* its pieces that are receiving payload, in order */
@@ -164,9 +170,27 @@ void pvf_blk_skip(struct pvf_blk *blk, size_t bytes);
  * when one broke rule 5 or 6. */
 uint32_t pvf_blk_drain(struct pvf_blk *blk, uint32_t available);
 
+/* True: a read of `bytes` bytes fits the pool, so that it is answered whole. */
+bool pvf_blk_whole(const struct pvf_blk *blk, uint32_t bytes);
+
 /* What can be sent now, at most `max` entries and several replies; 0: nothing. Then, how much of it
  * was taken. */
 int pvf_blk_reply(struct pvf_blk *blk, struct iovec *iov, int max);
 void pvf_blk_reply_sent(struct pvf_blk *blk, size_t bytes);
+
+/* Instead of the stream, for who needs no bytes of NBD: the first finished request, in the order of
+ * their completion; false: none. Then the pages of a good read from its byte `from` on, in at most
+ * `max` entries, as often as wanted; then that it was delivered. No read may be larger than
+ * pvf_blk_whole() allows. */
+struct pvf_answer {
+	uint8_t handle[8];
+	uint16_t type;  /* NBD_CMD_* */
+	uint32_t error; /* enum pvf_nbd_error */
+	uint32_t bytes;
+};
+
+bool pvf_blk_answer(const struct pvf_blk *blk, struct pvf_answer *answer);
+int pvf_blk_answer_data(const struct pvf_blk *blk, uint32_t from, struct iovec *iov, int max);
+void pvf_blk_answered(struct pvf_blk *blk);
 
 #endif

@@ -31,6 +31,7 @@ uint32_t pvf_nbd_check(const struct pvf_nbd_request *request, const struct pvf_g
 {
 	uint64_t size = geo->sectors * PVF_SECTOR;
 	uint32_t features = geo->features & ~off;
+	bool flush = geo->features & (PVF_BLK_FLUSH | PVF_BLK_BARRIER) && !(off & PVF_BLK_FLUSH);
 	bool writes = request->type == NBD_CMD_WRITE || request->type == NBD_CMD_TRIM;
 
 	if (request->flags & ~PVF_NBD_FLAG_FUA)
@@ -42,7 +43,7 @@ uint32_t pvf_nbd_check(const struct pvf_nbd_request *request, const struct pvf_g
 	case NBD_CMD_FLUSH:
 		if (request->from || request->length)
 			return PVF_NBD_EINVAL;
-		return features & PVF_BLK_FLUSH ? 0 : PVF_NBD_ENOTSUP;
+		return flush ? 0 : PVF_NBD_ENOTSUP;
 	case NBD_CMD_TRIM:
 		if (!(features & PVF_BLK_DISCARD))
 			return PVF_NBD_ENOTSUP;
@@ -53,7 +54,7 @@ uint32_t pvf_nbd_check(const struct pvf_nbd_request *request, const struct pvf_g
 	if (writes && features & PVF_BLK_READ_ONLY)
 		return PVF_NBD_EPERM;
 	/* FUA is a write followed by a flush: without flush there is no honest way to give it. */
-	if (writes && request->flags & PVF_NBD_FLAG_FUA && !(features & PVF_BLK_FLUSH))
+	if (writes && request->flags & PVF_NBD_FLAG_FUA && !flush)
 		return PVF_NBD_EINVAL;
 	if (!request->length || request->from % geo->sector_size ||
 	    request->length % geo->sector_size)

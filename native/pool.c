@@ -44,9 +44,29 @@ uint16_t pvf_pool_take(struct pvf_pool *pool, uint32_t bytes, bool overwritten)
 	return page;
 }
 
-void pvf_pool_give(struct pvf_pool *pool, uint16_t page)
+static void set_free(struct pvf_pool *pool, uint16_t page, uint32_t at)
 {
 	PVF_ASSERT(page < pool->pages && pool->state[page] == PVF_PAGE_USED);
 	pool->state[page] = PVF_PAGE_FREE;
-	pool->stack[pool->free++] = page;
+	pool->stack[at] = page;
+}
+
+void pvf_pool_give(struct pvf_pool *pool, uint16_t page)
+{
+	set_free(pool, page, pool->free++);
+}
+
+uint16_t pvf_pool_give_chain(struct pvf_pool *pool, uint16_t first, uint32_t count)
+{
+	uint16_t page = first;
+
+	PVF_ASSERT(count <= pool->pages - pool->free);
+	for (uint32_t left = count; left; left--) {
+		uint16_t next = pool->next[page];
+
+		set_free(pool, page, pool->free + left - 1);
+		page = next;
+	}
+	pool->free += count;
+	return page;
 }

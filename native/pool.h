@@ -23,6 +23,7 @@ struct pvf_pool {
 	bool quarantined;   /* rule 21: nothing is handed out any more */
 	uint32_t gref[PVF_MAX_POOL_PAGES];
 	uint16_t stack[PVF_MAX_POOL_PAGES];
+	uint16_t next[PVF_MAX_POOL_PAGES]; /* the holder's: its pages as a chain */
 	uint16_t dirty[PVF_MAX_POOL_PAGES]; /* bytes from the page's start that may not be zero */
 	uint8_t state[PVF_MAX_POOL_PAGES];
 };
@@ -38,6 +39,10 @@ uint16_t pvf_pool_take(struct pvf_pool *pool, uint32_t bytes, bool overwritten);
 
 /* Gives a page back. Only after the backend has answered the request that used it (rule 20). */
 void pvf_pool_give(struct pvf_pool *pool, uint16_t page);
+
+/* Gives back the first `count` pages of a chain, so that they are taken again in its order: what were
+ * neighbours stay neighbours. Returns the page behind them, as `next` has it. */
+uint16_t pvf_pool_give_chain(struct pvf_pool *pool, uint16_t first, uint32_t count);
 
 /* Pages that can be taken: none once quarantined. */
 uint32_t pvf_pool_available(const struct pvf_pool *pool);

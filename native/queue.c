@@ -360,6 +360,7 @@ void pvf_queue_service(struct pvf_queue *q)
 	q->again = false;
 	if (!q->attached || blk->fault.rule)
 		return;
+	blk->now = now_ns();
 	if (q->masked && !q->delayed)
 		drain(q);
 	if (blk->fault.rule)

@@ -77,10 +77,12 @@ static bool good(const struct pvf_nbd_request *r)
 	bool io = r->type == NBD_CMD_READ || r->type == NBD_CMD_WRITE || r->type == NBD_CMD_TRIM;
 	bool writes = r->type == NBD_CMD_WRITE || r->type == NBD_CMD_TRIM;
 
-	if ((r->flags && !fua) || (fua && writes && !(geo.features & PVF_BLK_FLUSH)))
+	bool flush = geo.features & (PVF_BLK_FLUSH | PVF_BLK_BARRIER);
+
+	if ((r->flags && !fua) || (fua && writes && !flush))
 		return false;
 	if (r->type == NBD_CMD_FLUSH)
-		return !r->from && !r->length && geo.features & PVF_BLK_FLUSH;
+		return !r->from && !r->length && flush;
 	if (!io || (writes && geo.features & PVF_BLK_READ_ONLY) ||
 	    (r->type == NBD_CMD_TRIM && !(geo.features & PVF_BLK_DISCARD)))
 		return false;
@@ -96,7 +98,7 @@ static bool on_bad_sectors(const struct pvf_nbd_request *r)
 
 static bool streams(const struct pvf_nbd_request *r)
 {
-	return r->type == NBD_CMD_READ && r->length > (pool_count - blk.reserve) * 4096;
+	return r->type == NBD_CMD_READ && !pvf_blk_whole(&blk, r->length);
 }
 
 static void whole(struct request *q)
@@ -272,20 +274,34 @@ static int16_t execute(const blkif_request_t *r)
 		CHECK(!(d.sector_number % (geo.discard_granularity / 512 ? geo.discard_granularity / 512 : 1)));
 		return BLKIF_RSP_OKAY;
 	}
-	if (r->operation == BLKIF_OP_FLUSH_DISKCACHE)
+	if (r->operation == BLKIF_OP_FLUSH_DISKCACHE || r->operation == BLKIF_OP_WRITE_BARRIER)
 		return BLKIF_RSP_OKAY;
-	CHECK(r->operation == BLKIF_OP_READ || r->operation == BLKIF_OP_WRITE);
-	CHECK(r->nr_segments && r->nr_segments <= geo.max_segments);
-	for (uint32_t i = 0; i < r->nr_segments; i++) {
-		uint32_t page = (r->seg[i].gref - GREF(0)) / 5;
-		size_t n = (size_t)(r->seg[i].last_sect - r->seg[i].first_sect + 1) * 512;
+	const struct blkif_request_segment *seg = r->seg;
+	uint32_t op = r->operation, segments = r->nr_segments;
 
-		CHECK(page < pool_count && r->seg[i].gref == GREF(page) && at + n <= DISK);
-		unsigned char *p = pool_pages + page * 4096 + r->seg[i].first_sect * 512;
+	if (op == BLKIF_OP_INDIRECT) {
+		const blkif_request_indirect_t *i = (const void *)r;
+		uint32_t page = (i->indirect_grefs[0] - GREF(0)) / 5;
+
+		CHECK(page < pool_count && i->indirect_grefs[0] == GREF(page));
+		CHECK(i->nr_segments > 11);
+		op = i->indirect_op;
+		segments = i->nr_segments;
+		at = i->sector_number * 512;
+		seg = (const void *)(pool_pages + page * 4096);
+	}
+	CHECK(op == BLKIF_OP_READ || op == BLKIF_OP_WRITE);
+	CHECK(segments && segments <= geo.max_segments);
+	for (uint32_t i = 0; i < segments; i++) {
+		uint32_t page = (seg[i].gref - GREF(0)) / 5;
+		size_t n = (size_t)(seg[i].last_sect - seg[i].first_sect + 1) * 512;
+
+		CHECK(page < pool_count && seg[i].gref == GREF(page) && at + n <= DISK);
+		unsigned char *p = pool_pages + page * 4096 + seg[i].first_sect * 512;
 
 		for (size_t k = 0; k < n; k++, at++) {
 			bad |= at >= BAD_FROM && at < BAD_TO;
-			if (r->operation == BLKIF_OP_WRITE)
+			if (op == BLKIF_OP_WRITE)
 				CHECK(p[k] == content(at));
 			else
 				p[k] = content(at);
@@ -300,7 +316,11 @@ static void answer(uint32_t k)
 	blkif_request_t r = held[k];
 
 	held[k] = held[--held_count];
-	*rsp = (blkif_response_t){.id = r.id, .operation = r.operation, .status = execute(&r)};
+	uint8_t op = r.operation;
+
+	if (op == BLKIF_OP_INDIRECT)
+		op = ((const blkif_request_indirect_t *)(const void *)&r)->indirect_op;
+	*rsp = (blkif_response_t){.id = r.id, .operation = op, .status = execute(&r)};
 	back.rsp_prod_pvt++;
 	back.sring->rsp_prod = back.rsp_prod_pvt;
 }
@@ -391,8 +411,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	geo = (struct pvf_geometry){
 		.sectors = DISK / 512,
 		.sector_size = 512u << upto(&in, 4),
-		.features = upto(&in, 8) ^ (PVF_BLK_FLUSH | PVF_BLK_DISCARD),
-		.max_segments = 1 + upto(&in, 11),
+		.features = upto(&in, 16) ^ (PVF_BLK_FLUSH | PVF_BLK_DISCARD),
+		.max_segments = 1 + upto(&in, 24),
 		.discard_granularity = upto(&in, 3) * 4096,
 	};
 	for (uint32_t i = 0; i < pool_count; i++)

@@ -53,6 +53,13 @@ static struct { /* what the engine put into the ring, as it was then */
 } held[HELD];
 static uint32_t held_count, seen_prod, rsp_prod;
 
+static void own(uint8_t *owner, uint16_t page)
+{
+	CHECK(page < pages && !owner[page]);
+	CHECK(blk.pool.state[page] == PVF_PAGE_USED);
+	owner[page] = 1;
+}
+
 /* What is true at any time. */
 static void check_tables(void)
 {
@@ -73,11 +80,12 @@ static void check_tables(void)
 			continue;
 		in_flight += p->in_flight;
 		CHECK(p->pages <= PVF_BLK_SEGMENTS && p->request < PVF_REQUESTS);
-		for (uint32_t k = 0; k < p->pages; k++, used++) {
-			CHECK(p->page[k] < pages && !owner[p->page[k]]);
-			CHECK(blk.pool.state[p->page[k]] == PVF_PAGE_USED);
-			owner[p->page[k]] = 1;
-		}
+		uint16_t page = p->first;
+
+		for (uint32_t k = 0; k < p->pages; k++, used++, page = blk.pool.next[page])
+			own(owner, page);
+		if (p->descriptors != PVF_NONE)
+			used++, own(owner, p->descriptors);
 	}
 	for (uint32_t i = 0; i < blk.pool.free; i++) {
 		CHECK(blk.pool.stack[i] < pages && !owner[blk.pool.stack[i]]);
@@ -97,39 +105,63 @@ static void check_counts(void)
 /* A request that has just been put into its slot: what the backend is shown. */
 static void look_at(const blkif_request_t *r)
 {
-	if (held_count < HELD) {
-		held[held_count].id = r->id;
-		held[held_count++].op = r->operation;
+	blkif_request_indirect_t indirect;
+	const struct blkif_request_segment *seg = r->seg;
+	uint64_t id = r->id, sector = r->sector_number;
+	uint32_t op = r->operation, segments = r->nr_segments, handle = r->handle;
+
+	if (op == BLKIF_OP_INDIRECT) {
+		memcpy(&indirect, r, sizeof(indirect));
+		uint32_t page = (indirect.indirect_grefs[0] - GREF(0)) / 3;
+
+		CHECK(indirect.indirect_grefs[0] == GREF(page) && page < pages);
+		CHECK(indirect.nr_segments > 11 && indirect.nr_segments <= PVF_BLK_SEGMENTS);
+		op = indirect.indirect_op;
+		segments = indirect.nr_segments;
+		id = indirect.id;
+		sector = indirect.sector_number;
+		handle = indirect.handle;
+		seg = (const struct blkif_request_segment *)(const void *)(
+			pool_pages + page * PVF_PAGE_SIZE);
+		CHECK(!memchr(seg + segments, WRITTEN, PVF_PAGE_SIZE - segments * sizeof(*seg)));
+	} else {
+		CHECK(segments <= 11);
 	}
-	if (r->operation == BLKIF_OP_FLUSH_DISKCACHE)
+	if (held_count < HELD) {
+		held[held_count].id = id;
+		held[held_count++].op = (uint8_t)op;
+	}
+	if (op == BLKIF_OP_FLUSH_DISKCACHE || op == BLKIF_OP_WRITE_BARRIER) {
+		CHECK(!segments);
 		return;
-	if (r->operation == BLKIF_OP_DISCARD) {
+	}
+	if (op == BLKIF_OP_DISCARD) {
 		struct blkif_request_discard d;
 
 		memcpy(&d, r, sizeof(d));
 		CHECK(d.nr_sectors && d.sector_number + d.nr_sectors <= DISK);
 		return;
 	}
-	CHECK(r->operation == BLKIF_OP_READ || r->operation == BLKIF_OP_WRITE);
-	CHECK(r->handle == (blkif_vdev_t)VDEV && r->nr_segments && r->nr_segments <= 11);
+	CHECK(op == BLKIF_OP_READ || op == BLKIF_OP_WRITE);
+	CHECK(handle == (blkif_vdev_t)VDEV && segments);
 	uint64_t sectors = 0;
 
-	for (uint32_t i = 0; i < r->nr_segments; i++) {
-		uint32_t gref = r->seg[i].gref, page = (gref - GREF(0)) / 3;
-		uint32_t first = r->seg[i].first_sect, last = r->seg[i].last_sect;
+	for (uint32_t i = 0; i < segments; i++) {
+		uint32_t gref = seg[i].gref, page = (gref - GREF(0)) / 3;
+		uint32_t first = seg[i].first_sect, last = seg[i].last_sect;
 
 		CHECK(gref == GREF(page) && page < pages && first <= last && last < 8);
 		const unsigned char *p = pool_pages + page * PVF_PAGE_SIZE;
 
 		sectors += last - first + 1;
-		if (r->operation == BLKIF_OP_READ) {
+		if (op == BLKIF_OP_READ) {
 			CHECK(!memchr(p, WRITTEN, PVF_PAGE_SIZE));
 		} else {
 			CHECK(!memchr(p, WRITTEN, first * 512));
 			CHECK(!memchr(p + (last + 1) * 512, WRITTEN, PVF_PAGE_SIZE - (last + 1) * 512));
 		}
 	}
-	CHECK(r->sector_number + sectors <= DISK);
+	CHECK(sector + sectors <= DISK);
 }
 
 /* Before anybody can write over them. */
@@ -354,8 +386,8 @@ static void start(struct input *in)
 	struct pvf_geometry geo = {
 		.sectors = DISK >> upto(in, 3),
 		.sector_size = 512u << upto(in, 4),
-		.features = upto(in, 8) ^ (PVF_BLK_FLUSH | PVF_BLK_DISCARD),
-		.max_segments = 1 + upto(in, 11),
+		.features = upto(in, 16) ^ (PVF_BLK_FLUSH | PVF_BLK_DISCARD),
+		.max_segments = 1 + upto(in, 24),
 		.discard_granularity = upto(in, 5) * 1024,
 		.discard_alignment = upto(in, 3) * 512,
 		.vdev = VDEV,

@@ -93,7 +93,7 @@ struct pvf_ctl_start {
 	uint64_t sectors;       /* of 512 bytes, whatever sector_size is (blkif.h) */
 	uint32_t sector_size;   /* bytes: 512, 1024, 2048 or 4096 */
 	uint32_t flags;         /* PVF_BLK_* */
-	uint32_t max_segments;  /* per request, 1..11 without indirect descriptors */
+	uint32_t max_segments;  /* per request, 1..256; above 11: indirect requests are understood */
 	uint32_t discard_granularity; /* bytes */
 	uint32_t discard_alignment;   /* bytes */
 	uint32_t stall_seconds; /* report STALLED after this long without a response; 0: never */
@@ -106,6 +106,7 @@ struct pvf_ctl_start {
 #define PVF_BLK_READ_ONLY 1u
 #define PVF_BLK_FLUSH 2u
 #define PVF_BLK_DISCARD 4u
+#define PVF_BLK_BARRIER 8u /* flushes are empty barriers; where FLUSH is set too, it is used */
 
 struct pvf_ctl_simple { /* QUIESCE, EXIT; ATTACHED, STARTED, DRAINED, DETACHED */
 	struct pvf_ctl_hdr hdr;
@@ -179,13 +180,18 @@ struct pvf_ctl_log {
  * A reader copies the page while `sequence` is even and unchanged (seqlock). Counters only grow
  * for the worker's whole life, over all generations. */
 #define PVF_STATS_MAGIC 0x53465650u /* "PVFS" */
-#define PVF_STATS_VERSION 1u
+#define PVF_STATS_VERSION 2u
+
+#define PVF_LATENCY_BUCKETS 24u
 
 struct pvf_blk_op_stats {
 	uint64_t requests; /* NBD requests completed */
 	uint64_t bytes;
 	uint64_t errors;
 	uint64_t ring_requests; /* blkif requests that they became */
+	/* Of the requests: bucket i has those that took 2^i to 2^(i+1) microseconds, the first all that
+	 * took less, the last all that took more. */
+	uint64_t latency[PVF_LATENCY_BUCKETS];
 };
 
 struct pvf_blk_stats {
@@ -203,6 +209,7 @@ struct pvf_blk_stats {
 	uint32_t nbd_pending;    /* NBD requests accepted and not answered */
 	struct pvf_blk_op_stats read, write, flush, discard;
 	uint64_t segments;
+	uint64_t indirect;       /* ring requests with indirect descriptors */
 	uint64_t notifies;       /* sent to the backend */
 	uint64_t events;         /* received */
 	uint64_t events_spurious; /* received with no response behind them */

@@ -25,7 +25,8 @@ struct lane { /* one part of the disk with at most one request on it */
 	uint32_t length;
 };
 
-static _Alignas(4096) unsigned char ring_page[4096];
+static _Alignas(4096) unsigned char ring_pages[16 * 4096];
+static size_t ring_bytes = 4096;
 static _Alignas(4096) unsigned char pool_pages[352 * 4096];
 static unsigned char disk[DISK], model[DISK];
 static struct pvf_blk blk;
@@ -61,9 +62,9 @@ static void setup(uint32_t pages, uint32_t segments, uint64_t new_seed)
 	memset(pool_pages, 0, sizeof(pool_pages));
 	backend_grefs(grefs, pages);
 	pvf_blk_init(&blk);
-	pvf_blk_attach(&blk, ring_page, sizeof(ring_page), pool_pages, pages, grefs, false);
+	pvf_blk_attach(&blk, ring_pages, ring_bytes, pool_pages, pages, grefs, false);
 	pvf_blk_start(&blk, &geo);
-	backend_init(&backend, ring_page, sizeof(ring_page), pool_pages, pages, disk, DISK);
+	backend_init(&backend, ring_pages, ring_bytes, pool_pages, pages, disk, DISK);
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
 	client = pair[0];
 	setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &small, sizeof(small));
@@ -227,7 +228,7 @@ static void nothing_is_held(void)
 	CHECK_EQ(blk.pool.free, blk.pool.pages);
 	CHECK_EQ(blk.free_requests, PVF_REQUESTS);
 	CHECK_EQ(blk.free_pieces, PVF_PIECES);
-	CHECK_EQ(pvf_ring_free(&blk.ring), 32);
+	CHECK_EQ(pvf_ring_free(&blk.ring), blk.ring.entries);
 	CHECK(pvf_blk_portable(&blk));
 }
 
@@ -302,6 +303,26 @@ static void tight(void)
 
 	for (uint64_t s = 1; s <= 24; s++)
 		run(pools[s % 8], 1 + (uint32_t)(s * 5 % 11), LANE, 8000, s * 77, 0);
+}
+
+static void indirect(void)
+{
+	static const uint32_t pools[] = {24, 26, 40, 64, 90, 352}, most[] = {12, 16, 30, 32, 256};
+
+	for (uint64_t s = 1; s <= 30; s++) {
+		/* In a small pool reads stream, and one of those that fails ends the connection. */
+		run(pools[s % 6], most[s % 5], LANE, 6000, s * 13, s % 6 < 5 ? 0 : 10);
+		CHECK(blk.stats.indirect);
+	}
+}
+
+static void deep_ring(void)
+{
+	for (ring_bytes = 8192; ring_bytes <= sizeof(ring_pages); ring_bytes *= 2) {
+		run(352, 11, LANE, 8000, ring_bytes, 0);
+		CHECK_EQ(blk.ring.entries, ring_bytes / 128); /* 112 bytes each, a power of two */
+	}
+	ring_bytes = 4096;
 }
 
 static void failing(void)
@@ -471,10 +492,105 @@ static void fua(void)
 	nothing_is_held();
 }
 
+static void barrier(void)
+{
+	setup(22, 11, 9);
+	blk.geo.features = PVF_BLK_BARRIER;
+	say(NBD_CMD_FLUSH, 1, 0, 0, 0);
+	send_all();
+	until_idle();
+	backend_take(&backend);
+	CHECK_EQ(backend.held, 1);
+	CHECK_EQ(backend.request[0].operation, BLKIF_OP_WRITE_BARRIER);
+	backend_answer(&backend, 0, BLKIF_RSP_EOPNOTSUPP);
+	until_idle();
+	CHECK_EQ(reply_error(), PVF_NBD_ENOTSUP);
+	CHECK_EQ(blk.features_off, PVF_BLK_FLUSH);
+	say(NBD_CMD_WRITE, 2, 0, 512, PVF_NBD_FLAG_FUA);
+	out_end += 512;
+	send_all();
+	until_idle();
+	CHECK_EQ(reply_error(), PVF_NBD_EINVAL);
+	nothing_is_held();
+}
+
+/* What an indirect request's descriptors leave in their page is no later request's data. */
+static void descriptors(void)
+{
+	unsigned char got[4096];
+
+	setup(40, 16, 9);
+	for (int i = 0; i < 2; i++) {
+		say(NBD_CMD_READ, 1, 0, 65536, 0);
+		send_all();
+		until_idle();
+		backend_take(&backend);
+		CHECK_EQ(backend.held, 1);
+		CHECK(backend.request[0].indirect);
+		CHECK_EQ(backend.request[0].nr_segments, 16);
+		/* It claims success and writes nothing. */
+		backend.held = 0;
+		memset(backend.in_use, 0, sizeof(backend.in_use));
+		backend_respond(&backend, backend.request[0].id, BLKIF_OP_READ, BLKIF_RSP_OKAY);
+		until_idle();
+		CHECK_EQ(reply_error(), 0);
+		for (size_t left = 65536; left;) {
+			ssize_t n = recv(client, got, sizeof(got), MSG_DONTWAIT);
+
+			CHECK(n > 0);
+			left -= (size_t)n;
+			while (n--)
+				CHECK_EQ(got[n], 0);
+			until_idle();
+		}
+		nothing_is_held();
+	}
+}
+
+/* Without a stream: what a target does that brings and takes its data itself. */
+static void one_by_one(void)
+{
+	struct pvf_nbd_request n = {.type = NBD_CMD_READ, .handle = "reading", .length = 65536};
+	struct pvf_answer answer;
+	struct iovec iov[16];
+	uint32_t from = 5000, at = from;
+	int count;
+
+	setup(40, 7, 9);
+	CHECK(pvf_blk_whole(&blk, n.length));
+	CHECK(!pvf_blk_whole(&blk, 40 * 4096));
+	blk.now = 1000000;
+	pvf_blk_begin(&blk, &n);
+	CHECK_EQ(pvf_blk_step(&blk), PVF_STEP_HEADER);
+	CHECK(!pvf_blk_answer(&blk, &answer));
+	pvf_ring_push(&blk.ring);
+	backend_take(&backend);
+	CHECK_EQ(backend.held, 3);
+	while (backend.held)
+		backend_answer(&backend, 0, BLKIF_RSP_OKAY);
+	CHECK_EQ(pvf_blk_drain(&blk, pvf_ring_poll(&blk.ring, &blk.fault)), 3);
+	CHECK(pvf_blk_answer(&blk, &answer));
+	CHECK_EQ(answer.error, 0);
+	CHECK_EQ(answer.bytes, n.length);
+	CHECK(!memcmp(answer.handle, n.handle, 8));
+	while (at < n.length) {
+		count = pvf_blk_answer_data(&blk, at, iov, 2);
+		CHECK(count >= 1 && count <= 2);
+		for (int i = 0; i < count; i++) {
+			CHECK(!memcmp(iov[i].iov_base, disk + at, iov[i].iov_len));
+			at += (uint32_t)iov[i].iov_len;
+		}
+	}
+	CHECK_EQ(at, n.length);
+	blk.now += 9000000;
+	pvf_blk_answered(&blk);
+	CHECK_EQ(blk.stats.read.latency[13], 1); /* 9 ms: 8192 to 16384 us */
+	CHECK(!pvf_blk_answer(&blk, &answer));
+	nothing_is_held();
+}
+
 static void trims(uint64_t from, uint32_t length, uint64_t sector, uint64_t sectors)
 {
-	struct blkif_request_discard d;
-
 	setup(22, 11, 9);
 	blk.geo.discard_granularity = 65536;
 	blk.geo.discard_alignment = 4096;
@@ -484,9 +600,8 @@ static void trims(uint64_t from, uint32_t length, uint64_t sector, uint64_t sect
 	backend_take(&backend);
 	CHECK_EQ(backend.held, sectors ? 1 : 0);
 	if (sectors) {
-		memcpy(&d, &backend.request[0], sizeof(d));
-		CHECK_EQ(d.sector_number, sector);
-		CHECK_EQ(d.nr_sectors, sectors);
+		CHECK_EQ(backend.request[0].sector_number, sector);
+		CHECK_EQ(backend.request[0].nr_sectors, sectors);
 		backend_answer(&backend, 0, BLKIF_RSP_OKAY);
 		until_idle();
 	}
@@ -610,12 +725,12 @@ static void stream_fails_first(void)
 	send_all();
 	until_idle();
 	backend_take(&backend);
-	struct blkif_request first = backend.request[0];
+	uint64_t first = backend.request[0].id;
 
 	backend_answer(&backend, 2, BLKIF_RSP_OKAY); /* out of order: it must not begin yet */
 	until_idle();
 	CHECK_EQ(blk.reply_count, 0);
-	CHECK_EQ(backend.request[0].id, first.id);
+	CHECK_EQ(backend.request[0].id, first);
 	backend_answer(&backend, 0, BLKIF_RSP_ERROR);
 	backend_answer(&backend, 0, BLKIF_RSP_OKAY);
 	until_idle();
@@ -712,6 +827,8 @@ int main(void)
 		{"random requests through a roomy pool keep their data", roomy},
 		{"random requests through pools of 2 to 30 pages keep their data and never stick",
 		 tight},
+		{"random requests as indirect ones keep their data and never stick", indirect},
+		{"random requests through rings of 2 to 16 pages keep their data", deep_ring},
 		{"failing requests are answered with errors and hold nothing afterwards", failing},
 		{"rule 19: a failed or empty read returns no stale pool contents", no_data},
 		{"rule 5: a response with an unknown id breaks the ring", rule5},
@@ -719,6 +836,9 @@ int main(void)
 		{"rule 6: a response with another operation breaks the ring", rule6},
 		{"rule 7: unknown status is EIO, EOPNOTSUPP turns the feature off", rule7},
 		{"FUA is a write followed by a flush, answered after both", fua},
+		{"without flush a barrier is the flush, and one that fails turns flushes off", barrier},
+		{"an indirect request's descriptors are no later read's data", descriptors},
+		{"requests can be answered one by one, with their time", one_by_one},
 		{"a trim is cut to whole discard granules", granularity},
 		{"the payload of a refused write is thrown away", refused_write},
 		{"rule 8: a turn takes a bounded number of requests", bounded},

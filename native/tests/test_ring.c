@@ -216,7 +216,7 @@ static void wrap(void)
 		pvf_ring_push(&ring);
 		backend_take(&b);
 		for (uint32_t k = below(&seed, b.held + 1); k; k--) {
-			struct blkif_request first = b.request[0];
+			struct backend_request first = b.request[0];
 
 			memmove(b.request, b.request + 1, --b.held * sizeof(first));
 			backend_respond(&b, first.id, first.operation, 0);
