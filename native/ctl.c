@@ -65,8 +65,10 @@ static const char *check_attach(const struct pvf_ctl_attach *a, size_t bytes, ui
 		return "ATTACH: an mmap offset is no page's";
 	if (!terminated(a->name, sizeof(a->name)) || !a->name[0])
 		return "ATTACH: name must be 1 to 63 characters";
-	if (a->flags & ~PVF_ATTACH_SCRUB || a->reserved)
+	if (a->flags & ~PVF_ATTACH_SCRUB)
 		return "ATTACH: unknown flags";
+	if (!a->queues || a->queues > PVF_MAX_QUEUES || a->queue >= a->queues)
+		return "ATTACH: queues must be 1 to 16, and queue one of them";
 	for (uint32_t i = 0; i < a->pool_pages; i++)
 		for (uint32_t k = 0; k < i; k++)
 			if (a->pool_grefs[i] == a->pool_grefs[k])
@@ -76,20 +78,21 @@ static const char *check_attach(const struct pvf_ctl_attach *a, size_t bytes, ui
 
 static const char *check_start(const struct pvf_ctl_start *s, size_t bytes, uint32_t nfds)
 {
-	uint32_t known = PVF_BLK_READ_ONLY | PVF_BLK_FLUSH | PVF_BLK_DISCARD;
+	uint32_t known = PVF_BLK_READ_ONLY | PVF_BLK_FLUSH | PVF_BLK_DISCARD |
+			 PVF_BLK_BARRIER;
 
 	if (bytes != sizeof(*s))
 		return "START has a wrong length";
-	if (nfds > 1)
-		return "START wants one descriptor or none: the NBD socket";
+	if (s->first_queue >= PVF_MAX_QUEUES || nfds > PVF_MAX_QUEUES - s->first_queue)
+		return "START: NBD sockets for queues that cannot be";
 	if (s->sector_size < 512 || s->sector_size > 4096 || s->sector_size & (s->sector_size - 1))
 		return "START: sector_size must be 512, 1024, 2048 or 4096";
 	if (s->sectors > INT64_MAX / 512 || s->sectors % (s->sector_size / 512))
 		return "START: sectors is no whole number of sector_size, or too large";
-	if (s->flags & ~known || s->options & ~PVF_START_CLIENTS)
+	if (s->flags & ~known || s->options & ~PVF_START_CLIENTS || s->reserved)
 		return "START: unknown flags";
-	if (!s->max_segments || s->max_segments > 11)
-		return "START: max_segments must be 1 to 11";
+	if (!s->max_segments || s->max_segments > 256)
+		return "START: max_segments must be 1 to 256";
 	if (s->discard_granularity % 512 || s->discard_alignment % 512)
 		return "START: discard granularity and alignment must be multiples of 512";
 	return NULL;

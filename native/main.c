@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
- * pvfront-worker --name NAME [--uid U --gid G] [--chroot DIR]
+ * pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR]
  *
  * One device's data path. Descriptor 3 is a listening AF_UNIX SOCK_SEQPACKET socket; everything
  * else comes through it (pvf_ctl.h). Status 0: told to exit; 1: could not start; 2: wrong usage.
@@ -24,7 +24,7 @@ static int usage(const char *what)
 {
 	fprintf(stderr,
 		"pvfront-worker: %s\n"
-		"usage: pvfront-worker --name NAME [--uid U --gid G] [--chroot DIR]\n"
+		"usage: pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR]\n"
 		"descriptor 3 must be a listening AF_UNIX SOCK_SEQPACKET socket; "
 		"pvfront starts workers, not people\n",
 		what);
@@ -58,6 +58,7 @@ int main(int argc, char **argv)
 {
 	static const struct option options[] = {
 		{"name", required_argument, NULL, 'n'},
+		{"queues", required_argument, NULL, 'q'},
 		{"uid", required_argument, NULL, 'u'},
 		{"gid", required_argument, NULL, 'g'},
 		{"chroot", required_argument, NULL, 'c'},
@@ -66,12 +67,17 @@ int main(int argc, char **argv)
 	struct pvf_confine confine = {0};
 	const char *name = NULL, *why = NULL;
 	bool uid = false, gid = false;
+	uint32_t queues = 1;
 	int opt, rc;
 
 	while ((opt = getopt_long(argc, argv, "", options, NULL)) != -1) {
 		switch (opt) {
 		case 'n':
 			name = optarg;
+			break;
+		case 'q':
+			if (!parse_id(optarg, &queues) || queues != 1)
+				return usage("--queues wants 1");
 			break;
 		case 'u':
 			uid = parse_id(optarg, &confine.uid);

@@ -64,7 +64,7 @@ static void send_target_gone(struct pvf_worker *w)
 
 static void send_features_off(struct pvf_worker *w, uint32_t features)
 {
-	for (uint32_t bit = PVF_BLK_FLUSH; bit <= PVF_BLK_DISCARD; bit <<= 1) {
+	for (uint32_t bit = PVF_BLK_FLUSH; bit <= PVF_BLK_BARRIER; bit <<= 1) {
 		struct pvf_ctl_feature_off m = {.feature = bit};
 
 		if (features & bit)
@@ -91,8 +91,10 @@ static void send_hello(struct pvf_worker *w)
 		.device_class = w->device_class,
 		.pid = w->pid,
 		.in_flight = w->queue.blk.in_flight,
-		.has_target = w->queue.target.fd >= 0,
+		.targets = w->queue.target.fd >= 0,
 		.stats_size = PVF_STATS_SIZE,
+		.queues = 1,
+		.attached = w->queue.attached,
 	};
 
 	copy_text(m.name, sizeof(m.name), w->name);
@@ -156,6 +158,9 @@ static void handle_attach(struct pvf_worker *w)
 		return send_error(w, PVF_CTL_ATTACH, EBUSY, "a connection is attached: DETACH first");
 	if (m->hdr.generation <= w->generation)
 		return send_error(w, PVF_CTL_ATTACH, ESTALE, "ATTACH needs a newer generation");
+	if (m->queues > 1)
+		return send_error(w, PVF_CTL_ATTACH, EINVAL,
+				  "more queues than this worker was started with");
 	int rc = pvf_queue_attach(&w->queue, w->ctl.fds[0], w->ctl.fds[1], m, &why);
 
 	if (rc)
@@ -194,6 +199,8 @@ static void handle_start(struct pvf_worker *w)
 	if (w->state == PVF_IDLE || w->state == PVF_BROKEN)
 		return send_error(w, PVF_CTL_START, ENOTCONN,
 				  "no usable connection: DETACH and ATTACH first");
+	if (m->first_queue + w->ctl.nfds > 1)
+		return send_error(w, PVF_CTL_START, EINVAL, "a queue that is not attached");
 	if (w->ctl.nfds) {
 		/* The fence: a new client's write, or a replayed one, must not be overtaken by an old
 		 * one that is still in the ring. */
@@ -323,6 +330,8 @@ static void publish(struct pvf_worker *w)
 	struct pvf_blk_stats *s = &blk->stats;
 
 	s->state = w->state;
+	s->queue = 0;
+	s->queues = w->queue.attached;
 	s->generation = w->generation;
 	s->in_flight = blk->in_flight;
 	s->pool_pages = blk->pool.pages;

@@ -16,7 +16,15 @@ from typing import Any
 
 from pvfront._abi import ffi, lib
 
-__all__ = ["BlkOpStats", "BlkStats", "StatsUnreadable", "ffi", "lib", "read_stats"]
+__all__ = [
+    "BlkOpStats",
+    "BlkStats",
+    "StatsUnreadable",
+    "ffi",
+    "lib",
+    "read_all_stats",
+    "read_stats",
+]
 
 
 class StatsUnreadable(ValueError):
@@ -35,7 +43,9 @@ class BlkOpStats:
 
 @dataclass(frozen=True, slots=True)
 class BlkStats:
-    """struct pvf_blk_stats: a consistent copy. Counters only grow over a worker's life."""
+    """struct pvf_blk_stats: a consistent copy of one queue's. Counters only grow over a worker's
+    life.
+    """
 
     state: int
     generation: int
@@ -46,6 +56,8 @@ class BlkStats:
     pool_free_low: int
     ring_slots: int
     nbd_pending: int
+    queue: int
+    queues: int
     segments: int
     notifies: int
     events: int
@@ -66,17 +78,24 @@ _OPS = ("read", "write", "flush", "discard")
 _PLAIN = tuple(n for n in BlkStats.__dataclass_fields__ if n not in _OPS)
 
 
-def read_stats(fd: int, attempts: int = 1000) -> BlkStats:
-    """A consistent snapshot of the statistics memfd that HELLO carried.
+def read_all_stats(fd: int) -> list[BlkStats]:
+    """A snapshot of each queue the worker was started with, as read_stats()."""
+    return [read_stats(fd, queue) for queue in range(os.fstat(fd).st_size // lib.PVF_PAGE_SIZE)]
+
+
+def read_stats(fd: int, queue: int = 0, *, attempts: int = 1000) -> BlkStats:
+    """A consistent snapshot of a queue's page in the statistics memfd that HELLO carried.
 
     Raises StatsUnreadable for another magic or version, or if no quiet moment was found (a writer
     that was killed inside an update leaves the sequence odd for ever), OSError if it cannot be
     mapped.
     """
-    size = ffi.sizeof("struct pvf_blk_stats")
-    if os.fstat(fd).st_size < size:
-        raise StatsUnreadable("the statistics page is too short")
-    with mmap.mmap(fd, lib.PVF_PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ) as page:
+    size, offset = ffi.sizeof("struct pvf_blk_stats"), queue * lib.PVF_PAGE_SIZE
+    if os.fstat(fd).st_size < offset + lib.PVF_PAGE_SIZE:
+        raise StatsUnreadable(f"the statistics have no page of queue {queue}")
+    with mmap.mmap(
+        fd, lib.PVF_PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset
+    ) as page:
         for attempt in range(attempts):
             before = page[8:12]
             copy = page[:size]

@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import sysfs
-from .abi import StatsUnreadable, read_stats
+from .abi import StatsUnreadable, read_all_stats
 from .blkfront.vdev import parse_name, vdev_name
 from .claim import Claims
 from .errors import PvfrontError
@@ -132,7 +133,8 @@ async def status(store: Xenstore, text: str, on: Platform | None = None) -> dict
     if state is not None:
         file = state.pop("statistics_file", None)
         found.update(state)
-        found["statistics"] = statistics(state.get("worker_pid"), file)
+        queues = statistics(state.get("worker_pid"), file)
+        found["statistics"] = None if queues is None else total(queues)
     found.update(device.as_json())
     claim = on.claims().taken(device.bus_name)
     if claim is not None:
@@ -152,10 +154,10 @@ def read_state(bus_name: str, run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def statistics(pid: object, file: object = None) -> dict[str, Any] | None:
-    """The counters of a worker, read from its page; None if there is no such worker.
+def statistics(pid: object, file: object = None) -> list[dict[str, Any]] | None:
+    """The counters of a worker, a dictionary for each queue; None if there is no such worker.
 
-    `file`: the page as the supervisor has it open. Where that has ended, only root finds the page.
+    `file`: the pages as the supervisor has it open. Where that has ended, only root finds the page.
     """
     fd = _open_statistics(file) if isinstance(file, str) else None
     if fd is None and isinstance(pid, int) and pid > 0:
@@ -163,11 +165,28 @@ def statistics(pid: object, file: object = None) -> dict[str, Any] | None:
     if fd is None:
         return None
     try:
-        return asdict(read_stats(fd))
+        return [asdict(queue) for queue in read_all_stats(fd)]
     except StatsUnreadable:
         return None
     finally:
         os.close(fd)
+
+
+_OF_THE_WORKER = ("state", "generation", "queues")
+
+
+def total(queues: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counters of a worker's queues in one: sums, also of the peaks."""
+    found = {key: _sum([queue[key] for queue in queues]) for key in queues[0] if key != "queue"}
+    return found | {key: queues[0][key] for key in _OF_THE_WORKER}
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {key: _sum([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], Sequence):
+        return [sum(column) for column in zip(*values, strict=True)]
+    return sum(values)
 
 
 def _open_statistics(path: Path | str | None) -> int | None:

@@ -78,7 +78,14 @@ class Hello:
     name: str
     pid: int
     in_flight: int
-    has_target: bool
+    targets: int  # bit i: queue i has an NBD socket
+    queues: int  # that it was started with
+    attached: int  # queues that are attached now
+
+    @property
+    def has_target(self) -> bool:
+        """Whether each attached queue has its NBD socket."""
+        return self.attached > 0 and self.targets.bit_count() >= self.attached
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ class Broken:
     field: str
     value: int
     text: str
+    queue: int = 0
 
     def __str__(self) -> str:
         return f"the backend broke rule {self.rule}: {self.field}={self.value:#x}: {self.text}"
@@ -100,6 +108,7 @@ class TargetGone:
 
     error: int
     text: str
+    queue: int = 0
 
     def __str__(self) -> str:
         why = errno.errorcode.get(self.error, str(self.error)) if self.error else "closed"
@@ -111,6 +120,7 @@ class FeatureOff:
     """The backend answered EOPNOTSUPP: 'flush' or 'discard' is offered no more."""
 
     feature: str
+    queue: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,7 @@ class Stalled:
 
     seconds: int
     in_flight: int
+    queue: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,14 +212,17 @@ class Worker:
     # -- beginning and end -------------------------------------------------------------------
 
     @classmethod
-    async def spawn(cls, name: str, run_dir: Path, *, change_user: bool = True) -> Worker:
+    async def spawn(
+        cls, name: str, run_dir: Path, *, queues: int = 1, change_user: bool = True
+    ) -> Worker:
         """Starts a worker listening at ``run_dir/<name>.sock`` and waits for its HELLO.
 
+        `queues`: the most that a connection can have, PVF_MAX_QUEUES at most; each is a thread.
         `change_user`: as root, it becomes the user pvfront's and gets an empty root directory.
         """
         path = run_dir / f"{name}.sock"
         program = binary()
-        argv = [str(program), "--name", name]
+        argv = [str(program), "--name", name, "--queues", str(queues)]
         if change_user and os.geteuid() == 0:
             uid, gid = worker_ids()
             root = run_dir / "empty"
@@ -297,6 +311,8 @@ class Worker:
         self,
         generation: int,
         *,
+        queue: int = 0,
+        queues: int = 1,
         device_class: int,
         port: int,
         ring_pages: int,
@@ -306,7 +322,9 @@ class Worker:
         scrub: bool,
         fds: tuple[int, int],
     ) -> None:
-        """ATTACH with the event channel's and gntalloc's descriptors; the caller closes its own."""
+        """ATTACH of one queue with the descriptors of its event channel and of gntalloc; the caller
+        closes its own. Each of a generation's queues is attached by one, in order.
+        """
         message = ffi.new("struct pvf_ctl_attach *", {"pool_grefs": list(pool_grefs)})
         message.device_class = device_class
         message.port = port
@@ -316,6 +334,7 @@ class Worker:
         message.pool_offset = pool_offset
         message.name = self.name.encode()
         message.flags = lib.PVF_ATTACH_SCRUB if scrub else 0
+        message.queue, message.queues = queue, queues
         size = ffi.sizeof("struct pvf_ctl_attach") + 4 * len(pool_grefs)
         await self._command(lib.PVF_CTL_ATTACH, generation, message, size, fds)
 
@@ -331,12 +350,14 @@ class Worker:
         discard_alignment: int,
         vdev: int,
         stall_seconds: int,
-        target_fd: int | None,
+        target_fds: Sequence[int],
+        first_queue: int = 0,
         clients: bool = False,
     ) -> None:
-        """START; `target_fd` is the NBD socket, None keeps the present one.
+        """START; `target_fds` are the NBD sockets of the queues from `first_queue` on, the others
+        keep the one they have.
 
-        `clients`: they come and go, there may be no socket now.
+        `clients`: they come and go, a queue may have no socket now.
         """
         message = ffi.new("struct pvf_ctl_start *")
         message.sectors = sectors
@@ -348,8 +369,8 @@ class Worker:
         message.stall_seconds = stall_seconds
         message.vdev = vdev
         message.options = lib.PVF_START_CLIENTS if clients else 0
-        fds = () if target_fd is None else (target_fd,)
-        await self._command(lib.PVF_CTL_START, generation, message, None, fds)
+        message.first_queue = first_queue
+        await self._command(lib.PVF_CTL_START, generation, message, None, target_fds)
 
     async def quiesce(self, generation: int, timeout: float) -> bool:
         """QUIESCE; False if the ring was not empty within `timeout` seconds."""
@@ -511,7 +532,9 @@ class Worker:
             name=_text(body.name),
             pid=int(body.pid),
             in_flight=int(body.in_flight),
-            has_target=bool(body.has_target),
+            targets=int(body.targets),
+            queues=int(body.queues),
+            attached=int(body.attached),
         )
         if not self._greeted.done():
             self._greeted.set_result(self.hello)
@@ -533,14 +556,18 @@ class Worker:
 
     def _event(self, kind: int, body: Any) -> None:
         event: Event
+        queue = int(body.queue)
         if kind == lib.PVF_CTL_BROKEN:
-            event = Broken(int(body.rule), _text(body.field), int(body.value), _text(body.text))
+            field, text = _text(body.field), _text(body.text)
+            event = Broken(int(body.rule), field, int(body.value), text, queue)
         elif kind == lib.PVF_CTL_TARGET_GONE:
-            event = TargetGone(int(body.error), _text(body.text))
+            event = TargetGone(int(body.error), _text(body.text), queue)
         elif kind == lib.PVF_CTL_FEATURE_OFF:
-            event = FeatureOff("flush" if body.feature == lib.PVF_BLK_FLUSH else "discard")
+            # A barrier is how a backend without flush is flushed.
+            discard = body.feature == lib.PVF_BLK_DISCARD
+            event = FeatureOff("discard" if discard else "flush", queue)
         else:
-            event = Stalled(int(body.seconds), int(body.in_flight))
+            event = Stalled(int(body.seconds), int(body.in_flight), queue)
         self.on_event(event)
 
     def _exited(self) -> None:
@@ -638,7 +665,7 @@ async def _peer_pid(sock: socket.socket) -> int:
 
 
 def stats_path(pid: int) -> Path | None:
-    """The worker's statistics page as a path that root can open; None if there is none."""
+    """The worker's statistics as a path that root can open; None if there is none."""
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):

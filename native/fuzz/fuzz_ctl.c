@@ -175,7 +175,7 @@ static uint32_t hear(uint16_t type)
 		case PVF_CTL_HELLO:
 			CHECK_EQ(n, sizeof(m.hello));
 			CHECK(m.hello.state <= PVF_TARGET_LOST && m.hello.pid == worker.pid);
-			CHECK(m.hello.has_target <= 1);
+			CHECK(m.hello.targets <= 1);
 			text_ends(m.hello.name, sizeof(m.hello.name));
 			break;
 		case PVF_CTL_ATTACHED:
@@ -269,6 +269,7 @@ static void command(struct input *in)
 		a->pool_pages = 2 + upto(in, 60);
 		a->pool_offset = a->ring_pages * PVF_PAGE_SIZE;
 		memcpy(a->name, "vbd-51728", 10);
+		a->queues = 1;
 		a->flags = upto(in, 2);
 		for (uint32_t i = 0; i < a->pool_pages; i++)
 			a->pool_grefs[i] = 100 + i;

@@ -16,9 +16,10 @@
 #include <stdint.h>
 
 #define PVF_CTL_MAGIC 0x43465650u /* "PVFC" */
-#define PVF_CTL_VERSION 1u
+#define PVF_CTL_VERSION 2u
 #define PVF_CTL_MAX 8192u     /* bytes of the largest message */
-#define PVF_CTL_MAX_FDS 4u
+#define PVF_CTL_MAX_FDS 16u
+#define PVF_MAX_QUEUES 16u   /* of one device, and so of one worker */
 #define PVF_NAME_MAX 64u      /* device name, NUL-terminated */
 #define PVF_TEXT_MAX 192u     /* human-readable text, NUL-terminated */
 #define PVF_MAX_RING_PAGES 16u
@@ -34,8 +35,8 @@ enum pvf_class {
 
 enum pvf_ctl_type {
 	/* supervisor to worker */
-	PVF_CTL_ATTACH = 1,  /* fds: event channel, gntalloc */
-	PVF_CTL_START = 2,   /* fds: NBD socket, or none: see PVF_START_CLIENTS */
+	PVF_CTL_ATTACH = 1,  /* one for each queue; fds: event channel, gntalloc */
+	PVF_CTL_START = 2,   /* fds: NBD sockets of neighbouring queues, or none: PVF_START_CLIENTS */
 	PVF_CTL_QUIESCE = 3,
 	PVF_CTL_DETACH = 4,
 	PVF_CTL_EXIT = 5,
@@ -61,7 +62,7 @@ enum pvf_worker_state {
 	PVF_DRAINING = 3,
 	PVF_DRAINED = 4,
 	PVF_BROKEN = 5,
-	PVF_TARGET_LOST = 6, /* the NBD socket is gone, the ring not yet empty */
+	PVF_TARGET_LOST = 6, /* a queue's NBD socket is gone, the rings are not yet empty */
 };
 
 struct pvf_ctl_hdr {
@@ -82,7 +83,8 @@ struct pvf_ctl_attach {
 	uint64_t pool_offset;
 	char name[PVF_NAME_MAX]; /* "vbd-51728" */
 	uint32_t flags;
-	uint32_t reserved;
+	uint16_t queue;  /* this one: 0, 1 .. queues - 1, in this order */
+	uint16_t queues; /* of the connection; the same in each of its ATTACHes */
 	uint32_t pool_grefs[]; /* pool_pages of them */
 };
 
@@ -99,9 +101,11 @@ struct pvf_ctl_start {
 	uint32_t stall_seconds; /* report STALLED after this long without a response; 0: never */
 	uint32_t vdev;          /* handle: the vbd's number, goes into blkif_request.handle */
 	uint32_t options;       /* PVF_START_* */
+	uint32_t first_queue;   /* the one that the first descriptor is for */
+	uint32_t reserved;
 };
 
-#define PVF_START_CLIENTS 1u /* clients come and go: run without an NBD socket until one is given */
+#define PVF_START_CLIENTS 1u /* clients come and go: a queue runs without a socket until one is given */
 
 #define PVF_BLK_READ_ONLY 1u
 #define PVF_BLK_FLUSH 2u
@@ -118,8 +122,8 @@ struct pvf_ctl_detach {
 	uint32_t reserved;
 };
 
-#define PVF_DETACH_KEEP_TARGET 1u /* the NBD socket stays open for the next START */
-#define PVF_DETACH_PARK 2u /* the event channel's descriptor stays open for ever, untouched: a port
+#define PVF_DETACH_KEEP_TARGET 1u /* the NBD sockets stay open for the next START */
+#define PVF_DETACH_PARK 2u /* the event channels' descriptors stay open for ever, untouched: a port
                             * that was bound while the domain slept crashes the kernel when it
                             * is unbound. The worker then only waits and takes no ATTACH. */
 
@@ -128,9 +132,11 @@ struct pvf_ctl_hello {
 	uint32_t state; /* enum pvf_worker_state */
 	uint32_t device_class;
 	uint32_t pid;
-	uint32_t in_flight;   /* requests in the ring */
-	uint32_t has_target;  /* 1: an NBD socket is open */
-	uint32_t stats_size;  /* bytes of the statistics memfd */
+	uint32_t in_flight;   /* requests in all rings */
+	uint32_t targets;     /* bit i: queue i has an NBD socket */
+	uint32_t stats_size;  /* bytes of the statistics memfd: a page for each of `queues` */
+	uint32_t queues;      /* that this worker was started with: the most a connection can have */
+	uint32_t attached;    /* queues that are attached now */
 	char name[PVF_NAME_MAX]; /* empty before the first ATTACH */
 };
 
@@ -144,7 +150,7 @@ struct pvf_ctl_error {
 struct pvf_ctl_broken {
 	struct pvf_ctl_hdr hdr;
 	uint32_t rule; /* number of the rule in docs/security.md */
-	uint32_t reserved;
+	uint32_t queue;
 	uint64_t value;
 	char field[PVF_NAME_MAX];
 	char text[PVF_TEXT_MAX];
@@ -153,20 +159,22 @@ struct pvf_ctl_broken {
 struct pvf_ctl_target_gone {
 	struct pvf_ctl_hdr hdr;
 	int32_t error; /* 0: orderly end of the socket; else errno (EPROTO: it broke NBD) */
-	uint32_t in_flight;
+	uint32_t queue;
+	uint32_t in_flight; /* in this queue's ring */
 	char text[PVF_TEXT_MAX];
 };
 
 struct pvf_ctl_feature_off {
 	struct pvf_ctl_hdr hdr;
-	uint32_t feature; /* PVF_BLK_FLUSH or PVF_BLK_DISCARD */
-	uint32_t reserved;
+	uint32_t feature; /* PVF_BLK_FLUSH, PVF_BLK_BARRIER or PVF_BLK_DISCARD */
+	uint32_t queue;   /* where it turned out first */
 };
 
 struct pvf_ctl_stalled {
 	struct pvf_ctl_hdr hdr;
 	uint32_t seconds;   /* since the last response; 0: the stall has ended */
-	uint32_t in_flight;
+	uint32_t queue;
+	uint32_t in_flight; /* in this queue's ring */
 };
 
 struct pvf_ctl_log {
@@ -176,8 +184,8 @@ struct pvf_ctl_log {
 	char text[PVF_TEXT_MAX];
 };
 
-/* Statistics: one page, written by the worker only, mapped read-only by anyone.
- * A reader copies the page while `sequence` is even and unchanged (seqlock). Counters only grow
+/* Statistics: one page for each queue, written by the worker only, mapped read-only by anyone.
+ * A reader copies a page while `sequence` is even and unchanged (seqlock). Counters only grow
  * for the worker's whole life, over all generations. */
 #define PVF_STATS_MAGIC 0x53465650u /* "PVFS" */
 #define PVF_STATS_VERSION 2u
@@ -207,6 +215,8 @@ struct pvf_blk_stats {
 	uint32_t pool_free_low;  /* fewest ever free */
 	uint32_t ring_slots;
 	uint32_t nbd_pending;    /* NBD requests accepted and not answered */
+	uint32_t queue;          /* whose page this is */
+	uint32_t queues;         /* attached now */
 	struct pvf_blk_op_stats read, write, flush, discard;
 	uint64_t segments;
 	uint64_t indirect;       /* ring requests with indirect descriptors */

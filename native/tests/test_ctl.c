@@ -18,6 +18,7 @@ static size_t attach(uint32_t pages)
 	a.pool_pages = pages;
 	a.ring_offset = 4096;
 	a.pool_offset = 8192;
+	a.queues = 1;
 	strcpy(a.name, "vbd-1");
 	for (uint32_t i = 0; i < pages && i < PVF_MAX_POOL_PAGES; i++)
 		a.pool_grefs[i] = 10 + i;
@@ -89,6 +90,16 @@ static void attaches(void)
 	size = attach(4);
 	a.device_class = PVF_CLASS_NET;
 	CHECK(pvf_ctl_check(&m, size, 2));
+	size = attach(4);
+	a.queues = PVF_MAX_QUEUES;
+	a.queue = PVF_MAX_QUEUES - 1;
+	CHECK(!pvf_ctl_check(&m, size, 2));
+	a.queue++;
+	CHECK(pvf_ctl_check(&m, size, 2));
+	a.queues++;
+	CHECK(pvf_ctl_check(&m, size, 2));
+	a.queue = a.queues = 0;
+	CHECK(pvf_ctl_check(&m, size, 2));
 }
 
 static void starts(void)
@@ -97,7 +108,17 @@ static void starts(void)
 	size_t size = start();
 
 	CHECK(!pvf_ctl_check(&m, size, 0));
+	CHECK(!pvf_ctl_check(&m, size, PVF_MAX_QUEUES));
+	m.start.first_queue = 1;
+	CHECK(!pvf_ctl_check(&m, size, PVF_MAX_QUEUES - 1));
+	CHECK(pvf_ctl_check(&m, size, PVF_MAX_QUEUES));
+	m.start.first_queue = PVF_MAX_QUEUES;
+	CHECK(pvf_ctl_check(&m, size, 0));
+	m.start.first_queue = UINT32_MAX;
 	CHECK(pvf_ctl_check(&m, size, 2));
+	start();
+	m.start.reserved = 1;
+	CHECK(pvf_ctl_check(&m, size, 1));
 	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++) {
 		m.start.sector_size = wrong[i];
 		CHECK(pvf_ctl_check(&m, size, 1));
@@ -112,12 +133,16 @@ static void starts(void)
 	m.start.sectors = 9;
 	CHECK(pvf_ctl_check(&m, size, 1));
 	start();
-	m.start.max_segments = 12;
+	m.start.max_segments = 256;
+	CHECK(!pvf_ctl_check(&m, size, 1));
+	m.start.max_segments = 257;
 	CHECK(pvf_ctl_check(&m, size, 1));
 	m.start.max_segments = 0;
 	CHECK(pvf_ctl_check(&m, size, 1));
 	start();
-	m.start.flags = 8;
+	m.start.flags = 15;
+	CHECK(!pvf_ctl_check(&m, size, 1));
+	m.start.flags = 16;
 	CHECK(pvf_ctl_check(&m, size, 1));
 	start();
 	m.start.options = PVF_START_CLIENTS;

@@ -243,7 +243,8 @@ static void serve(void)
 	hand_over(grants, &sources[0], &sources[1]);
 	*attach = (struct pvf_ctl_attach){.device_class = PVF_CLASS_BLK, .port = PORT,
 					  .ring_pages = 1, .pool_pages = POOL, .ring_offset = 0,
-					  .pool_offset = 4096, .name = "vbd-1"};
+					  .pool_offset = 4096, .name = "vbd-1",
+					  .queues = 1};
 	backend_grefs(attach->pool_grefs, POOL);
 	tell(attach, PVF_CTL_ATTACH, sizeof(message), sources[0], sources[1]);
 	hear(PVF_CTL_ATTACHED);

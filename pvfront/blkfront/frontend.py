@@ -320,7 +320,7 @@ class DiskFrontend:
             vdev=self.vdev,
             stall_seconds=STALL_SECONDS,
             clients=self.target.clients is not None,
-            target_fd=target_fd,
+            target_fds=[] if target_fd is None else [target_fd],
         )
 
     async def _read_geometry(self, device: XenbusDevice) -> DiskGeometry:

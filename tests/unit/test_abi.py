@@ -7,13 +7,15 @@ import mmap
 import os
 import struct
 import threading
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pvfront.abi import BlkStats, StatsUnreadable, ffi, lib, read_stats
+from pvfront.abi import BlkStats, StatsUnreadable, ffi, lib, read_all_stats, read_stats
+from pvfront.inventory import total
 
 PAGE = 4096
 SLOT = 112  # union blkif_sring_entry of x86_64
@@ -60,16 +62,20 @@ def test_a_ring_holds_the_largest_power_of_two_of_slots_that_fits(size: int, ent
 class Stats:
     """A statistics page that the test itself writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, queues: int = 1) -> None:
         self.fd = os.memfd_create("stats")
-        os.ftruncate(self.fd, PAGE)
-        self.map = mmap.mmap(self.fd, PAGE)
-        self.page = ffi.cast("struct pvf_blk_stats *", ffi.from_buffer(self.map))
-        self.page.magic = lib.PVF_STATS_MAGIC
-        self.page.version = lib.PVF_STATS_VERSION
+        os.ftruncate(self.fd, PAGE * queues)
+        self.map = mmap.mmap(self.fd, PAGE * queues)
+        self.pages = [
+            ffi.cast("struct pvf_blk_stats *", ffi.addressof(ffi.from_buffer(self.map), PAGE * i))
+            for i in range(queues)
+        ]
+        for page in self.pages:
+            page.magic, page.version = lib.PVF_STATS_MAGIC, lib.PVF_STATS_VERSION
+        self.page = self.pages[0]
 
     def close(self) -> None:
-        self.page = None
+        del self.page, self.pages
         os.close(self.fd)
 
 
@@ -82,6 +88,22 @@ def test_statistics_are_read_field_by_field() -> None:
     got = read_stats(stats.fd)
     assert isinstance(got, BlkStats)
     assert (got.state, got.rejected, got.write.bytes, got.discard.errors) == (2, 1 << 40, 4096, 7)
+    stats.close()
+
+
+def test_each_queue_has_statistics_of_its_own_and_a_status_shows_their_sum() -> None:
+    stats = Stats(3)
+    for queue, page in enumerate(stats.pages):
+        page.queue, page.queues, page.state, page.generation = queue, 3, 2, 7
+        page.in_flight = page.write.requests = 1 << queue
+    got = read_all_stats(stats.fd)
+    assert [queue.queue for queue in got] == [0, 1, 2]
+    assert read_stats(stats.fd, 2) == got[2]
+    shown = total([asdict(queue) for queue in got])
+    assert (shown["state"], shown["generation"], shown["queues"]) == (2, 7, 3)
+    assert shown["in_flight"] == shown["write"]["requests"] == 7
+    with pytest.raises(StatsUnreadable, match="no page of queue 3"):
+        read_stats(stats.fd, 3)
     stats.close()
 
 
@@ -125,7 +147,7 @@ def test_statistics_that_cannot_be_trusted_are_refused(field: str, value: int, w
 
 def test_a_page_that_is_too_short_is_refused() -> None:
     fd = os.memfd_create("short")
-    with pytest.raises(StatsUnreadable, match="too short"):
+    with pytest.raises(StatsUnreadable, match="no page of queue 0"):
         read_stats(fd)
     os.close(fd)
 

@@ -95,7 +95,7 @@ class Device:
             discard_alignment=0,
             vdev=51728,
             stall_seconds=stall_seconds,
-            target_fd=self.socket.fileno(),
+            target_fds=[self.socket.fileno()],
         )
         self.socket.close()
 
@@ -622,21 +622,31 @@ async def test_events_are_decoded_and_told_in_order(liar: Liar) -> None:
     liar.say(
         packet(
             "pvf_ctl_broken", lib.PVF_CTL_BROKEN,
-            rule=3, value=1 << 40, field=b"rsp_prod", text=b"beyond the ring",
+            rule=3, queue=1, value=1 << 40, field=b"rsp_prod", text=b"beyond the ring",
         )
     )  # fmt: skip
     liar.say(
-        packet("pvf_ctl_target_gone", lib.PVF_CTL_TARGET_GONE, error=errno.EPROTO, text=b"\xff!")
-    )
-    liar.say(packet("pvf_ctl_feature_off", lib.PVF_CTL_FEATURE_OFF, feature=lib.PVF_BLK_DISCARD))
-    liar.say(packet("pvf_ctl_stalled", lib.PVF_CTL_STALLED, seconds=12, in_flight=3))
+        packet(
+            "pvf_ctl_target_gone", lib.PVF_CTL_TARGET_GONE,
+            error=errno.EPROTO, queue=2, text=b"\xff!",
+        )
+    )  # fmt: skip
+    for queue, feature in enumerate(
+        (lib.PVF_BLK_DISCARD, lib.PVF_BLK_FLUSH, lib.PVF_BLK_BARRIER), start=3
+    ):
+        liar.say(
+            packet("pvf_ctl_feature_off", lib.PVF_CTL_FEATURE_OFF, feature=feature, queue=queue)
+        )
+    liar.say(packet("pvf_ctl_stalled", lib.PVF_CTL_STALLED, seconds=12, queue=15, in_flight=3))
     assert liar.events is not None
     await liar.events.one(Stalled)
     assert liar.events == [
-        Broken(3, "rsp_prod", 1 << 40, "beyond the ring"),
-        TargetGone(errno.EPROTO, "\N{REPLACEMENT CHARACTER}!"),
-        FeatureOff("discard"),
-        Stalled(12, 3),
+        Broken(3, "rsp_prod", 1 << 40, "beyond the ring", queue=1),
+        TargetGone(errno.EPROTO, "\N{REPLACEMENT CHARACTER}!", queue=2),
+        FeatureOff("discard", queue=3),
+        FeatureOff("flush", queue=4),
+        FeatureOff("flush", queue=5),
+        Stalled(12, 3, queue=15),
     ]
 
 

@@ -531,6 +531,8 @@ class Host:
             "ring_offset": self.pages.ring_offset,
             "pool_offset": self.pages.pool_offset,
             "name": self.name.encode(),
+            "queue": 0,
+            "queues": 1,
             "flags": lib.PVF_ATTACH_SCRUB if self.scrub else 0,
             **override,
         }

@@ -49,7 +49,7 @@ def test_hello_says_who_is_there_and_brings_the_statistics() -> None:
         assert hello.hdr.generation == 0
         assert hello.pid == host.process.pid
         assert text(hello.name) == "vbd-51760"
-        assert not hello.has_target
+        assert not hello.targets
         assert host.stats().generation == 0
 
 
@@ -493,7 +493,7 @@ def test_a_newer_supervisor_takes_over_and_the_data_path_goes_on() -> None:
         host.supervisor = newer
         assert newer.hello.state == lib.PVF_RUNNING
         assert newer.hello.hdr.generation == 1
-        assert newer.hello.has_target
+        assert newer.hello.targets
         nbd.write(512, b"2" * 512)
         host.quiesce()
         assert host.disk[:1024] == b"1" * 512 + b"2" * 512
