@@ -33,12 +33,13 @@ class StatsUnreadable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class BlkOpStats:
-    """struct pvf_blk_op_stats."""
+    """struct pvf_blk_op_stats. `latency`: requests that took [2^i, 2^(i+1)) us, see there."""
 
     requests: int = 0
     bytes: int = 0
     errors: int = 0
     ring_requests: int = 0
+    latency: tuple[int, ...] = (0,) * lib.PVF_LATENCY_BUCKETS
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class BlkStats:
     queue: int
     queues: int
     segments: int
+    indirect: int
     notifies: int
     events: int
     events_spurious: int
@@ -113,6 +115,10 @@ def read_stats(fd: int, queue: int = 0, *, attempts: int = 1000) -> BlkStats:
     for name in _OPS:
         op = getattr(s, name)
         values[name] = BlkOpStats(
-            int(op.requests), int(op.bytes), int(op.errors), int(op.ring_requests)
+            int(op.requests),
+            int(op.bytes),
+            int(op.errors),
+            int(op.ring_requests),
+            tuple(op.latency),
         )
     return BlkStats(**values)

@@ -95,13 +95,14 @@ def test_each_queue_has_statistics_of_its_own_and_a_status_shows_their_sum() -> 
     stats = Stats(3)
     for queue, page in enumerate(stats.pages):
         page.queue, page.queues, page.state, page.generation = queue, 3, 2, 7
-        page.in_flight = page.write.requests = 1 << queue
+        page.in_flight = page.write.requests = page.read.latency[5] = 1 << queue
     got = read_all_stats(stats.fd)
     assert [queue.queue for queue in got] == [0, 1, 2]
     assert read_stats(stats.fd, 2) == got[2]
     shown = total([asdict(queue) for queue in got])
     assert (shown["state"], shown["generation"], shown["queues"]) == (2, 7, 3)
-    assert shown["in_flight"] == shown["write"]["requests"] == 7
+    assert shown["in_flight"] == shown["write"]["requests"] == shown["read"]["latency"][5] == 7
+    assert sum(shown["read"]["latency"]) == 7
     with pytest.raises(StatsUnreadable, match="no page of queue 3"):
         read_stats(stats.fd, 3)
     stats.close()
