@@ -109,8 +109,11 @@ class _Writer:
             self.thread.join(max(0.0, end - time.monotonic()))
 
 
-def prepare_process(level: int) -> None:
-    """Sets up logging and, as root, what a process in the writeback path needs."""
+def prepare_process(level: int, *, relied_on: bool = True) -> None:
+    """Sets up logging and, as root, what a process in the writeback path needs.
+
+    relied_on: writeback may wait for this process, so what cannot be had is worth a warning.
+    """
     records: queue.Queue[logging.LogRecord | None] = queue.Queue(_LOG_QUEUE)
     writer = _Writer(records, _Formatter(journal="JOURNAL_STREAM" in os.environ), 2)
     atexit.register(writer.stop)
@@ -122,6 +125,7 @@ def prepare_process(level: int) -> None:
     if os.geteuid() != 0:
         return
     log = logging.getLogger(__name__)
+    missing = logging.WARNING if relied_on else logging.DEBUG
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(
@@ -129,11 +133,11 @@ def prepare_process(level: int) -> None:
         )
     # A huge page in the place of a few small ones is memory that nobody asked for, and locked.
     if libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0):
-        log.warning("PR_SET_THP_DISABLE: %s", os.strerror(ctypes.get_errno()))
+        log.log(missing, "PR_SET_THP_DISABLE: %s", os.strerror(ctypes.get_errno()))
     # On fault: what is touched stays; locking all that is mapped would triple the memory.
     if libc.mlockall(_MCL_CURRENT_FUTURE_ONFAULT):
-        log.warning("mlockall: %s", os.strerror(ctypes.get_errno()))
+        log.log(missing, "mlockall: %s", os.strerror(ctypes.get_errno()))
     if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
-        log.warning("PR_SET_IO_FLUSHER: %s", os.strerror(ctypes.get_errno()))
+        log.log(missing, "PR_SET_IO_FLUSHER: %s", os.strerror(ctypes.get_errno()))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-900")

@@ -110,6 +110,12 @@ class Served:
         self.task = task
 
 
+def _is_gone(loop: DeviceLoop) -> bool:
+    """Offline and closed: the toolstack removes the nodes, maybe after our last look."""
+    view = loop.device.view
+    return view.frontend is XenbusState.UNKNOWN or not view.online
+
+
 class _Parker:
     """Makes one device loop a participant of suspend."""
 
@@ -263,7 +269,9 @@ class Supervisor:
         for task in (*background, *self._later):
             task.cancel()
         await asyncio.gather(*background, *self._later, return_exceptions=True)
-        await asyncio.gather(*(self._finish(devid) for devid in list(self.served)))
+        # What the toolstack took away long ago is at its end, and nobody's news any more.
+        there = [d for d, s in self.served.items() if not (s.task.done() and _is_gone(s.loop))]
+        await asyncio.gather(*(self._finish(devid) for devid in there))
         left = [s for s in self.served.values() if s.loop.phase is not Phase.CLOSED]
         if self._suspend is not None and not left:
             # No port of ours is bound any more; else the veto stands until the next supervisor.
@@ -424,9 +432,7 @@ class Supervisor:
             raise
         finally:
             await loop.device.close()
-        view = loop.device.view
-        # Offline and closed: the toolstack removes the nodes, maybe after our last look.
-        if view.frontend is XenbusState.UNKNOWN or not view.online:
+        if _is_gone(loop):
             self.klass.forget(loop.device.name)
         # The id may be back already, attached again before the list was read once more.
         with contextlib.suppress(PvfrontError, OSError):

@@ -11,6 +11,8 @@ where the table says.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
 import random
 import shutil
@@ -22,6 +24,8 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
@@ -77,18 +81,36 @@ def table() -> list[Mutation]:
         return [Mutation.of(entry) for entry in tomllib.load(file)["mutation"]]
 
 
+def adopt_orphans() -> None:
+    """What a command leaves behind becomes a child of ours, so that `run` can end it."""
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+
+
+def end_orphans() -> None:
+    """Workers outlive a supervisor that a mutant broke: they have nobody left but us."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
 def run(*command: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-        timeout=LIMIT,
-    )
+    try:
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=LIMIT,
+        )
+    finally:
+        end_orphans()
     return done.returncode, done.stdout
 
 
@@ -236,6 +258,7 @@ def main() -> int:
     chosen = [m for m in table() if not options.rule or m.rule in options.rule]
     if options.sample:
         chosen = sampled(chosen, options.sample)
+    adopt_orphans()
     prepare()
     baseline(chosen)
     results = []

@@ -123,8 +123,6 @@ async def serve(
     on = platform()
     on.require()
     in_guest = on.name == "xen"
-    if not in_guest:
-        log.info("embedded host: workers keep this user, and nothing takes part in a suspend")
     store = await on.store()
     try:
         present = await Bus(store, "vbd").ids()
@@ -150,6 +148,8 @@ async def serve(
             force=force,
             suspend=(lambda participants: Suspend(store, participants)) if in_guest else None,
         )
+        if not in_guest:
+            log.info("embedded host: workers keep this user, and nothing takes part in a suspend")
         return await supervisor.run()
     finally:
         await store.close()

@@ -252,6 +252,17 @@ async def test_a_walk_that_the_backend_begins_is_a_new_generation_and_a_pause_fo
     assert b"failed" not in out
 
 
+async def test_a_disk_that_is_not_there_is_one_line(served: Served) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "pvfront", "vbd", "serve", "xvdq",
+        env={**served.environ, "PVFRONT_HOST": str(served.host.directory)},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, errors = await process.communicate()
+    assert process.returncode == 1
+    assert errors == b"pvfront: there is no disk 'xvdq' (there are: xvdb)\n"
+
+
 async def test_without_a_host_the_error_says_so(served: Served) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "pvfront", "list",

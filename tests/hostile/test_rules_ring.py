@@ -7,7 +7,7 @@ import os
 import struct
 
 import pytest
-from hostileworld import MASK, MIB, REQ_PROD, RSP_PROD, SLOT, SLOTS, Disk
+from hostileworld import MASK, MIB, REQ_PROD, RSP_PROD, SLOT, SLOTS, Disk, until
 from nbdclient import (
     EINVAL,
     EIO,
@@ -112,13 +112,21 @@ async def test_rule_04_what_the_backend_writes_over_our_index_is_never_read(
 ) -> None:
     ring = await disk.ring()
     client = await disk.client()
+    ours = lie = 0
+
+    async def published() -> bool:
+        return lie == ours or ring.words[REQ_PROD] != lie
+
     for turn in range(10):
         await client.write(0, bytes([turn]) * 4096)
         with disk.world.backend_stopped():  # it must see what we publish next, not this
-            ring.words[REQ_PROD] = (ring.words[RSP_PROD] + ahead) & MASK
+            ours = (ring.words[RSP_PROD] + 1) & MASK
+            lie = (ring.words[RSP_PROD] + ahead) & MASK
+            ring.words[REQ_PROD] = lie
             reply = client.start(READ, 0, 4096)
             await disk.counted("the read in the ring", lambda stats: stats.in_flight == 1)
-            assert ring.words[REQ_PROD] == (ring.words[RSP_PROD] + 1) & MASK
+            await until("an index of ours", published)
+            assert ring.words[REQ_PROD] == ours
         assert await finished(reply) == bytes([turn]) * 4096
     assert (await disk.shown())["generation"] == 1
 

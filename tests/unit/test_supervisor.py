@@ -510,6 +510,23 @@ async def test_a_stop_drains_closes_and_gives_back(world: World) -> None:
     assert not list(world.run_dir.iterdir())
 
 
+async def test_a_stop_says_nothing_of_what_was_detached_before(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.plug(B, C)
+    world.serve()
+    await world.connected(B, C)
+    first = world.supervisor.served[B]
+    await world.unplug(B)
+    await world.eventually("the end of the first", first.task.done)
+    caplog.clear()
+    caplog.set_level("INFO")
+    assert await world.stopped() == 0
+    told = [record.getMessage() for record in caplog.records]
+    assert [text for text in told if "xvdb" in text or f"vbd-{B}" in text] == []
+    assert any(f"vbd-{C}: given back" in text for text in told)
+
+
 async def test_sigterm_is_a_stop(world: World) -> None:
     world.plug(B)
     world.serve()
