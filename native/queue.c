@@ -102,7 +102,7 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 	q->attached = true;
 	q->serving = q->no_new = false;
 	/* An event from before may be waiting; the ring is new, so begin as if one had come. */
-	q->masked = q->delayed = q->stalled = q->unseen = false;
+	q->masked = q->delayed = q->stalled = q->unseen = q->polling = q->owed = false;
 	q->idle = true;
 	q->patience = 0;
 	q->spurious_run = 0;
@@ -128,11 +128,17 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 	}
 	if (!keep)
 		pvf_target_close(&q->target);
-	if (q->target.fd < 0)
+	if (q->target.fd < 0 && !q->source_ops)
 		pvf_blk_drop_target(&q->blk);
 	if (!q->attached)
 		return;
+	if (q->source_ops)
+		q->source_ops->deliver(q->source, &q->blk);
 	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
+	if (q->source_ops) {
+		pvf_blk_drop_target(&q->blk);
+		q->source_ops->restart(q->source);
+	}
 	pvf_blk_detach(&q->blk);
 	pvf_port_close(&q->port);
 	q->attached = q->serving = q->no_new = q->again = q->masked = q->delayed = false;
@@ -182,7 +188,8 @@ static void unmask(struct pvf_queue *q)
 /* Ends the attention to one event: unmask now, or later if events keep coming for nothing. */
 static void finish_event(struct pvf_queue *q)
 {
-	if (q->responses_since_event) {
+	if (q->responses_since_event || q->owed) {
+		q->owed = false;
 		q->spurious_run = 0;
 		unmask(q);
 		return;
@@ -254,6 +261,8 @@ static void drain(struct pvf_queue *q)
 	if (!n)
 		return;
 	q->responses_since_event += n;
+	if (!q->masked)
+		q->owed = true;
 	q->progress_at = now_ns();
 	q->unseen = false;
 	if (q->stalled) {
@@ -285,7 +294,7 @@ static void watchdog(struct pvf_queue *q)
 		}
 		return;
 	}
-	if (q->delayed) {
+	if (q->delayed || q->polling) {
 		drain(q);
 	} else if (!q->masked && pvf_ring_poll(&blk->ring, &fault) && !fault.rule) {
 		if (q->unseen && q->unseen_at == blk->ring.rsp_cons) {
@@ -361,22 +370,26 @@ void pvf_queue_service(struct pvf_queue *q)
 	if (!q->attached || blk->fault.rule)
 		return;
 	blk->now = now_ns();
-	if (q->masked && !q->delayed)
+	if ((q->masked && !q->delayed) || q->polling)
 		drain(q);
 	if (blk->fault.rule)
 		return;
-	if (q->target.fd >= 0 && q->serving)
+	if (q->source_ops && q->serving)
+		q->again |= q->source_ops->intake(q->source, blk, q->no_new);
+	else if (q->target.fd >= 0 && q->serving)
 		q->again |= pvf_target_receive(&q->target, blk, q->no_new);
 	/* The backend has its work before the client has its answers: they go on side by side. */
 	if (pvf_ring_push(&blk->ring))
 		notify(q);
-	if (q->target.fd >= 0) {
+	if (q->source_ops) {
+		q->again |= q->source_ops->deliver(q->source, blk);
+	} else if (q->target.fd >= 0) {
 		q->again |= pvf_target_send(&q->target, blk);
 		if (q->target.gone)
 			target_ended(q);
 	}
 	watch_ring(q);
-	if (blk->fault.rule || !q->masked || q->delayed)
+	if (blk->fault.rule || !q->masked || q->delayed || q->polling)
 		return;
 	if (pvf_ring_final_check(&blk->ring, &blk->fault))
 		q->again = true;
@@ -386,6 +399,24 @@ void pvf_queue_service(struct pvf_queue *q)
 		finish_event(q);
 }
 
+bool pvf_queue_arm(struct pvf_queue *q)
+{
+	struct pvf_blk *blk = &q->blk;
+
+	if (!q->polling || !q->attached || blk->fault.rule)
+		return false;
+	if (pvf_ring_final_check(&blk->ring, &blk->fault))
+		return true;
+	if (blk->fault.rule) {
+		broken(q);
+		return false;
+	}
+	q->polling = false;
+	if (q->masked && !q->delayed)
+		finish_event(q);
+	return false;
+}
+
 bool pvf_queue_drained(const struct pvf_queue *q)
 {
 	const struct pvf_blk *blk = &q->blk;
@@ -393,6 +424,8 @@ bool pvf_queue_drained(const struct pvf_queue *q)
 
 	if (blk->in_flight)
 		return false;
+	if (q->source_ops && !blk->fault.rule)
+		return blk->current == PVF_NONE && !blk->flush_count && !blk->reply_count;
 	if (t->fd < 0 || blk->fault.rule)
 		return true;
 	if (blk->flush_count || (blk->reply_count && t->tx_ready))

@@ -43,18 +43,34 @@ enum pvf_queue_note {
 	PVF_NOTE_STALL = 8, /* begun or ended: see `stalled` */
 };
 
+/* Where requests come from instead of an NBD socket. It has all of a request's bytes at hand, so
+ * none is ever half received, and it never ends by itself. */
+struct pvf_source_ops {
+	/* Begins what waits while there is room in ring and pool, a bounded amount. `no_new`: only
+	 * finishes what has begun. True: stopped by the bound. */
+	bool (*intake)(void *source, struct pvf_blk *blk, bool no_new);
+	/* Takes the engine's answers (pvf_blk_answer), all there are. True: intake may go on now. */
+	bool (*deliver)(void *source, struct pvf_blk *blk);
+	/* The engine has dropped its requests with their connection. */
+	void (*restart)(void *source);
+};
+
 struct pvf_queue {
 	int epoll_fd;
 	int unmask_timer, watchdog_timer;
 	struct pvf_blk blk;
 	struct pvf_port port;
 	struct pvf_target target;
+	const struct pvf_source_ops *source_ops; /* NULL: requests come from `target` */
+	void *source;
 	bool attached;      /* ring and port are there */
 	bool serving;       /* intake is wanted */
 	bool no_new;        /* draining: no new request */
 	bool again;         /* more to do: do not sleep */
 	bool masked;        /* the port was delivered and not given back */
 	bool delayed;       /* the unmask waits for its timer */
+	bool polling;       /* somebody looks at the ring all the time: no events are asked for */
+	bool owed;          /* a response was taken before its event: one may come for nothing */
 	bool watching;      /* the watchdog is armed */
 	bool idle;          /* the ring was empty when last seen */
 	bool stalled;
@@ -94,6 +110,10 @@ void pvf_queue_quiesce(struct pvf_queue *queue);
 
 void pvf_queue_event(struct pvf_queue *queue, uint32_t tag, uint32_t events);
 void pvf_queue_service(struct pvf_queue *queue);
+
+/* While `polling` is set, a service takes what has come and asks for no event. This ends that: the next
+ * response brings an event. True: one has come already, and `polling` stays set. */
+bool pvf_queue_arm(struct pvf_queue *queue);
 
 /* True: no request is in the ring, and none can come there without the client doing something. */
 bool pvf_queue_drained(const struct pvf_queue *queue);

@@ -91,7 +91,7 @@ static void send_hello(struct pvf_worker *w)
 		.device_class = w->device_class,
 		.pid = w->pid,
 		.in_flight = w->queue.blk.in_flight,
-		.targets = w->queue.target.fd >= 0,
+		.targets = w->queue.target.fd >= 0 || w->queue.source_ops,
 		.stats_size = PVF_STATS_SIZE,
 		.queues = 1,
 		.attached = w->queue.attached,
@@ -201,6 +201,9 @@ static void handle_start(struct pvf_worker *w)
 				  "no usable connection: DETACH and ATTACH first");
 	if (m->first_queue + w->ctl.nfds > 1)
 		return send_error(w, PVF_CTL_START, EINVAL, "a queue that is not attached");
+	if (w->ctl.nfds && q->source_ops)
+		return send_error(w, PVF_CTL_START, EINVAL,
+				  "requests do not come from a socket here");
 	if (w->ctl.nfds) {
 		/* The fence: a new client's write, or a replayed one, must not be overtaken by an old
 		 * one that is still in the ring. */
@@ -216,7 +219,7 @@ static void handle_start(struct pvf_worker *w)
 		if (rc)
 			return send_error(w, PVF_CTL_START, -rc, "the NBD socket cannot be watched");
 		w->ctl.fds[0] = -1;
-	} else if (q->target.fd < 0 && !(m->options & PVF_START_CLIENTS)) {
+	} else if (q->target.fd < 0 && !q->source_ops && !(m->options & PVF_START_CLIENTS)) {
 		return send_error(w, PVF_CTL_START, ENOTCONN,
 				  "there is no NBD socket to keep: pass one");
 	}
@@ -318,8 +321,12 @@ static void accept_control(struct pvf_worker *w)
 {
 	int fd = accept4(w->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
-	if (fd < 0)
-		return;
+	if (fd >= 0)
+		pvf_worker_connect(w, fd);
+}
+
+void pvf_worker_connect(struct pvf_worker *w, int fd)
+{
 	pvf_ctl_accept(&w->ctl, fd);
 	send_hello(w);
 }
@@ -366,17 +373,14 @@ int pvf_worker_init(struct pvf_worker *w, int listen_fd, const char *name, const
 	rc = pvf_queue_init(&w->queue, w->epoll_fd);
 	if (rc)
 		return rc;
+	if (listen_fd < 0)
+		return 0;
 	*why = "descriptor 3 is no listening socket";
 	return epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, listen_fd, &event) ? -errno : 0;
 }
 
-int pvf_worker_turn(struct pvf_worker *w, int timeout)
+void pvf_worker_events(struct pvf_worker *w, const struct epoll_event *events, int n)
 {
-	struct epoll_event events[8];
-	int n = epoll_wait(w->epoll_fd, events, 8, w->queue.again ? 0 : timeout);
-
-	if (n < 0 && errno != EINTR)
-		return -errno;
 	w->queue.blk.stats.wakeups++;
 	for (int i = 0; i < n; i++) {
 		uint32_t tag = (uint32_t)events[i].data.u64;
@@ -394,6 +398,16 @@ int pvf_worker_turn(struct pvf_worker *w, int timeout)
 	/* Who gets an answer finds the statistics that go with it. */
 	publish(w);
 	pvf_ctl_flush(&w->ctl);
+}
+
+int pvf_worker_turn(struct pvf_worker *w, int timeout)
+{
+	struct epoll_event events[8];
+	int n = epoll_wait(w->epoll_fd, events, 8, w->queue.again ? 0 : timeout);
+
+	if (n < 0 && errno != EINTR)
+		return -errno;
+	pvf_worker_events(w, events, n);
 	return 0;
 }
 

@@ -6,6 +6,8 @@
 #ifndef PVF_WORKER_H
 #define PVF_WORKER_H
 
+#include <sys/epoll.h>
+
 #include "ctl.h"
 #include "queue.h"
 #include "stats.h"
@@ -27,8 +29,16 @@ struct pvf_worker {
 	struct pvf_stats_page stats;
 };
 
-/* Opens everything the worker needs of its own and listens. 0 or -errno with `*why`. */
+/* Opens everything the worker needs of its own and listens (-1: nowhere, see pvf_worker_connect()). 0 or
+ * -errno with `*why`. */
 int pvf_worker_init(struct pvf_worker *worker, int listen_fd, const char *name, const char **why);
+
+/* Speaks to the supervisor at the other end of `fd`, a SOCK_SEQPACKET socket that is the worker's from
+ * here on. */
+void pvf_worker_connect(struct pvf_worker *worker, int fd);
+
+/* The second half of a turn: does what `n` events of the worker's epoll say, and serves the queue. */
+void pvf_worker_events(struct pvf_worker *worker, const struct epoll_event *events, int n);
 
 /* One turn of the loop: waits up to `timeout` ms (-1: without end) for something to do, and does it. 0 or
  * -errno. */
