@@ -31,9 +31,9 @@ def with_store(work: Callable[[Xenstore], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-def complain(error: PvfrontError) -> None:
-    """`pvfront: what is wrong: what to do`, in one line."""
-    text = f"pvfront: {error}"
+def complain(error: PvfrontError, program: str = "pvfront") -> None:
+    """`pvfront: what is wrong (what to do)`, in one line."""
+    text = f"{program}: {error}"
     if error.hint:
         text += f" ({error.hint})"
     click.echo(printable(text), err=True)

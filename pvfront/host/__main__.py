@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pvfront.blkfront.vdev import vdev_name
+from pvfront.cli.output import complain
 from pvfront.errors import PvfrontError
 from pvfront.host import Host
 from pvfront.platform import HOST_DOMID
@@ -37,6 +38,12 @@ async def run(options: argparse.Namespace) -> None:
         await stop.wait()
 
 
+def _pages(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of pages")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pvfront-host", description="Runs an embedded host until SIGTERM or Ctrl-C."
@@ -51,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--gntalloc-limit",
-        type=int,
+        type=_pages,
         default=16384,
         metavar="PAGES",
         help="pages that a domain may have granted (default: %(default)s)",
@@ -60,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         asyncio.run(run(options))
     except PvfrontError as exc:
-        print(f"pvfront-host: {exc}", file=sys.stderr)
-        if exc.hint:
-            print(f"  {exc.hint}", file=sys.stderr)
+        complain(exc, "pvfront-host")
         return 1
     return 0
 

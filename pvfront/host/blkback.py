@@ -32,9 +32,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from pvfront.cli.output import complain
 from pvfront.errors import PvfrontError
 from pvfront.host.blkengine import Features
-from pvfront.host.blkprocess import LINE_MAX, Process, socket_path
+from pvfront.host.blkprocess import LINE_MAX, Process, refuse_second, socket_path
 from pvfront.host.child import Child
 from pvfront.host.faults import Fault, Misstep
 from pvfront.xenstore import Xenstore
@@ -77,6 +78,7 @@ class BlkBackend:
         """
         Features(**features)  # complains here, not there
         directory = host.directory
+        refuse_second(directory, domid)  # whose socket would be taken for this one's
         command = [sys.executable, "-P", "-m", "pvfront.host.blkback", f"--host={directory}"]
         command.append(f"--domid={domid}")
         for name, value in features.items():
@@ -306,9 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = [feature.name for feature in dataclasses.fields(Features)]
         asyncio.run(_run(options, Features(**{name: getattr(options, name) for name in names})))
     except PvfrontError as exc:
-        print(f"blkback: {exc}", file=sys.stderr)
-        if exc.hint:
-            print(f"  {exc.hint}", file=sys.stderr)
+        complain(exc, "blkback")
         return 1
     return 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from typing import Any
 from pvfront.errors import PvfrontError
 from pvfront.host._blkback import ffi, lib
 from pvfront.host.faults import Fault, FaultError
+from pvfront.host.params import Source
 
-SECTOR = 512
-MAX_BYTES = (1 << 63) - 1
 HUB_SECONDS = 10.0
 
 _STATS = (
@@ -98,35 +96,6 @@ class Features:
             value = getattr(self, name)
             if value & (value - 1):
                 raise PvfrontError(f"feature {name}={value} is not a power of two")
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a disk's bytes are: a file or block device, or (None) `size` bytes of memory."""
-
-    path: Path | None
-    size: int = 0
-
-
-def parse_size(text: str) -> int:
-    """Bytes: a number with K, M, G, T, P or E (powers of 1024). Raises PvfrontError."""
-    found = re.fullmatch(r"(\d{1,19})([KMGTPE]?)(i?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise PvfrontError(f"{text!r} is no size: a number with K, M, G, T, P or E")
-    size = int(found[1]) << (10 * " KMGTPE".index(found[2].upper() or " "))
-    if not 0 < size <= MAX_BYTES:
-        raise PvfrontError(f"{text!r} is not in 1..2^63-1 bytes")
-    return size
-
-
-def parse_params(params: str) -> Source:
-    """The backend's `params` key: `memory:64M`, or a path with or without `aio:` and the like."""
-    kind, colon, rest = params.partition(":")
-    if colon and kind == "memory":
-        return Source(None, parse_size(rest) // SECTOR * SECTOR)
-    if colon and kind in ("aio", "raw", "file", "phy"):
-        return Source(Path(rest))
-    return Source(Path(params))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,14 @@ import dataclasses
 import json
 import logging
 import re
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pvfront.errors import PvfrontError
 from pvfront.host.blkengine import Engine, Features
+from pvfront.host.child import answers
 from pvfront.host.faults import Fault, Misstep
 from pvfront.host.vbd import INITIALISING, Plan, Vbd
 from pvfront.xenstore import Xenstore, XenstoreError, XenstoreLost
@@ -65,8 +67,9 @@ class Process:
     async def run(self) -> None:
         """Serves. When the socket is there, the devices found are on their way.
 
-        Raises XenstoreLost.
+        Raises XenstoreLost, PvfrontError (another backend serves this domain's disks).
         """
+        refuse_second(self.host, self.domid)
         path = socket_path(self.host, self.domid)
         path.unlink(missing_ok=True)
         async with self.store.watch(self.root) as watch:
@@ -329,6 +332,15 @@ class Process:
 def socket_path(host: Path, domid: int) -> Path:
     """Where the backend of domain `domid` is driven from."""
     return host / f"blkback-{domid}.sock"
+
+
+def refuse_second(host: Path, domid: int) -> None:
+    """Raises PvfrontError if that domain has a backend: two would fight over every disk."""
+    path = socket_path(host, domid)
+    if answers(path, socket.SOCK_STREAM):
+        raise PvfrontError(
+            f"a block backend of domain {domid} runs at {path} already", hint="end that one first"
+        )
 
 
 def _text_keys(keys: dict[str, Any]) -> dict[str, str | None]:

@@ -21,6 +21,7 @@ from typing import Self
 from pvfront.blkfront.vdev import parse_name, vdev_name
 from pvfront.errors import PvfrontError
 from pvfront.handle import check_domid
+from pvfront.host.params import MEMORY, parse_size
 from pvfront.states import XenbusState, parse_state
 from pvfront.xenstore import Permission, Transaction, Xenstore
 
@@ -41,7 +42,6 @@ _FLAGS: dict[str, tuple[str, str]] = {
     "untrusted": ("trusted", "0"),
 }
 _KEYS = (*_POSITIONAL, "devtype", "backend", "backendtype", "script", "specification")
-_MEMORY = "memory:"
 _DEPRECATED = re.compile(r"(raw|qcow2?|vhd|qed|phy|file|aio|tap2?|tapdisk):")
 
 
@@ -95,8 +95,14 @@ class DiskSpec:
         target = found.get("target", "")
         if not target and not cdrom:
             raise DiskSpecError(text, "target is missing: a block device, a file or memory:SIZE")
-        if target and not target.startswith(("/", _MEMORY)):
+        if target and not target.startswith(("/", MEMORY)):
             target = f"/dev/{target}"
+        if target.startswith(MEMORY):
+            try:
+                parse_size(target.removeprefix(MEMORY))
+            except PvfrontError as exc:
+                last = "; target= takes all that follows: put it last" if "," in target else ""
+                raise DiskSpecError(text, f"target={target}: {exc}{last}") from exc
         if backendtype == "phy" and format_ != "raw":
             raise DiskSpecError(text, f"backendtype=phy takes format=raw only, not {format_}")
         return cls(
@@ -138,7 +144,7 @@ class DiskSpec:
             "discard-enable": str(int(self.discard)),
             "specification": "xen",
         }
-        if self.target.startswith(_MEMORY) or kind == "phy":
+        if self.target.startswith(MEMORY) or kind == "phy":
             keys["params"] = self.target
         else:
             keys["params"] = f"{'aio' if self.format == 'raw' else self.format}:{self.target}"

@@ -27,16 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pvfront.errors import PvfrontError
-from pvfront.host.blkengine import (
-    SECTOR,
-    Busy,
-    Engine,
-    EngineError,
-    Features,
-    Queue,
-    parse_params,
-)
+from pvfront.host.blkengine import Busy, Engine, EngineError, Features, Queue
 from pvfront.host.faults import Fault, Misstep
+from pvfront.host.params import SECTOR, parse_params
 from pvfront.xenstore import Permission, Xenstore, XenstoreError
 
 log = logging.getLogger(__name__)
@@ -120,6 +113,8 @@ class Vbd:
         self._armed: list[_Armed] = []
         self._woken = asyncio.Event()
         self._frontend_fired = self._own_fired = False
+        self._refused: str | None = None
+        """The `params` that could not be opened last."""
         self._gone = False
         self._flicker: asyncio.Task[None] | None = None
         self._saved: tuple[dict[str, str], list[Permission]] | None = None
@@ -184,7 +179,9 @@ class Vbd:
             if await self._read("state") is None:
                 self._gone = True
                 return
-            await self._open_disk()
+            if self.engine is None:
+                await self._open_disk()
+                self._frontend_fired |= self.engine is not None
         if self._frontend_fired:
             self._frontend_fired = False
             state = _state(await self.store.read_opt(f"{self.frontend}/state"))
@@ -196,6 +193,8 @@ class Vbd:
             if self.state == CLOSED:
                 await self._step("reconnect", lambda: self._switch(INIT_WAIT))
         elif state in (INITIALISED, CONNECTED):
+            if self.engine is None:  # what was missing may be there now
+                await self._open_disk(again=True)
             if self.state != CONNECTED and self.engine is not None:
                 await self._step("connect", self._connect)
         elif state == CLOSING:
@@ -220,21 +219,23 @@ class Vbd:
         await self._publish(keys)
         await self._switch(INIT_WAIT)
 
-    async def _open_disk(self) -> None:
-        """As `backend_changed`: the toolstack has said where the disk is."""
-        if self.engine is not None:
-            return
+    async def _open_disk(self, *, again: bool = False) -> None:
+        """As `backend_changed`: the toolstack has said where the disk is. again: if it is refused
+        already, too.
+        """
         params = await self._read("params")
-        if not params:
+        if not params or (params == self._refused and not again):
             return
         mode = await self._read("mode") or "w"
         try:
             self.engine = Engine(parse_params(params), self.features, read_only="w" not in mode)
             self.engine.set_faults(self.plan.faults, self.plan.seed)
         except PvfrontError as exc:
+            # Saying so is an event of this very directory: without the note it would not end.
+            self._refused = params
             await self._fatal(errno.ENOENT, f"creating vbd structure: {exc}")
             return
-        self._frontend_fired = True
+        self._refused = None
 
     async def _connect(self) -> None:
         assert self.engine is not None

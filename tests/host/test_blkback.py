@@ -13,7 +13,7 @@ import pytest
 from pvfront.errors import PvfrontError
 from pvfront.host import Host
 from pvfront.host.blkback import BlkBackend, BlkBackendError, Fault
-from pvfront.host.blkengine import Source, parse_params, parse_size
+from pvfront.host.params import Source, parse_params, parse_size
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -212,6 +212,23 @@ async def test_a_disk_that_is_not_there_is_an_error_in_the_store() -> None:
         assert "/nonexistent/disk" in error
 
 
+async def test_a_disk_that_is_not_there_is_looked_for_once_in_each_walk(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    async with disk(f"vdev=xvdb,target={image}") as (_, backend, frontend):
+        for state, answer in ((CLOSING, CLOSING), (CLOSED, CLOSED), (INITIALISING, INIT_WAIT)):
+            await frontend.say(state)
+            await frontend.backend_is(answer)
+        assert backend.log.read_text().count("cannot open") == 1
+        await frontend.publish()
+        await frontend.backend_is(CLOSING)
+        await frontend.say(CLOSED)
+        await frontend.backend_is(CLOSED)
+        assert backend.log.read_text().count("cannot open") == 2
+        image.write_bytes(bytes(8 << 20))
+        await frontend.reconnect()
+        assert await frontend.do(READ, 0, whole(0, 1)) == OKAY
+
+
 async def test_a_resize_rewrites_the_size_and_the_state() -> None:
     async with disk() as (host, backend, frontend):
         await frontend.connect()
@@ -408,8 +425,8 @@ async def test_a_ring_with_requests_held_back_is_not_taken_up(tmp_path: Path, ho
         await backend.stop()
         assert re.fullmatch(r"\d+:0", await frontend.read("rings-in-order") or "")
         second = await BlkBackend.start(host)
-        await frontend.backend_is(CONNECTED)
-        assert await frontend.read("rings-in-order") is None
+        # Its state was Connected all the while: the mark says when it has taken the ring up.
+        await eventually("the mark taken away", lambda: _unmarked(frontend))
         await second.fault(Fault.stall())
         frontend.put(READ, 0, whole(0, 1))
         frontend.push()
@@ -423,8 +440,20 @@ async def test_a_ring_with_requests_held_back_is_not_taken_up(tmp_path: Path, ho
             assert await frontend.do(READ, 0, whole(0, 1)) == OKAY
 
 
+async def _unmarked(frontend: Frontend) -> bool:
+    return await frontend.read("rings-in-order") is None
+
+
 async def _held(backend: BlkBackend) -> bool:
     return (await backend.stats())["in_flight"] == 1
+
+
+async def test_two_backends_cannot_serve_one_domain() -> None:
+    async with disk() as (host, _, frontend):
+        await frontend.connect()
+        with pytest.raises(PvfrontError, match="a block backend of domain 0 runs at"):
+            await BlkBackend.start(host)
+        assert await frontend.do(READ, 0, whole(0, 1)) == OKAY
 
 
 async def test_a_backend_that_cannot_start_says_why(tmp_path: Path) -> None:
