@@ -47,6 +47,15 @@ fail:;
 	return -error;
 }
 
+void pvf_stats_close(struct pvf_stats_page *page)
+{
+	if (page->fd < 0)
+		return;
+	munmap(page->shared, PVF_STATS_SIZE);
+	close(page->fd);
+	page->fd = -1;
+}
+
 void pvf_stats_publish(struct pvf_stats_page *page, const struct pvf_blk_stats *now)
 {
 	const uint32_t *from = (const uint32_t *)((const char *)now + FIRST);

@@ -17,6 +17,8 @@ struct pvf_stats_page {
 /* Makes the page, seals its size and any new writable mapping. 0 or -errno. */
 int pvf_stats_open(struct pvf_stats_page *page);
 
+void pvf_stats_close(struct pvf_stats_page *page);
+
 /* Shows `now` (all but magic, version and sequence) under the sequence lock. */
 void pvf_stats_publish(struct pvf_stats_page *page, const struct pvf_blk_stats *now);
 

@@ -1,0 +1,620 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * pvfront/disk.h: the worker's state machine in a thread of the program, its queue in the program's own.
+ *
+ * Theory of operation
+ *
+ *   One lock for everything. The *control thread* sleeps at the control connection and the queue's
+ *   timers; it does what the supervisor says whatever the program is busy with. While it drains
+ *   (a suspend, an unplug) it serves the queue itself, and otherwise at every tick of the
+ *   watchdog: as long as requests are under way, a program that does not ask is served four times a
+ *   second, so that a stall is the backend's and never the program's.
+ *
+ *   Whoever calls pvf_disk_poll() serves the queue, without events: `polling`. pvf_disk_wait() ends
+ *   that, and sleeps at `user_epoll`, where the event channel is and `kick`, by which the control
+ *   thread says that there is something to find that no event will tell of.
+ *
+ *   What a service of the program has to tell the supervisor goes by `alarm` to the control thread.
+ *
+ *   A generation that ends hands what is unfinished back to direct.c, which begins it again with the
+ *   next one. A supervisor starts that only after its backend's Connected: the fence. The end of
+ *   the control connection is the end of the disk: nobody could reconnect it, nor put it away before
+ *   a suspend.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/nbd.h>
+
+#include "direct.h"
+#include "worker.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+#define TAG_ALARM 32 /* above the worker's and the queue's */
+#define TAG_KICK 33
+#define EVENTS 8
+#define SERVICES 8     /* of one call: `again` may say that there is always more */
+#define DRAIN_TICK 2   /* ms */
+#define OPEN_PATIENCE 60000
+#define CLOSE_PATIENCE 2000
+#define DISCARD_MOST (1u << 30)
+
+struct pvf_disk {
+	pthread_mutex_t lock;
+	pthread_cond_t changed; /* `state` */
+	pthread_t thread;
+	struct pvf_worker worker;
+	struct pvf_direct direct;
+	uint32_t state;      /* enum pvf_disk_state */
+	uint32_t generation; /* of the worker's, when it last ran */
+	uint32_t starts;     /* generations that ran */
+	bool closing;
+	bool kicked, alarmed; /* the eventfds are set */
+	int user_epoll, kick, alarm;
+};
+
+static void set_event(int fd, bool *is_set)
+{
+	uint64_t one = 1;
+
+	if (!*is_set && write(fd, &one, sizeof(one)) == sizeof(one))
+		*is_set = true;
+}
+
+static void clear_event(int fd, bool *is_set)
+{
+	uint64_t count;
+
+	if (read(fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
+		return;
+	*is_set = false;
+}
+
+static int64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* What is left until `end`, for epoll_wait(); a negative end never comes. */
+static int left_ms(int64_t end)
+{
+	int64_t left;
+
+	if (end < 0)
+		return -1;
+	left = end - now_ms();
+	return left > 0 ? (int)left : 0;
+}
+
+/* The control thread */
+
+static void kick(struct pvf_disk *d)
+{
+	set_event(d->kick, &d->kicked);
+}
+
+static void enter(struct pvf_disk *d, uint32_t state)
+{
+	if (d->state == state)
+		return;
+	d->state = state;
+	pthread_cond_broadcast(&d->changed);
+	kick(d);
+}
+
+static bool intake(void *source, struct pvf_blk *blk, bool no_new)
+{
+	return pvf_direct_intake(source, blk, no_new);
+}
+
+static bool deliver(void *source, struct pvf_blk *blk)
+{
+	return pvf_direct_deliver(source, blk);
+}
+
+static void restart(void *source)
+{
+	pvf_direct_restart(source);
+}
+
+static const struct pvf_source_ops source_ops = {
+	.intake = intake,
+	.deliver = deliver,
+	.restart = restart,
+};
+
+static void gone(struct pvf_disk *d)
+{
+	pvf_queue_detach(&d->worker.queue, false);
+	pvf_ctl_drop(&d->worker.ctl);
+	pvf_direct_fail(&d->direct, ENODEV);
+	enter(d, PVF_DISK_GONE);
+	kick(d);
+}
+
+/* After each turn of the worker's. */
+static void look(struct pvf_disk *d)
+{
+	struct pvf_worker *w = &d->worker;
+
+	if (w->state == PVF_RUNNING) {
+		if (d->generation != w->generation) {
+			d->generation = w->generation;
+			d->starts++;
+		}
+		enter(d, PVF_DISK_READY);
+	} else {
+		enter(d, PVF_DISK_WAITING);
+	}
+	if (d->direct.done_count)
+		kick(d);
+}
+
+static void *control(void *arg)
+{
+	struct pvf_disk *d = arg;
+	struct pvf_worker *w = &d->worker;
+	struct epoll_event events[EVENTS];
+	int timeout = -1;
+
+	while (1) {
+		int n = epoll_wait(w->epoll_fd, events, EVENTS, timeout);
+
+		pthread_mutex_lock(&d->lock);
+		clear_event(d->alarm, &d->alarmed);
+		if (d->closing)
+			break;
+		if (w->state == PVF_DRAINING && !w->queue.polling) {
+			w->queue.polling = true;
+			kick(d); /* who has armed events that will not come now arms them again */
+		}
+		pvf_worker_events(w, events, n > 0 ? n : 0);
+		if (w->exiting || w->ctl.fd < 0) {
+			gone(d);
+			break;
+		}
+		look(d);
+		timeout = w->queue.again ? 0 : w->state == PVF_DRAINING ? DRAIN_TICK : -1;
+		pthread_mutex_unlock(&d->lock);
+	}
+	pthread_mutex_unlock(&d->lock);
+	return NULL;
+}
+
+/* Opening and closing */
+
+static int watch(int epoll_fd, int fd, uint64_t tag)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag};
+
+	return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
+static void close_fd(int fd)
+{
+	if (fd >= 0)
+		close(fd);
+}
+
+static void release(struct pvf_disk *d)
+{
+	struct pvf_worker *w = &d->worker;
+
+	pvf_ctl_drop(&w->ctl);
+	close_fd(w->queue.unmask_timer);
+	close_fd(w->queue.watchdog_timer);
+	pvf_stats_close(&w->stats);
+	close_fd(w->epoll_fd);
+	close_fd(d->user_epoll);
+	close_fd(d->kick);
+	close_fd(d->alarm);
+	pthread_cond_destroy(&d->changed);
+	pthread_mutex_destroy(&d->lock);
+	free(d);
+}
+
+static int prepare(struct pvf_disk *d)
+{
+	struct pvf_worker *w = &d->worker;
+	const char *why;
+	int rc = pvf_worker_init(w, -1, "disk", &why);
+
+	if (rc)
+		return rc;
+	d->user_epoll = epoll_create1(EPOLL_CLOEXEC);
+	d->kick = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	d->alarm = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	if (d->user_epoll < 0 || d->kick < 0 || d->alarm < 0)
+		return -errno;
+	rc = watch(d->user_epoll, d->kick, TAG_KICK);
+	if (!rc)
+		rc = watch(w->epoll_fd, d->alarm, TAG_ALARM);
+	/* The timers stay the control thread's; the event channel will be the program's. */
+	w->queue.epoll_fd = d->user_epoll;
+	w->queue.source_ops = &source_ops;
+	w->queue.source = &d->direct;
+	return rc;
+}
+
+static int start_thread(struct pvf_disk *d)
+{
+	sigset_t all, before;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	int rc = pthread_create(&d->thread, NULL, control, d);
+
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (!rc)
+		pthread_setname_np(d->thread, "pvf-disk");
+	return -rc;
+}
+
+EXPORT int pvf_disk_open_fd(int fd, struct pvf_disk **disk)
+{
+	struct pvf_disk *d;
+	int flags = fcntl(fd, F_GETFL);
+	pthread_condattr_t attr;
+
+	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) || fcntl(fd, F_SETFD, FD_CLOEXEC))
+		return -errno;
+	d = calloc(1, sizeof(*d));
+	if (!d)
+		return -ENOMEM;
+	d->user_epoll = d->kick = d->alarm = -1;
+	d->worker.epoll_fd = d->worker.ctl.fd = d->worker.stats.fd = -1;
+	d->worker.queue.unmask_timer = d->worker.queue.watchdog_timer = -1;
+	pthread_mutex_init(&d->lock, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&d->changed, &attr);
+	pthread_condattr_destroy(&attr);
+	pvf_direct_init(&d->direct);
+	int rc = prepare(d);
+
+	if (!rc) {
+		pvf_worker_connect(&d->worker, fd);
+		pvf_ctl_flush(&d->worker.ctl);
+		rc = start_thread(d);
+	}
+	if (rc) {
+		release(d);
+		return rc;
+	}
+	*disk = d;
+	return 0;
+}
+
+/* The descriptor that stands behind `name` in the environment; -1: it is not there. */
+static int lent_fd(const char *name)
+{
+	const char *at = getenv(PVF_DISK_VARIABLE);
+
+	while (at && *at) {
+		size_t length = strcspn(at, "=,");
+
+		if (at[length] == '=' &&
+		    (!name || (strlen(name) == length && !strncmp(name, at, length)))) {
+			char *end;
+			long fd = strtol(at + length + 1, &end, 10);
+
+			if (end != at + length + 1 && (!*end || *end == ',') && fd >= 0 && fd < INT32_MAX)
+				return (int)fd;
+		}
+		at += strcspn(at, ",");
+		at += *at == ',';
+	}
+	return -1;
+}
+
+EXPORT int pvf_disk_open(const char *name, struct pvf_disk **disk)
+{
+	int fd = lent_fd(name), type = 0, rc;
+	socklen_t size = sizeof(type);
+
+	if (fd < 0 || getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) || type != SOCK_SEQPACKET)
+		return -ENODEV;
+	/* It was inherited, so it was not close-on-exec; pvf_disk_open_fd() makes it so. */
+	if (fcntl(fd, F_GETFD) & FD_CLOEXEC)
+		return -EBUSY;
+	rc = pvf_disk_open_fd(fd, disk);
+	if (rc)
+		return rc;
+	rc = pvf_disk_ready(*disk, OPEN_PATIENCE);
+	if (rc)
+		pvf_disk_close(*disk);
+	return rc;
+}
+
+EXPORT int pvf_disk_ready(struct pvf_disk *d, int timeout)
+{
+	struct timespec end;
+	int rc = 0;
+
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	end.tv_sec += timeout / 1000;
+	end.tv_nsec += timeout % 1000 * 1000000l;
+	if (end.tv_nsec >= 1000000000) {
+		end.tv_nsec -= 1000000000;
+		end.tv_sec++;
+	}
+	pthread_mutex_lock(&d->lock);
+	while (d->state == PVF_DISK_WAITING && !rc)
+		rc = timeout < 0 ? pthread_cond_wait(&d->changed, &d->lock)
+				 : pthread_cond_timedwait(&d->changed, &d->lock, &end);
+	rc = d->state == PVF_DISK_GONE ? -ENODEV : d->state == PVF_DISK_READY ? 0 : -rc;
+	pthread_mutex_unlock(&d->lock);
+	return rc;
+}
+
+static void settle_ring(struct pvf_disk *d)
+{
+	struct pvf_queue *q = &d->worker.queue;
+	struct timespec pause = {.tv_nsec = 1000000};
+
+	for (int i = 0; i < CLOSE_PATIENCE && q->blk.in_flight && !q->blk.fault.rule; i++) {
+		q->polling = true;
+		q->serving = false;
+		pvf_queue_service(q);
+		if (q->blk.in_flight)
+			nanosleep(&pause, NULL);
+	}
+}
+
+EXPORT void pvf_disk_close(struct pvf_disk *d)
+{
+	pthread_mutex_lock(&d->lock);
+	d->closing = true;
+	set_event(d->alarm, &d->alarmed);
+	pthread_mutex_unlock(&d->lock);
+	pthread_join(d->thread, NULL);
+	settle_ring(d);
+	pvf_queue_detach(&d->worker.queue, false);
+	release(d);
+}
+
+/* Requests */
+
+EXPORT void pvf_disk_get_info(struct pvf_disk *d, struct pvf_disk_info *info)
+{
+	pthread_mutex_lock(&d->lock);
+	const struct pvf_blk *blk = &d->worker.queue.blk;
+	const struct pvf_geometry *geo = &blk->geo;
+
+	*info = (struct pvf_disk_info){
+		.size = geo->sectors * PVF_SECTOR,
+		.sector_size = geo->sector_size,
+		.flags = geo->features & PVF_BLK_READ_ONLY ? PVF_DISK_READ_ONLY : 0,
+		.discard_granularity = geo->discard_granularity,
+		.discard_alignment = geo->discard_alignment,
+		.state = d->state,
+		.generation = d->starts,
+		.pending = d->direct.used - d->direct.done_count,
+	};
+	if (geo->features & (PVF_BLK_FLUSH | PVF_BLK_BARRIER) && !(blk->features_off & PVF_BLK_FLUSH))
+		info->flags |= PVF_DISK_FLUSH;
+	if (geo->features & PVF_BLK_DISCARD && !(blk->features_off & PVF_BLK_DISCARD))
+		info->flags |= PVF_DISK_DISCARD;
+	memcpy(info->name, d->worker.name, sizeof(info->name));
+	pthread_mutex_unlock(&d->lock);
+}
+
+/* 0, or why a request cannot be. What changes later (a resize, a feature that goes) fails it then. */
+static int check(const struct pvf_disk *d, uint16_t type, size_t bytes, uint64_t offset, bool fua)
+{
+	const struct pvf_blk *blk = &d->worker.queue.blk;
+	const struct pvf_geometry *geo = &blk->geo;
+	bool writes = type == NBD_CMD_WRITE || type == NBD_CMD_TRIM;
+	bool flush = geo->features & (PVF_BLK_FLUSH | PVF_BLK_BARRIER) &&
+		     !(blk->features_off & PVF_BLK_FLUSH);
+	uint64_t size = geo->sectors * PVF_SECTOR;
+
+	if (d->state == PVF_DISK_GONE)
+		return -ENODEV;
+	if (!d->starts)
+		return -ENOTCONN;
+	if (writes && geo->features & PVF_BLK_READ_ONLY)
+		return -EROFS;
+	if ((fua || type == NBD_CMD_FLUSH) && !flush)
+		return -EOPNOTSUPP;
+	if (type == NBD_CMD_TRIM &&
+	    (!(geo->features & PVF_BLK_DISCARD) || blk->features_off & PVF_BLK_DISCARD))
+		return -EOPNOTSUPP;
+	if (type == NBD_CMD_FLUSH)
+		return 0;
+	if (!bytes || bytes % geo->sector_size || offset % geo->sector_size || offset > size ||
+	    bytes > size - offset ||
+	    bytes > (type == NBD_CMD_TRIM ? DISCARD_MOST : PVF_DISK_MAX_BYTES))
+		return -EINVAL;
+	return 0;
+}
+
+static int ask(struct pvf_disk *d, uint16_t type, const struct iovec *iov, int count, size_t bytes,
+	       uint64_t offset, uint32_t flags, uint64_t cookie)
+{
+	bool fua = flags & PVF_DISK_FUA;
+	struct pvf_io *io;
+	int rc;
+
+	pthread_mutex_lock(&d->lock);
+	rc = check(d, type, bytes, offset, fua);
+	if (!rc) {
+		io = pvf_direct_ask(&d->direct, type, offset, (uint32_t)bytes, iov, (uint16_t)count);
+		if (io) {
+			io->cookie = cookie;
+			io->flags = fua ? PVF_NBD_FLAG_FUA : 0;
+		} else {
+			rc = -EAGAIN;
+		}
+	}
+	pthread_mutex_unlock(&d->lock);
+	return rc;
+}
+
+static int ask_vector(struct pvf_disk *d, uint16_t type, const struct iovec *iov, int count,
+		      uint64_t offset, uint32_t flags, uint64_t cookie)
+{
+	size_t bytes = 0;
+
+	if (count < 1 || count > PVF_DISK_IOV || flags & ~PVF_DISK_FUA)
+		return -EINVAL;
+	for (int i = 0; i < count; i++) {
+		if (iov[i].iov_len > PVF_DISK_MAX_BYTES)
+			return -EINVAL;
+		bytes += iov[i].iov_len;
+	}
+	return ask(d, type, iov, count, bytes, offset, flags, cookie);
+}
+
+EXPORT int pvf_disk_read(struct pvf_disk *d, void *buffer, size_t bytes, uint64_t offset,
+			 uint64_t cookie)
+{
+	struct iovec iov = {.iov_base = buffer, .iov_len = bytes};
+
+	return ask(d, NBD_CMD_READ, &iov, 1, bytes, offset, 0, cookie);
+}
+
+EXPORT int pvf_disk_write(struct pvf_disk *d, const void *buffer, size_t bytes, uint64_t offset,
+			  uint64_t cookie)
+{
+	struct iovec iov = {.iov_base = (void *)(uintptr_t)buffer, .iov_len = bytes};
+
+	return ask(d, NBD_CMD_WRITE, &iov, 1, bytes, offset, 0, cookie);
+}
+
+EXPORT int pvf_disk_readv(struct pvf_disk *d, const struct iovec *iov, int count, uint64_t offset,
+			  uint64_t cookie)
+{
+	return ask_vector(d, NBD_CMD_READ, iov, count, offset, 0, cookie);
+}
+
+EXPORT int pvf_disk_writev(struct pvf_disk *d, const struct iovec *iov, int count, uint64_t offset,
+			   uint32_t flags, uint64_t cookie)
+{
+	return ask_vector(d, NBD_CMD_WRITE, iov, count, offset, flags, cookie);
+}
+
+EXPORT int pvf_disk_flush(struct pvf_disk *d, uint64_t cookie)
+{
+	return ask(d, NBD_CMD_FLUSH, NULL, 0, 0, 0, 0, cookie);
+}
+
+EXPORT int pvf_disk_discard(struct pvf_disk *d, size_t bytes, uint64_t offset, uint64_t cookie)
+{
+	return ask(d, NBD_CMD_TRIM, NULL, 0, bytes, offset, 0, cookie);
+}
+
+/* Service by the program */
+
+static void serve(struct pvf_disk *d)
+{
+	struct pvf_queue *q = &d->worker.queue;
+
+	q->polling = true;
+	for (int i = 0; i < SERVICES; i++) {
+		pvf_queue_service(q);
+		if (!q->again)
+			break;
+	}
+	if (q->notes)
+		set_event(d->alarm, &d->alarmed);
+}
+
+/* What the descriptors at `user_epoll` say. */
+static void take_events(struct pvf_disk *d, const struct epoll_event *events, int n)
+{
+	for (int i = 0; i < n; i++)
+		if (events[i].data.u64 == TAG_KICK)
+			clear_event(d->kick, &d->kicked);
+		else
+			pvf_queue_event(&d->worker.queue, (uint32_t)events[i].data.u64,
+					events[i].events);
+}
+
+/* True: there is something to take already. */
+static bool arm(struct pvf_disk *d)
+{
+	struct pvf_queue *q = &d->worker.queue;
+	bool more = d->direct.done_count || pvf_queue_arm(q);
+
+	if (q->notes)
+		set_event(d->alarm, &d->alarmed);
+	return more;
+}
+
+EXPORT int pvf_disk_submit(struct pvf_disk *d)
+{
+	pthread_mutex_lock(&d->lock);
+	serve(d);
+	int rc = d->state == PVF_DISK_GONE ? -ENODEV : 0;
+
+	pthread_mutex_unlock(&d->lock);
+	return rc;
+}
+
+EXPORT int pvf_disk_poll(struct pvf_disk *d, struct pvf_disk_done *done, int max)
+{
+	pthread_mutex_lock(&d->lock);
+	serve(d);
+	int n = pvf_direct_take(&d->direct, done, max);
+
+	pthread_mutex_unlock(&d->lock);
+	return n;
+}
+
+EXPORT int pvf_disk_wait(struct pvf_disk *d, struct pvf_disk_done *done, int max, int timeout)
+{
+	int64_t end = timeout < 0 ? -1 : timeout ? now_ms() + timeout : 0;
+	struct epoll_event events[EVENTS];
+	bool late = !timeout;
+	int n;
+
+	while (1) {
+		pthread_mutex_lock(&d->lock);
+		serve(d);
+		n = pvf_direct_take(&d->direct, done, max);
+		bool over = n || late || max <= 0 || !d->direct.used;
+		bool sleep = !over && !arm(d);
+
+		pthread_mutex_unlock(&d->lock);
+		if (over)
+			return n;
+		if (!sleep)
+			continue;
+		n = epoll_wait(d->user_epoll, events, EVENTS, left_ms(end));
+		pthread_mutex_lock(&d->lock);
+		take_events(d, events, n);
+		pthread_mutex_unlock(&d->lock);
+		late = end >= 0 && !left_ms(end);
+	}
+}
+
+EXPORT int pvf_disk_fd(const struct pvf_disk *d)
+{
+	return d->user_epoll;
+}
+
+EXPORT int pvf_disk_arm(struct pvf_disk *d)
+{
+	struct epoll_event events[EVENTS];
+
+	pthread_mutex_lock(&d->lock);
+	take_events(d, events, epoll_wait(d->user_epoll, events, EVENTS, 0));
+	serve(d);
+	int more = arm(d);
+
+	pthread_mutex_unlock(&d->lock);
+	return more;
+}
