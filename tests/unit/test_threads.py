@@ -38,11 +38,16 @@ async def test_an_error_comes_out_where_it_is_awaited() -> None:
 
 
 async def test_a_call_that_hangs_is_late_and_its_result_is_nobodys() -> None:
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
     release = threading.Event()
     with pytest.raises(Late, match="hangs did not end within 0 s"):
         await to_its_end("hangs", release.wait, 0.05)
+    (thread,) = [each for each in threading.enumerate() if each.name == "hangs"]
     release.set()
-    await asyncio.sleep(0.05)
+    await asyncio.to_thread(thread.join, DEADLINE)
+    assert not thread.is_alive()
+    assert not complaints
 
 
 async def test_being_cancelled_abandons_a_call_that_may_block_for_ever() -> None:
