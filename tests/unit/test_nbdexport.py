@@ -197,6 +197,7 @@ def test_what_is_not_supported_is_said_to_be_with_its_data_skipped(kind: int) ->
         b"\0\0\0\0\0\0\0",  # a byte too many
         b"\0\0\0\7xvdb\0\0",  # a name that is longer than the data
         b"\xff\xff\xff\xffxvdb\0\0",
+        struct.pack(">I", 4097) + b"x" * 4097 + b"\0\0",  # longer than a string may be
     ],
 )
 def test_lengths_that_do_not_agree_are_invalid(data: bytes) -> None:
@@ -505,3 +506,14 @@ async def test_a_client_of_an_earlier_supervisor_counts_as_connected(
     assert target.busy() == f"a client is connected to {target.link}"
     target.served(False)
     assert target.busy() is None
+
+
+async def test_who_waits_to_be_served_stays_when_the_worker_is_told_to_have_no_socket(
+    target: SocketTarget,
+) -> None:
+    await published(target)
+    client = Client(target)
+    await client.go()
+    target.served(False)
+    (await taken(target)).close()
+    client.close()
