@@ -38,6 +38,20 @@
 #define DISK (8u << 20)
 #define DEADLINE 20000 /* ms */
 
+/* Waits for a state; says which one never came. */
+#define UNTIL(cond)                                                                       \
+	do {                                                                              \
+		for (int ms_ = 0; !(cond); ms_++) {                                       \
+			if (ms_ == DEADLINE) {                                            \
+				printf("Bail out! %s:%d: never came: %s\n", __FILE__,     \
+				       __LINE__, #cond);                                  \
+				fflush(stdout);                                           \
+				CHECK_FAILED();                                           \
+			}                                                                 \
+			usleep(1000);                                                     \
+		}                                                                         \
+	} while (0)
+
 struct queue {
 	blkif_front_ring_t ring;
 	struct pvf_channel *channel;

@@ -392,10 +392,7 @@ static void halts(void)
 	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
 	p.queue[0].ring.req_prod_pvt += 33;
 	push(&p);
-	for (int i = 0; !stats(&p).bogus; i++) {
-		CHECK(i < DEADLINE);
-		usleep(1000);
-	}
+	UNTIL(stats(&p).bogus);
 	p.queue[0].ring.req_prod_pvt -= 33;
 	put(&p, BLKIF_OP_READ, 0, 0, 1);
 	push(&p);
@@ -415,10 +412,7 @@ static void counts_events(void)
 	for (int i = 0; i < 5; i++) {
 		put(&p, BLKIF_OP_READ, 0, 0, 1);
 		push(&p);
-		for (int k = 0; stats(&p).pushes < (uint64_t)i + 1; k++) {
-			CHECK(k < DEADLINE);
-			usleep(1000);
-		}
+		UNTIL(stats(&p).pushes > (uint64_t)i);
 		CHECK_EQ(stats(&p).notifies, i == 4);
 	}
 	for (int i = 0; i < 5; i++)

@@ -31,18 +31,12 @@ static void one(struct peer *p, struct pvf_bb_rule r)
 /* Polls a counter: another thread counts. */
 static void wait_fired(struct peer *p, uint32_t kind, uint64_t times)
 {
-	for (int i = 0; stats(p).fired[kind] < times; i++) {
-		CHECK(i < DEADLINE);
-		usleep(1000);
-	}
+	UNTIL(stats(p).fired[kind] >= times);
 }
 
 static uint64_t wait_in_flight(struct peer *p, uint64_t n)
 {
-	for (int i = 0; stats(p).in_flight != n; i++) {
-		CHECK(i < DEADLINE);
-		usleep(1000);
-	}
+	UNTIL(stats(p).in_flight == n);
 	return n;
 }
 
@@ -266,19 +260,15 @@ static void jumps(void)
 		one(&p, r);
 		put(&p, BLKIF_OP_READ, 0, 0, 1);
 		push(&p);
-		CHECK(event(&p, 0, DEADLINE) || offsets[i] == -1);
+		CHECK(event(&p, 0, DEADLINE));
 		wait_fired(&p, PVF_BB_PRODUCER, 1);
-		usleep(5000);
+		UNTIL(stats(&p).pushes == 1);
 		CHECK_EQ((int32_t)__atomic_load_n(&p.queue[0].ring.sring->rsp_prod, __ATOMIC_SEQ_CST),
 			 1 + offsets[i]);
 		/* the next response is where it belongs */
 		put(&p, BLKIF_OP_READ, 0, 0, 1);
 		push(&p);
-		for (int k = 0; __atomic_load_n(&p.queue[0].ring.sring->rsp_prod,
-						__ATOMIC_SEQ_CST) != 2; k++) {
-			CHECK(k < DEADLINE);
-			usleep(1000);
-		}
+		UNTIL(__atomic_load_n(&p.queue[0].ring.sring->rsp_prod, __ATOMIC_SEQ_CST) == 2);
 		peer_end(&p);
 	}
 }
@@ -312,10 +302,7 @@ static void rewrites_pages(void)
 		r.mode = PVF_BB_AFTER;
 		one(&p, r);
 		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 3, 1), OKAY);
-		for (int i = 0; !filled(&p, 3, 0, PAGE, r.value); i++) {
-			CHECK(i < DEADLINE);
-			usleep(1000);
-		}
+		UNTIL(filled(&p, 3, 0, PAGE, r.value));
 		use(&p, NULL, 0, 1);
 		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 64, 4, 1), OKAY);
 		CHECK(filled(&p, 4, 0, 1024, 0)); /* the write took the page as it was */
@@ -338,10 +325,7 @@ static void rewrites_idle_pages(void)
 		one(&p, r);
 		CHECK(!try_response(&p, 0, &rsp, 0)); /* sets rsp_event: all is seen */
 		wait_fired(&p, PVF_BB_PAGES, 3);
-		for (int i = 0; !filled(&p, 1, 0, PAGE, r.value); i++) {
-			CHECK(i < DEADLINE);
-			usleep(1000);
-		}
+		UNTIL(filled(&p, 1, 0, PAGE, r.value));
 		CHECK(filled(&p, 0, 0, PAGE, r.value));
 		CHECK(filled(&p, 2, 0, PAGE, 0)); /* never granted for anything */
 		CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
@@ -368,21 +352,15 @@ static void rewrites_slots(void)
 	put(&p, BLKIF_OP_READ, 0, 0, 1);
 	push(&p);
 	wait_fired(&p, PVF_BB_SLOTS, 2);
-	for (int i = 0; __atomic_load_n(&RING_GET_RESPONSE(&p.queue[0].ring, 1)->id,
-					__ATOMIC_RELAXED) != r.value; i++) {
-		CHECK(i < DEADLINE);
-		usleep(1000);
-	}
+	UNTIL(__atomic_load_n(&RING_GET_RESPONSE(&p.queue[0].ring, 1)->id, __ATOMIC_RELAXED) ==
+	      r.value);
 	p.queue[0].ring.rsp_cons++;
 	r.mode = PVF_BB_IDLE;
 	one(&p, r);
 	CHECK(!try_response(&p, 0, &rsp, 0));
 	wait_fired(&p, PVF_BB_SLOTS, 3);
-	for (int i = 0; __atomic_load_n(&RING_GET_RESPONSE(&p.queue[0].ring, 31)->id,
-					__ATOMIC_RELAXED) != r.value; i++) {
-		CHECK(i < DEADLINE);
-		usleep(1000);
-	}
+	UNTIL(__atomic_load_n(&RING_GET_RESPONSE(&p.queue[0].ring, 31)->id, __ATOMIC_RELAXED) ==
+	      r.value);
 	CHECK_EQ(do_io(&p, BLKIF_OP_READ, 0, 0, 1), OKAY);
 	peer_end(&p);
 }
@@ -607,10 +585,7 @@ static void goes_back(void)
 	p.queue[0].ring.req_prod_pvt--;
 	push(&p);
 	CHECK_EQ(pvf_channel_notify(p.queue[0].channel, 0, p.queue[0].fd[1]), 0);
-	for (int i = 0; !stats(&p).bogus; i++) {
-		CHECK(i < DEADLINE);
-		usleep(1000);
-	}
+	UNTIL(stats(&p).bogus);
 	CHECK_EQ(stats(&p).requests, 2);
 	pvf_bb_release(p.bb);
 	peer_end(&p);
@@ -637,10 +612,7 @@ static void ends_late(void)
 	CHECK_EQ(pvf_grant_maps(&p.table[gref(0)]), 1);
 	pvf_bb_release(p.bb);
 	CHECK_EQ(response(&p).id, 1); /* the old write is done now, and answered */
-	for (int i = 0; pvf_bb_disconnect(p.bb); i++) {
-		CHECK(i < DEADLINE);
-		usleep(1000);
-	}
+	UNTIL(!pvf_bb_disconnect(p.bb));
 	CHECK_EQ(pvf_grant_maps(&p.table[gref(0)]), 0);
 	peer_let_go(&p);
 	CHECK_EQ(peer_connect(&p), 0);
