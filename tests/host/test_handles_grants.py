@@ -171,6 +171,15 @@ def test_the_notify_port_stays_bound_until_the_page_goes(allocator, channels):
     assert channels.bind_unbound(1) == port
 
 
+def test_a_notify_port_is_let_go_when_another_takes_its_place(allocator, channels):
+    first, second = channels.bind_unbound(1), channels.bind_unbound(1)
+    pool = allocator.alloc(0, 1)
+    pool.set_unmap_notify(0, clear_byte=False, port=first)
+    pool.set_unmap_notify(0, clear_byte=False, port=second)
+    channels.unbind(first)
+    assert channels.bind_unbound(1) == first
+
+
 def test_pages_that_were_handed_over_live_as_long_as_their_new_owner(backend, hub):
     with platform().grant_allocator() as giver:
         pool = giver.alloc(0, 2)

@@ -10,6 +10,8 @@ import subprocess
 import pytest
 from hubclient import HUB, PATIENCE, Client, answers, dump, eventually
 
+from pvfront.host import handles
+
 
 @pytest.fixture
 def client(hub):
@@ -107,7 +109,7 @@ def test_a_port_of_somebody_else_is_refused(hub, do):
 def test_freeing_more_than_there_is_frees_nothing(hub):
     with opened(hub, "gntalloc") as client:
         client.ask({"do": "alloc", "domid": 0, "pages": 3, "writable": True})
-        for offset, pages in ((0, 4), (8192, 2), (12288, 1)):
+        for offset, pages in ((0, 4), (8192, 2), (12288, 1), (1, 1), (4095, 1)):
             request = {"do": "free", "offset": offset, "pages": pages}
             assert client.ask(request)["errno"] == "EINVAL"
         assert dump(hub)["grants"][0]["pages"] == 3
@@ -210,6 +212,19 @@ def own_hub(tmp_path):
     process.communicate(timeout=PATIENCE)
 
 
+def test_domains_without_end_are_refused_and_those_there_are_go_on(own_hub):
+    directory, _ = own_hub
+    for domid in range(64):
+        opened(directory, "evtchn", domid).close()
+    with Client(directory) as one_more:
+        answer = one_more.ask({"do": "open", "device": "evtchn", "domid": 64})
+    assert answer["errno"] == "ENOSPC"
+    with opened(directory, "evtchn", 63) as client:
+        assert client.ask({"do": "bind_unbound", "remote": 64})["ok"]
+        answer = client.ask({"do": "bind_interdomain", "remote": 64, "remote_port": 3})
+        assert answer["errno"] == "ENOSPC"
+
+
 def test_a_second_hub_in_the_same_directory_is_refused_and_the_first_lives(own_hub):
     directory, _ = own_hub
     second = subprocess.run(
@@ -231,6 +246,18 @@ def test_a_hub_that_was_killed_is_followed_by_another(own_hub):
         second.send_signal(signal.SIGTERM)
         assert second.wait(PATIENCE) == 0
     assert not (directory / "hub.sock").exists()
+
+
+def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(own_hub, monkeypatch):
+    directory, process = own_hub
+    monkeypatch.setattr(handles, "HUB_SECONDS", 1)
+    with handles.EmbeddedEventChannels.open(str(directory), domid=1) as channels:
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(OSError, match="does not answer"):
+            channels.bind_unbound(0)
+        process.send_signal(signal.SIGCONT)
+        with pytest.raises(OSError, match="hub is gone"):
+            channels.bind_unbound(0)
 
 
 def test_only_the_owner_may_connect(hub):
