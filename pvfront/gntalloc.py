@@ -141,7 +141,7 @@ class GrantAllocator(DeviceHandle):
         return self.fileno()
 
     def _exhausted(self, wanted: int) -> GrantsExhausted:
-        return GrantsExhausted(wanted=wanted, held=pages_held(), limit=_limit())
+        return GrantsExhausted(wanted=wanted, held=pages_held(), limit=grant_limit())
 
 
 class GrantPool:
@@ -249,7 +249,8 @@ def raised_limit(pages: int) -> int:
     return max(16384, 1 << pages.bit_length())
 
 
-def _limit() -> int | None:
+def grant_limit() -> int | None:
+    """The module's limit now; None if it is not loaded, or says something else."""
     try:
         return int(Path(LIMIT_PATH).read_text())
     except (OSError, ValueError):

@@ -6,6 +6,7 @@ Everything that differs between the two is asked here, and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ from . import sysfs
 from .claim import Claims, Taken
 from .errors import PvfrontError
 from .evtchn import EventChannels
-from .gntalloc import GrantAllocator
+from .gntalloc import GrantAllocator, grant_limit
 from .xenstore import Xenstore
 
 __all__ = ["HOST_DOMID", "HOST_VARIABLE", "Embedded", "Platform", "Xen", "platform"]
@@ -59,6 +60,9 @@ class Platform(Protocol):
     def grant_allocator(self) -> GrantAllocator:
         """Raises DeviceUnavailable."""
 
+    def grant_limit(self) -> int | None:
+        """Pages that all processes together may have granted now; None: nobody knows."""
+
     def claims(self) -> Claims: ...
 
 
@@ -86,6 +90,9 @@ class Xen:
 
     def grant_allocator(self) -> GrantAllocator:
         return GrantAllocator.open()
+
+    def grant_limit(self) -> int | None:
+        return grant_limit()
 
     def claims(self) -> Claims:
         return Claims(self.roots)
@@ -147,6 +154,12 @@ class Embedded:
         from .host.handles import EmbeddedGrantAllocator
 
         return EmbeddedGrantAllocator.open(os.fspath(self.directory), domid=self.domid)
+
+    def grant_limit(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            limits = json.loads((self.directory / "limits.json").read_bytes())
+            return int(limits["gntalloc"])
+        return None
 
     def claims(self) -> Claims:
         return _NoKernelClaims(self.roots)

@@ -36,6 +36,7 @@ VDISK_CDROM = 0x1
 VDISK_REMOVABLE = 0x2
 VDISK_READONLY = 0x4
 
+DIRECT_SEGMENTS = 11  # BLKIF_MAX_SEGMENTS_PER_REQUEST
 MAX_RING_PAGE_ORDER = 4
 MAX_INDIRECT_SEGMENTS = 256
 MAX_QUEUES = 64
@@ -199,20 +200,35 @@ def frontend_keys(
     *, port: int, ring_refs: Sequence[int], persistent: bool = False
 ) -> dict[str, str]:
     """What the frontend publishes with Initialised, for one queue of 1, 2, 4, 8 or 16 pages."""
-    pages = len(ring_refs)
+    return queue_keys([(port, ring_refs)], persistent=persistent)
+
+
+def queue_keys(
+    queues: Sequence[tuple[int, Sequence[int]]], *, persistent: bool = False
+) -> dict[str, str]:
+    """What the frontend publishes with Initialised: `queues` are ports and references of rings.
+
+    As blkback's connect_ring reads it: one queue stands in the directory itself, and then
+    `multi-queue-num-queues` is left out, which a backend of old would not know; several stand in
+    queue-0, queue-1 and so on. The order of the rings is one for all, and is not written for
+    rings of one page, whose reference is `ring-ref` then.
+    """
+    pages = len(queues[0][1])
     order = pages.bit_length() - 1
     if pages < 1 or pages != 1 << order or order > MAX_RING_PAGE_ORDER:
         raise ValueError(f"a ring has 1, 2, 4, 8 or 16 pages, not {pages}")
-    keys = {
-        "event-channel": str(port),
-        "protocol": PROTOCOL,
-        "feature-persistent": "1" if persistent else "0",
-    }
-    if order == 0:
-        keys["ring-ref"] = str(ring_refs[0])
-    else:
+    if any(len(refs) != pages for _, refs in queues):
+        raise ValueError("the rings of a disk have the same size")
+    keys = {"protocol": PROTOCOL, "feature-persistent": "1" if persistent else "0"}
+    if order:
         keys["ring-page-order"] = str(order)
-        keys.update((f"ring-ref{page}", str(ref)) for page, ref in enumerate(ring_refs))
+    if len(queues) > 1:
+        keys["multi-queue-num-queues"] = str(len(queues))
+    for number, (port, refs) in enumerate(queues):
+        where = f"queue-{number}/" if len(queues) > 1 else ""
+        keys[f"{where}event-channel"] = str(port)
+        for page, ref in enumerate(refs):
+            keys[f"{where}ring-ref{page if order else ''}"] = str(ref)
     return keys
 
 
@@ -221,7 +237,7 @@ def stale_key(key: str) -> bool:
 
     Everything else there belongs to the toolstack and stays.
     """
-    return _STALE.fullmatch(key) is not None
+    return _STALE.fullmatch(key.partition("/")[0]) is not None
 
 
 def _required(backend: Mapping[str, str], field: str) -> int:

@@ -16,10 +16,12 @@ Theory of operation
     supervisor. Its death ends the generation; the next `attach` starts another one.
     `trouble` says why the present generation is over.
 
-Limits
-    One queue and a ring of one page: 32 requests of 11 segments. The pool holds a page for each
-    segment that can be in flight; where the module's limit does not allow that, a smaller pool
-    is tried down to `POOL_LEAST` pages, and said.
+    How large a generation's rings are is decided when the backend is at InitWait (`rings.py`):
+    what both ends can, what the settings want, what the budget of granted pages has (`budget.py`).
+    Where gntalloc has less than the budget thought, because other processes hold pages, smaller
+    shapes are tried, and said. Features are read again at Connected, where most backends write
+    them; each generation takes what its backend offers then, be it less than the one before had.
+    What users were told cannot always be taken back: see target.py.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..abi import lib
+from ..abi import StatsUnreadable, lib, read_all_stats
+from ..budget import Budget, Grant
 from ..errors import PvfrontError
-from ..gntalloc import GrantAllocator, GrantPool, GrantsExhausted
 from ..parking import CannotPark, park
 from ..platform import Platform
 from ..states import XenbusState
@@ -51,18 +53,15 @@ from ..worker import (
     WorkerGone,
 )
 from ..xenbus import XenbusDevice
-from . import features
-from .features import DiskGeometry
+from . import features, rings
+from .features import MAX_INDIRECT_SEGMENTS, DiskGeometry, RingLimits
+from .generation import Opened, opened
+from .rings import Shape
+from .settings import DiskSettings
 from .target import Target
 
 log = logging.getLogger(__name__)
 
-RING_PAGES = 1
-# __CONST_RING_SIZE(blkif, 4096) and BLKIF_MAX_SEGMENTS_PER_REQUEST of io/blkif.h.
-RING_SLOTS = lib.PVF_BLK_RING_SLOTS
-MAX_SEGMENTS = lib.PVF_BLK_MAX_SEGMENTS
-POOL_PAGES = RING_SLOTS * MAX_SEGMENTS
-POOL_LEAST = MAX_SEGMENTS
 STALL_SECONDS = 10
 # A quiesce that only collects a worker's last words, not a backend's.
 SETTLE = 2.0
@@ -79,16 +78,22 @@ class DiskFrontend:
         platform: Platform,
         target: Target,
         *,
+        settings: DiskSettings | None = None,
+        budget: Budget | None = None,
         stolen: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`settings`: None, the defaults; `budget`: that of all disks of this service."""
         self.name = name
         self.vdev = vdev
         self.label = label
         self.platform = platform
         self.run_dir = platform.run_dir
         self.target = target
+        self.settings = settings or DiskSettings()
+        self.budget = budget or Budget(platform.grant_limit)
         self.geometry: DiskGeometry | None = None
-        self.pool_pages = 0
+        self.limits = RingLimits()
+        self.shape: Shape | None = None  # of the present generation
         self.off: set[str] = set()
         self.stalled = 0
         self._worker: Worker | None = None
@@ -102,6 +107,7 @@ class DiskFrontend:
         self._poke: Callable[[], None] = lambda: None
         self._stolen = stolen
         self._wanted_off: list[str] = []
+        self.budget.join(name)
         if target.clients is not None:
             target.clients.on_waiting(lambda: self._poke())
 
@@ -148,11 +154,11 @@ class DiskFrontend:
             "os_device": self.target.path,
             "link": self.target.link,
             "worker_pid": self._worker.pid if self._worker is not None else None,
-            "ring_pages": RING_PAGES,
-            "pool_pages": self.pool_pages,
             "stalled_seconds": self.stalled,
             "statistics_file": self._statistics_file(),
         }
+        if self.shape is not None:
+            found["rings"] = self._rings(self.shape)
         if self.target.clients is not None:
             found["client"] = self.target.clients.details()
         if geometry is not None:
@@ -163,12 +169,41 @@ class DiskFrontend:
                 "physical_sector_size": geometry.physical_sector_size,
                 "read_only": geometry.read_only,
                 "removable": geometry.removable,
-                "flush": geometry.flush and "flush" not in self.off,
+                "flush": self._offered.flush,
+                "barrier": self._by_barrier,
                 "discard": geometry.discard and "discard" not in self.off,
                 "discard_granularity": geometry.discard_granularity,
                 "discard_alignment": geometry.discard_alignment,
             }
         return found
+
+    def _rings(self, shape: Shape) -> dict[str, Any]:
+        grant = self.budget.grant(self.name)
+        found: dict[str, Any] = {
+            "queues": shape.queues,
+            "slots": shape.slots,
+            "ring_pages": shape.ring_pages,
+            "pool_pages": shape.pool,
+            "segments": shape.segments,
+            "indirect": shape.indirect,
+            "persistent": self._persistent,
+        }
+        if grant is not None:
+            found["granted"] = {"asked": grant.asked, "got": grant.got, "why": grant.why}
+        return found
+
+    @property
+    def _persistent(self) -> bool:
+        offered = self.geometry is not None and self.geometry.persistent
+        return offered and self.settings.feature_persistent
+
+    @property
+    def _by_barrier(self) -> bool:
+        """Whether flushes go out as barriers, for want of a flush."""
+        geometry = self.geometry
+        if geometry is None or "flush" in self.off:
+            return False
+        return geometry.barrier and not geometry.flush
 
     def _statistics_file(self) -> str | None:
         """What only root, or our own user, can open: a worker's own descriptors are root's."""
@@ -199,11 +234,7 @@ class DiskFrontend:
             serves = hello.state is State.RUNNING or (
                 hello.state in (State.TARGET_LOST, State.DRAINED) and not hello.has_target
             )
-        if not (
-            has_device
-            and serves
-            and view.frontend is view.backend is XenbusState.CONNECTED
-        ):
+        if not (has_device and serves and view.frontend is view.backend is XenbusState.CONNECTED):
             log.warning(
                 "%s: found a worker (pid %d, %s) that cannot be adopted as it is (%s)",
                 self.name,
@@ -219,93 +250,133 @@ class DiskFrontend:
                     await self.detach(keep_target=False)
             return False
         self.geometry = await self._read_geometry(device)
+        self.limits = await self._read_limits(device)
+        self._adopt_shape(worker)
         self._hold(hello.has_target)
         await self.target.publish(self._offered)
         log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
         return True
+
+    def _adopt_shape(self, worker: Worker) -> None:
+        """What an earlier supervisor had negotiated, as far as the worker tells."""
+        assert worker.hello is not None
+        shape = Shape()
+        with contextlib.suppress(OSError, StatsUnreadable):
+            first = read_all_stats(worker.stats_fd)[0]
+            shape = Shape(
+                max(1, worker.hello.attached),
+                max(0, (first.ring_slots // rings.SLOTS).bit_length() - 1),
+                first.pool_pages,
+                MAX_INDIRECT_SEGMENTS,
+            )
+        self.shape = shape = rings.started(shape, self.limits, self.settings)
+        self.budget.hold(self.name, Grant(shape.pages, shape.pages, "as it was adopted"))
 
     async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
         self._trouble = None
         self._broken = False
         self._generation += 1
         worker = await self._living_worker()
-        with self.platform.event_channels() as channels, self.platform.grant_allocator() as grants:
-            port = channels.bind_unbound(device.backend_id)
-            pool = self._allocate(grants, device.backend_id)
-            trusted = await device.store.read_opt(f"{device.path}/trusted")
+        self.limits = await self._read_limits(device)
+        assert worker.hello is not None
+        most = min(self._most_queues, worker.hello.queues)
+        asked = rings.wanted(self.limits, self.settings, most)
+        share, why = self.budget.share(self.name)
+        trusted = await device.store.read_opt(f"{device.path}/trusted")
+        scrub = not features.trusted({} if trusted is None else {"trusted": trusted})
+        with opened(self.platform, device.backend_id, rings.smaller(asked, share)) as made:
             self._attached = True  # so it is also if the answer never comes
             try:
-                await worker.attach(
-                    self._generation,
-                    device_class=lib.PVF_CLASS_BLK,
-                    port=port,
-                    ring_pages=RING_PAGES,
-                    ring_offset=pool.offset,
-                    pool_offset=pool.offset + RING_PAGES * lib.PVF_PAGE_SIZE,
-                    pool_grefs=pool.grefs[RING_PAGES:],
-                    scrub=not features.trusted({} if trusted is None else {"trusted": trusted}),
-                    fds=(channels.hand_over(port), grants.hand_over()),
-                )
+                for number, queue in enumerate(made.queues):
+                    await worker.attach(
+                        self._generation,
+                        queue=number,
+                        queues=len(made.queues),
+                        device_class=lib.PVF_CLASS_BLK,
+                        port=queue.port,
+                        ring_pages=queue.ring_pages,
+                        ring_offset=queue.ring_offset,
+                        pool_offset=queue.pool_offset,
+                        pool_grefs=queue.pool_refs,
+                        scrub=scrub,
+                        fds=queue.hand_over(),
+                    )
             except WorkerError:
-                self._attached = False
+                self._attached = number > 0
                 raise
-            # The worker holds both now. Ours are closed without unbinding or freeing anything.
-        self.pool_pages = pool.pages - RING_PAGES
-        return features.frontend_keys(port=port, ring_refs=pool.grefs[:RING_PAGES])
+            # The worker holds all of it now. Ours are closed without unbinding or freeing anything.
+        self._note_shape(asked, made, why)
+        return features.queue_keys(
+            [(queue.port, queue.ring_refs) for queue in made.queues],
+            persistent=self.settings.feature_persistent,
+        )
 
-    def _allocate(self, grants: GrantAllocator, domid: int) -> GrantPool:
-        pages = POOL_PAGES
-        while True:
-            try:
-                pool = grants.alloc(domid, RING_PAGES + pages)
-            except GrantsExhausted as error:
-                if pages <= POOL_LEAST:
-                    raise
-                smaller = max(pages // 2, POOL_LEAST)
-                log.warning("%s: %s; trying %d pages", self.name, error, smaller)
-                pages = smaller
-            else:
-                return pool
+    def _note_shape(self, asked: Shape, made: Opened, why: str) -> None:
+        shape = self.shape = made.shape
+        if shape.pages == asked.pages:
+            why = ""
+        elif made.refused:
+            why = str(made.refused[-1])
+        self.budget.hold(self.name, Grant(asked.pages, shape.pages, why))
+        if why:
+            level = logging.WARNING if made.refused else logging.INFO
+            log.log(level, "%s: %s instead of %s: %s", self.name, shape, asked, why)
+
+    async def _read_limits(self, device: XenbusDevice) -> RingLimits:
+        limits, problems = features.parse_limits(await device.backend_keys())
+        for problem in problems:
+            log.warning("%s: backend key %s", self.name, problem)
+        return limits
 
     async def start(self, device: XenbusDevice) -> None:
         self.geometry = await self._read_geometry(device)
+        self.limits = await self._read_limits(device)
+        assert self.shape is not None
+        self.shape = rings.started(self.shape, self.limits, self.settings)
         self.off.clear()
         if self._has_socket:
-            await self._start_worker(None)
+            await self._start_worker()
         else:
             await self._start_socket()
         await self.target.publish(self._offered)
 
     async def _start_socket(self) -> None:
-        """START with a new socket of the target, or with none if no client waits."""
-        fd = await self.target.attach(self._offered)
-        self._hold(fd is not None)  # first: its end may be told as soon as it is started
+        """START with new sockets of the target, or with none if no client waits."""
+        assert self.shape is not None
+        fds = await self.target.attach(self._offered, queues=self.shape.queues)
+        self._hold(bool(fds))  # first: its end may be told as soon as it is started
         try:
-            await self._start_worker(fd)
+            await self._start_worker(fds)
         except BaseException:
             self._hold(False)
             raise
         finally:
-            if fd is not None:
+            for fd in fds:
                 os.close(fd)
 
     @property
     def _offered(self) -> DiskGeometry:
-        """The disk without what its backend turned out not to have."""
+        """The disk as users have it: without what its backend turned out not to have.
+
+        A barrier does for them what a flush does: what was answered before it is on the disk.
+        """
         geometry = self.geometry
         assert geometry is not None
         return replace(
             geometry,
-            flush=geometry.flush and "flush" not in self.off,
+            flush=(geometry.flush or geometry.barrier) and "flush" not in self.off,
             discard=geometry.discard and "discard" not in self.off,
         )
 
-    async def _start_worker(self, target_fd: int | None) -> None:
+    async def _start_worker(self, fds: Sequence[int] = ()) -> None:
         geometry = self._offered
+        assert self.shape is not None
         flags = 0
         if geometry.read_only:
             flags |= lib.PVF_BLK_READ_ONLY
-        if geometry.flush:
+        if self._by_barrier:
+            flags |= lib.PVF_BLK_BARRIER
+        elif geometry.flush:
             flags |= lib.PVF_BLK_FLUSH
         if geometry.discard:
             flags |= lib.PVF_BLK_DISCARD
@@ -314,13 +385,13 @@ class DiskFrontend:
             sectors=geometry.sectors,
             sector_size=geometry.sector_size,
             flags=flags,
-            max_segments=MAX_SEGMENTS,
+            max_segments=self.shape.segments,
             discard_granularity=geometry.discard_granularity,
             discard_alignment=geometry.discard_alignment,
             vdev=self.vdev,
             stall_seconds=STALL_SECONDS,
             clients=self.target.clients is not None,
-            target_fds=[] if target_fd is None else [target_fd],
+            target_fds=list(fds),
         )
 
     async def _read_geometry(self, device: XenbusDevice) -> DiskGeometry:
@@ -358,7 +429,7 @@ class DiskFrontend:
                 geometry.sectors,
             )
             self.geometry = geometry
-            await self._start_worker(None)
+            await self._start_worker()
             await self.target.publish(self._offered)
         if self._next_client:
             await self._start_socket()
@@ -369,10 +440,7 @@ class DiskFrontend:
         """Whether a client waits, and can be served."""
         clients = self.target.clients
         return (
-            clients is not None
-            and clients.waiting
-            and not self._has_socket
-            and not self._draining
+            clients is not None and clients.waiting and not self._has_socket and not self._draining
         )
 
     def _hold(self, socket: bool) -> None:
@@ -413,6 +481,7 @@ class DiskFrontend:
                 self._forget()
                 keep = False
         self._attached = self._draining = False
+        self.budget.release(self.name)
         self._hold(keep and self._has_socket)
 
     async def close(self) -> None:
@@ -433,6 +502,7 @@ class DiskFrontend:
             self._worker.on_event = lambda event: None
             await self._worker.exit()
             self._forget()
+        self.budget.leave(self.name)
         (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
 
     async def poisoned(self) -> None:
@@ -466,9 +536,19 @@ class DiskFrontend:
     async def _living_worker(self) -> Worker:
         if self._worker is None or not self._worker.alive:
             self._hold(False)
-            change_user = self.platform.name == "xen"
-            self._use(await Worker.spawn(self.name, self.run_dir, change_user=change_user))
+            self._use(
+                await Worker.spawn(
+                    self.name,
+                    self.run_dir,
+                    queues=self._most_queues,
+                    change_user=self.platform.name == "xen",
+                )
+            )
         return self._need_worker()
+
+    @property
+    def _most_queues(self) -> int:
+        return min(self.settings.max_queues, self.target.max_queues)
 
     def _need_worker(self) -> Worker:
         if self._worker is None:

@@ -129,13 +129,24 @@ class Export:
         preferred = max(PREFERRED_LEAST, geometry.physical_sector_size)
         return cls(
             name=name,
-            description=f"Xen disk {name}, served by pvfront",
+            description=_description(name, geometry),
             size=geometry.size,
             flags=flags,
             minimum=geometry.sector_size,
             preferred=min(preferred, maximum),
             maximum=maximum,
         )
+
+
+def _description(name: str, geometry: DiskGeometry) -> str:
+    """What a person sees, and what the protocol has no field for."""
+    text = f"Xen disk {name}, served by pvfront"
+    text += f"; physical sectors of {geometry.physical_sector_size} bytes"
+    if geometry.discard:
+        text += f"; discards in {geometry.discard_granularity} bytes"
+        if geometry.discard_alignment:
+            text += f" from {geometry.discard_alignment} on"
+    return text + "; removable" * geometry.removable
 
 
 class Then(enum.Enum):
@@ -328,13 +339,19 @@ class SocketTarget:
     async def adopt(self) -> bool:
         return True  # there is no device: what exports the disk is this process
 
-    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int | None:
+    @property
+    def max_queues(self) -> int:
+        return 1  # a client opens one connection
+
+    async def attach(
+        self, geometry: DiskGeometry, *, queues: int = 1, deadline: float = 10.0
+    ) -> list[int]:
         """The socket of the client that waits, if one does."""
         client = self._client
         if client is None or not client.ready or client.sock is None:
-            return None
+            return []
         sock, client.sock = client.sock, None
-        return sock.detach()
+        return [sock.detach()]
 
     async def publish(self, geometry: DiskGeometry) -> None:
         """Raises TargetError if the socket cannot be made."""

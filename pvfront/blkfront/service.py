@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Literal
 
+from ..budget import Budget
 from ..errors import PvfrontError
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
@@ -18,6 +19,7 @@ from ..xenbus import Bus, XenbusDevice
 from .features import VIRTUAL_DEVICE
 from .frontend import DiskFrontend
 from .nbdexport import SocketTarget
+from .settings import Settings
 from .target import NbdTarget, Target
 from .vdev import parse_name, vdev_name
 
@@ -33,9 +35,21 @@ class Disks:
 
     klass = "vbd"
 
-    def __init__(self, on: Platform, export: Export | None = None) -> None:
-        """`export`: what users get, the kernel's nbd device or a socket; None: `on` decides."""
+    def __init__(
+        self,
+        on: Platform,
+        export: Export | None = None,
+        *,
+        settings: Settings | None = None,
+        expected: int = 0,
+    ) -> None:
+        """`export`: what users get, the kernel's nbd device or a socket; None: `on` decides.
+
+        `expected`: how many disks there will be, as far as that is known.
+        """
         self.platform = on
+        self.settings = settings or Settings()
+        self.budget = Budget(on.grant_limit, expected=expected)
         self.export: Export = export or on.default_target
         self.claims = on.claims()
 
@@ -67,6 +81,8 @@ class Disks:
             label,
             self.platform,
             target,
+            settings=self.settings.of(device.devid),
+            budget=self.budget,
             stolen=lambda: self._stolen(device.name),
         )
 
@@ -97,6 +113,7 @@ class Disks:
         )
 
     def forget(self, name: str) -> None:
+        self.budget.leave(name)
         self.claims.forget(name)
 
     def repair(self) -> None:
@@ -117,7 +134,12 @@ class Disks:
 
 
 async def serve(
-    names: Collection[str], *, everything: bool, force: bool, export: Export | None = None
+    names: Collection[str],
+    *,
+    everything: bool,
+    force: bool,
+    export: Export | None = None,
+    settings: Settings | None = None,
 ) -> int:
     """Serves the named disks, or every disk, until SIGTERM; returns the exit status."""
     on = platform()
@@ -140,7 +162,9 @@ async def serve(
         )
         supervisor = Supervisor(
             store,
-            Disks(on, export),
+            Disks(
+                on, export, settings=settings, expected=len(present) if everything else len(named)
+            ),
             wanted,
             run_dir=on.run_dir,
             named=named,

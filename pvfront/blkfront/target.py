@@ -9,9 +9,9 @@ A target outlives the connections to the backend. The kernel's device keeps the 
 dead worker or a restarted backend left unfinished, and its users notice nothing but a pause. Each
 generation does
 
-    fd = await target.attach(geometry)   a fresh socket pair: one end is the kernel's from now on
-    ... START(geometry, fd) to the worker; close(fd) ...
-    await target.publish(geometry)       the disk has its size, and its link
+    fds = await target.attach(geometry, queues=n)   fresh socket pairs: one end of each is the
+    ... START(geometry, fds) to the worker; close ...                 kernel's from now on
+    await target.publish(geometry)                  the disk has its size, and its link
 
 - `attach` the first time makes the device with **size 0**: it exists, its queue is set up, and it
   accepts no request. `publish` gives it the size; the partition scan, which reads at once,
@@ -33,7 +33,25 @@ generation does
   their own end: an open partition goes on. `close` therefore waits for requests in flight only
   up to its deadline.
 - nbd keeps the flags of its first connect. A feature that the backend loses is taken away
-  through sysfs; one that it gains later appears only on a new device.
+  through sysfs; one that it gains later appears only on a new device. A disk that has become
+  read-only stays writable for the kernel, and its writes fail; another sector size is refused
+  as long as the disk is connected.
+- What nbd cannot carry (physical sectors, discard geometry, removable, a serial) stands in
+  /run/pvfront/udev/nbdN for udev's rules, before the size that makes udev look.
+
+Several sockets, one for each queue of the worker
+- They are a device's hardware queues, and as many as its CONNECT had for its whole life. A
+  generation with fewer queues replaces some of the dead sockets; what belongs to the others goes
+  over a living one (find_fallback). One with more gets no more than the device has.
+- Such a device needs NBD_FLAG_CAN_MULTI_CONN: a flush on one socket covers what was answered on
+  the others. It does with blkback, whose flush and barrier are the disk's (dispatch_rw_block_io:
+  REQ_PREFLUSH). So a frontend asks for several queues of such backends only.
+- A request timer that expires while its socket is alive makes the kernel declare the socket dead,
+  however NBD_ATTR_TIMEOUT is set, and send the request again **on another living socket**, at once
+  (nbd_xmit_timeout). Were the first still unread, or in a ring, it could land after a newer write.
+  So there `io_timeout` is three times what the worker has patience for: it closes all of its
+  sockets before the kernel loses its own (PVF_NBD_PATIENCE_SECONDS). The price is that a replay
+  after the death of a worker waits that long.
 
 Nothing here waits for the disk in the event loop's thread: netlink commands and the exclusive
 open run in daemon threads with a deadline, because a thread that hangs in the kernel must not hang
@@ -54,6 +72,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from .. import sysfs, threads
+from ..abi import lib
 from ..errors import PvfrontError
 from . import inuse, nbd
 from .features import DiskGeometry
@@ -67,6 +86,8 @@ _POLL = 0.05  # seconds between two looks at the kernel
 _COMMAND_DEADLINE = 15.0
 _LAST_CLOSE = 1.0  # seconds for udev to let go of a device that was just closed
 _NO_TIMEOUT = 10 * 365 * 24 * 3600  # seconds; requests wait for us as long as it takes
+_PATIENCE: int = getattr(lib, "PVF_NBD_PATIENCE_SECONDS", 0)
+_QUEUES_MOST: int = lib.PVF_MAX_QUEUES if _PATIENCE else 1
 
 
 class TargetError(PvfrontError):
@@ -76,8 +97,8 @@ class TargetError(PvfrontError):
 class Clients(Protocol):
     """What a target has besides if its clients come and go: a socket's do, the kernel stays.
 
-    `Target.attach` then returns the socket of the client that waits, or None; the end of a socket
-    is its client's business and no trouble.
+    `Target.attach` then returns the socket of the client that waits, if one does; the end of a
+    socket is its client's business and no trouble.
     """
 
     @property
@@ -120,14 +141,21 @@ class Target(Protocol):
         """The stable path ("/dev/pvfront/xvdb"), a socket's path."""
         ...
 
+    @property
+    def max_queues(self) -> int:
+        """How many queues the next `attach` can have."""
+        ...
+
     async def adopt(self) -> bool:
         """Finds the device of an earlier supervisor; True if there is one."""
         ...
 
-    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int | None:
-        """Makes a new connection; returns the worker's end, which the caller closes.
+    async def attach(
+        self, geometry: DiskGeometry, *, queues: int = 1, deadline: float = 10.0
+    ) -> list[int]:
+        """Makes a new connection for each queue; returns the worker's ends for the caller to close.
 
-        None only with `clients`, while none waits.
+        `queues`: at most `max_queues`. The list is empty only with `clients`, while none waits.
         """
         ...
 
@@ -207,6 +235,17 @@ class NbdTarget:
     def _sys(self) -> Path:
         return self._roots.sys / "block" / self.name
 
+    @property
+    def max_queues(self) -> int:
+        """What there is has as many as it had at first; a new device any number."""
+        ours = [d.name for d in nbd.devices(self._roots) if d.backend == self.identifier]
+        name = self.name or (ours[-1] if ours else "")
+        return self._sockets(name) if name else _QUEUES_MOST
+
+    def _sockets(self, name: str) -> int:
+        """Connections of a device, dead ones too: each is a hardware queue."""
+        return max(1, len(sysfs.listdir(self._roots.sys / "block" / name / "mq")))
+
     # -- life ------------------------------------------------------------------------------
 
     async def adopt(self) -> bool:
@@ -236,73 +275,90 @@ class NbdTarget:
             self._off.add("discard")
         return True
 
-    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int:
-        """Raises NbdUnavailable, NbdError, or TargetError if the kernel keeps the old socket.
+    async def attach(
+        self, geometry: DiskGeometry, *, queues: int = 1, deadline: float = 10.0
+    ) -> list[int]:
+        """Raises NbdUnavailable, NbdError, or TargetError if the kernel keeps the old sockets.
 
         A device whose connection somebody else ended (`nbd-client -d`) is given up for a new one.
         """
         if self._index is not None or await self.adopt():
             try:
-                return await self._reattach(deadline)
+                return await self._reattach(queues, deadline)
             except nbd.NbdError as error:
                 if sysfs.errno_name(error.errno) != "EINVAL":
                     raise
                 log.warning(
                     "%s: its connection was ended by somebody else; making a new device", self.name
                 )
+                self._properties.unlink(missing_ok=True)
                 self._index = None
-        return await self._attach_new(geometry)
+        return await self._attach_new(geometry, queues)
 
-    async def _attach_new(self, geometry: DiskGeometry) -> int:
-        ours, kernels = self._pair()
+    async def _attach_new(self, geometry: DiskGeometry, queues: int = 1) -> list[int]:
         flags = (
             (nbd.FLAG_READ_ONLY if geometry.read_only else 0)
             | (nbd.FLAG_SEND_FLUSH if geometry.flush else 0)
             | (nbd.FLAG_SEND_TRIM if geometry.discard else 0)
+            | (nbd.FLAG_CAN_MULTI_CONN if queues > 1 else 0)
         )
+        with contextlib.ExitStack() as ours:
+            pairs = [self._pair() for _ in range(queues)]
+            ends = [ours.enter_context(mine) for mine, _ in pairs]
+            kernels = [theirs for _, theirs in pairs]
 
-        def connect() -> int:
-            # The thread owns the kernel's end: it may outlive a caller that was cancelled.
-            with kernels, nbd.NbdControl(self._roots) as control:
-                return control.connect(
-                    [kernels.fileno()],
-                    size=0,
-                    block_size=geometry.sector_size,
-                    server_flags=flags,
-                    identifier=self.identifier,
-                    dead_conn_timeout=_NO_TIMEOUT,
-                )
+            def connect() -> int:
+                # The thread owns the kernel's ends: it may outlive a caller that was cancelled.
+                with contextlib.ExitStack() as held, nbd.NbdControl(self._roots) as control:
+                    for end in kernels:
+                        held.enter_context(end)
+                    return control.connect(
+                        [end.fileno() for end in kernels],
+                        size=0,
+                        block_size=geometry.sector_size,
+                        server_flags=flags,
+                        identifier=self.identifier,
+                        dead_conn_timeout=_NO_TIMEOUT,
+                    )
 
-        with ours:
             self._index = await _command(connect, "nbd connect")
             self._off.clear()
             self._tune()
-            return ours.detach()
+            return [end.detach() for end in ends]
 
-    async def _reattach(self, deadline: float) -> int:
+    async def _reattach(self, queues: int, deadline: float) -> list[int]:
+        """Gives the kernel sockets until it has taken one for each queue."""
         index = self._need_device()
         until = time.monotonic() + deadline
-        while True:
-            ours, kernels = self._pair()
+        with contextlib.ExitStack() as ours:
+            taken: list[socket.socket] = []
+            while True:
+                pairs = [self._pair() for _ in range(queues - len(taken))]
+                ends = [ours.enter_context(mine) for mine, _ in pairs]
+                kernels = [theirs for _, theirs in pairs]
 
-            def reconfigure(kernels: socket.socket = kernels) -> None:
-                with kernels, nbd.NbdControl(self._roots) as control:
-                    control.reconfigure(
-                        index, identifier=self.identifier, sock_fds=[kernels.fileno()]
-                    )
+                def reconfigure(kernels: list[socket.socket] = kernels) -> None:
+                    with contextlib.ExitStack() as held, nbd.NbdControl(self._roots) as control:
+                        for end in kernels:
+                            held.enter_context(end)
+                        control.reconfigure(
+                            index,
+                            identifier=self.identifier,
+                            sock_fds=[end.fileno() for end in kernels],
+                        )
 
-            with ours:
                 await _command(reconfigure, "nbd reconfigure")
-                if not hung_up(ours):
+                taken = [end for end in (*taken, *ends) if not hung_up(end)]
+                if len(taken) == queues:
                     self._tune()
-                    return ours.detach()
-            if time.monotonic() > until:
-                raise TargetError(
-                    f"{self.name}: the kernel did not let go of its former socket within "
-                    f"{deadline:.0f} s",
-                    hint="the worker that held the other end must have ended",
-                )
-            await asyncio.sleep(_POLL)
+                    return [end.detach() for end in taken]
+                if time.monotonic() > until:
+                    raise TargetError(
+                        f"{self.name}: the kernel did not let go of its former "
+                        f"{'sockets' if queues > 1 else 'socket'} within {deadline:.0f} s",
+                        hint="the worker that held the other end must have ended",
+                    )
+                await asyncio.sleep(_POLL)
 
     async def publish(self, geometry: DiskGeometry) -> None:
         """Raises TargetError if the sector size of a disk in use would change."""
@@ -318,6 +374,7 @@ class NbdTarget:
                 )
             if sectors:
                 log.info("%s: resized from %d to %d sectors", self.name, sectors, geometry.sectors)
+            self._describe(geometry)
 
             def resize() -> None:
                 with nbd.NbdControl(self._roots) as control:
@@ -329,6 +386,8 @@ class NbdTarget:
                     )
 
             await _command(resize, "nbd resize")
+        elif self._describe(geometry):
+            sysfs.write(self._sys / "uevent", "change")
         if not geometry.flush:
             self._off.add("flush")
         if not geometry.discard:
@@ -381,6 +440,7 @@ class NbdTarget:
         if not await _within(_LAST_CLOSE, lambda: not self._sys.exists()):
             log.info("%s: stays until the last program that has it open ends", self.name)
         self._remove_link()
+        self._properties.unlink(missing_ok=True)
         self._index = None
         self._off.clear()
 
@@ -406,9 +466,36 @@ class NbdTarget:
 
     def _tune(self) -> None:
         queue = self._sys / "queue"
-        sysfs.write(queue / "io_timeout", self.settings.io_timeout_ms)
+        alone = self._sockets(self.name) == 1
+        timeout = self.settings.io_timeout_ms if alone else 3 * _PATIENCE * 1000
+        sysfs.write(queue / "io_timeout", timeout)
         most = sysfs.read_int(queue / "max_hw_sectors_kb") or self.settings.max_sectors_kb
         sysfs.write(queue / "max_sectors_kb", min(most, self.settings.max_sectors_kb))
+
+    @property
+    def _properties(self) -> Path:
+        return self._roots.run / "udev" / self.name
+
+    def _describe(self, geometry: DiskGeometry) -> bool:
+        """What nbd cannot carry, for udev's rules; False if nothing of it is new."""
+        lines = {
+            "PVFRONT_NAME": self.label,
+            "PVFRONT_SERIAL": self.identifier.partition(":")[2],
+            "PVFRONT_PHYSICAL_BLOCK_SIZE": geometry.physical_sector_size,
+            "PVFRONT_REMOVABLE": int(geometry.removable),
+        }
+        if geometry.discard:
+            lines["PVFRONT_DISCARD_GRANULARITY"] = geometry.discard_granularity
+            lines["PVFRONT_DISCARD_ALIGNMENT"] = geometry.discard_alignment
+        text = "".join(f"{key}={value}\n" for key, value in lines.items())
+        path = self._properties
+        if sysfs.read(path) == text.strip():
+            return False
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.new")
+        new.write_text(text)
+        new.replace(path)
+        return True
 
     def _apply_off(self) -> None:
         """Takes features away; again after each resize, which brings discard back."""

@@ -18,7 +18,9 @@ pytestmark = [pytest.mark.disk, pytest.mark.embedded]
 COUNTS = (16, 64) if int(os.environ.get("PVFRONT_REPEATS", "1")) > 1 else (16,)
 """Disks; the many in a soak only (`make soak`)."""
 GRANTS = 353
-"""Pages of a disk: its ring, and one for each of 32 times 11 segments."""
+"""Pages for each disk, fewer than it asks for."""
+POOL_LEAST = 11
+"""Of them, one request's."""
 WORKER_KIB = 1024
 """More than that of its own no worker needs, whose pages are the grants."""
 
@@ -66,7 +68,8 @@ def test_many_disks_are_attached_served_and_detached(
     roomy.run(*f"{FIO} {each} {' '.join(jobs)}".replace("--name=verify", "").split())
     for disk in disks:
         assert disk.state()["generation"] == 1
-        assert disk.state()["pool_pages"] == GRANTS - 1, "it had to do with less than it wanted"
+        assert disk.state()["rings"]["pool_pages"] >= POOL_LEAST
+    assert sum(disk.state()["rings"]["granted"]["got"] for disk in disks) <= count * GRANTS
 
     own = [kib(Path(f"/proc/{pid}/status"), "RssAnon") for pid in workers]
     shared = [kib(Path(f"/proc/{pid}/status"), "RssShmem") for pid in workers]

@@ -23,6 +23,7 @@ from embedded import Backend, Nbd, Pages, Port
 
 from pvfront.blkfront.features import DiskGeometry
 from pvfront.blkfront.frontend import DiskFrontend
+from pvfront.blkfront.settings import DiskSettings
 from pvfront.blkfront.target import Clients, TargetError
 from pvfront.gntalloc import GrantsExhausted
 from pvfront.states import XenbusState
@@ -31,7 +32,7 @@ from pvfront.xenbus import View
 NAME = "vbd-51728"
 PATIENCE = 20.0
 SECTORS = 2048
-PORT, RING_GREF = 5, 6999
+PORT, RING_GREF = 5, 6900
 KEYS = {
     "sectors": str(SECTORS),
     "sector-size": "512",
@@ -55,6 +56,7 @@ class Host:
     def __init__(self) -> None:
         self.disk = bytearray(2 * SECTORS * 512)
         self.limit = 10000
+        self.ring_pages = 1
         self.pages: Pages | None = None
         self.backend: Backend | None = None
         self.backend_class = Backend
@@ -131,9 +133,11 @@ class Allocator:
         self.host.asked.append(pages)
         if pages > self.host.limit:
             raise GrantsExhausted(wanted=pages, held=0, limit=self.host.limit)
-        made = self.host.pages = Pages(1, pages - 1)
+        ring = self.host.ring_pages
+        made = self.host.pages = Pages(ring, pages - ring)
         self.connection = made.hand_over()
-        return SimpleNamespace(offset=made.ring_offset, pages=pages, grefs=(RING_GREF, *made.grefs))
+        refs = (*range(RING_GREF, RING_GREF + ring), *made.grefs)
+        return SimpleNamespace(offset=made.ring_offset, pages=pages, grefs=refs)
 
 
 class OsDevice:
@@ -148,18 +152,21 @@ class OsDevice:
         self.published: list[DiskGeometry] = []
         self.client: socket.socket | None = None
         self.refuses_close: TargetError | None = None
+        self.max_queues = 1
 
     async def adopt(self) -> bool:
         return self.exists
 
-    async def attach(self, geometry: DiskGeometry, *, deadline: float = 10.0) -> int:
+    async def attach(
+        self, geometry: DiskGeometry, *, queues: int = 1, deadline: float = 10.0
+    ) -> list[int]:
         self.calls.append("attach")
         if self.client is not None:
             self.client.close()
         self.client, theirs = socket.socketpair()
         self.client.settimeout(PATIENCE)
         self.exists, self.path = True, "/dev/nbd0"
-        return theirs.detach()
+        return [theirs.detach()]
 
     async def publish(self, geometry: DiskGeometry) -> None:
         self.calls.append("publish")
@@ -215,11 +222,16 @@ class World:
         self.run_dir = run_dir
         self.host = Host()
         self.name = "xen"
+        self.grants: int | None = None
         self.target: Any = OsDevice()
         self.device: Any = Device()
+        self.settings = DiskSettings()
         self.pokes = 0
         self.frontends: list[DiskFrontend] = []
         self.disk = self.frontend()
+
+    def grant_limit(self) -> int | None:
+        return self.grants
 
     def event_channels(self) -> Channels:
         return Channels(self.host)
@@ -229,7 +241,7 @@ class World:
 
     def frontend(self) -> DiskFrontend:
         platform: Any = self
-        made = DiskFrontend(NAME, 51728, "xvdb", platform, self.target)
+        made = DiskFrontend(NAME, 51728, "xvdb", platform, self.target, settings=self.settings)
 
         def poke() -> None:
             self.pokes += 1

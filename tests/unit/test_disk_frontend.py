@@ -27,6 +27,7 @@ from embedded import RSP_PROD, Nbd
 from pvfront import worker as worker_module
 from pvfront.blkfront import frontend as module
 from pvfront.blkfront.features import GeometryError
+from pvfront.blkfront.rings import Shape
 from pvfront.blkfront.target import TargetError
 from pvfront.errors import PvfrontError
 from pvfront.gntalloc import GrantsExhausted
@@ -57,7 +58,7 @@ async def test_attach_publishes_port_ring_and_protocol_and_keeps_no_descriptor(
         "event-channel": str(PORT),
         "ring-ref": str(RING_GREF),
         "protocol": "x86_64-abi",
-        "feature-persistent": "0",
+        "feature-persistent": "1",
     }
     assert world.disk.generation == 1
     assert world.host.asked == [1 + 32 * 11]
@@ -78,7 +79,7 @@ async def test_start_gives_the_worker_a_socket_and_publishes_the_disk(world: Wor
     details = disk.details()
     assert details["geometry"]["size"] == SECTORS * 512
     assert details["geometry"]["flush"] is True
-    assert (details["pool_pages"], details["ring_pages"]) == (352, 1)
+    assert (details["rings"]["pool_pages"], details["rings"]["ring_pages"]) == (352, 1)
     assert (details["os_device"], details["link"]) == ("/dev/nbd0", "/dev/pvfront/xvdb")
     assert (disk.busy(), disk.in_flight(), disk.os_path) == ("mounted at /srv", 7, "/dev/nbd0")
 
@@ -181,10 +182,13 @@ async def test_without_room_the_pool_is_halved_said_and_served(
 ) -> None:
     world.host.limit = 100
     disk = await world.running()
-    assert world.host.asked == [353, 177, 89]
-    assert disk.details()["pool_pages"] == 88
-    assert "trying 176 pages" in caplog.text
-    assert "trying 88 pages" in caplog.text
+    assert world.host.asked == [353, 176, 88]
+    rings = disk.details()["rings"]
+    assert rings["pool_pages"] == 87
+    assert rings["granted"]["asked"] == 353
+    assert rings["granted"]["got"] == 88
+    assert "no room for 176 granted pages" in rings["granted"]["why"]
+    assert "no room for 176 granted pages" in caplog.text
     data = os.urandom(256 * 1024)  # more than the pool holds
     await world.write(0, data)
     assert await world.read(0, len(data)) == data
@@ -193,7 +197,7 @@ async def test_without_room_the_pool_is_halved_said_and_served(
 async def test_the_least_pool_still_carries_one_request(world: World) -> None:
     world.host.limit = 12
     disk = await world.running()
-    assert disk.details()["pool_pages"] == 11
+    assert disk.details()["rings"]["pool_pages"] == 11
     await world.write(0, b"x" * 131072)
     assert world.host.disk[:131072] == b"x" * 131072
 
@@ -237,7 +241,8 @@ async def test_a_worker_that_refused_an_attach_still_ends_when_asked(
 ) -> None:
     disk = world.disk
     with monkeypatch.context() as wrong:
-        wrong.setattr(module, "RING_PAGES", 3)
+        wrong.setattr(Shape, "ring_pages", 3)
+        wrong.setattr(module.features, "queue_keys", lambda *_, **__: {})
         with pytest.raises(WorkerError, match="ring_pages"):
             await world.attach()
     await disk.detach(keep_target=False)

@@ -321,8 +321,7 @@ async def taken(target: SocketTarget) -> socket.socket:
     async with asyncio.timeout(PATIENCE):
         while not target.waiting:  # noqa: ASYNC110 - a state, with a deadline
             await asyncio.sleep(0.002)
-    fd = await target.attach(DISK)
-    assert fd is not None
+    (fd,) = await target.attach(DISK)
     target.served(True)
     return socket.socket(fileno=fd)
 
@@ -368,7 +367,7 @@ async def test_what_a_client_sends_ahead_is_left_for_the_worker(target: SocketTa
     with await taken(target) as worker:
         assert worker.recv(10000) == ahead
         assert not target.waiting
-        assert await target.attach(DISK) is None
+        assert await target.attach(DISK) == []
     client.close()
 
 

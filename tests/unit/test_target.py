@@ -10,6 +10,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ class FakeDevice:
         self.sys = sys
         self.backend = backend
         self.flags = flags
-        self.held: socket.socket | None = None
+        self.socks: list[socket.socket] = []
         self.bound = True
         (sys / "queue").mkdir(parents=True)
         self.put("backend", backend)
         self.put("pid", 1)
         self.put("size", 0)
+        self.put("uevent", "")
         self.put("inflight", "       0        0")
         self.put("queue/io_timeout", 30000)
         self.put("queue/max_sectors_kb", 128)
@@ -54,20 +56,34 @@ class FakeDevice:
         if self.flags & nbd.FLAG_SEND_TRIM:
             self.put("queue/discard_max_bytes", 2199023255040)
 
+    @property
+    def held(self) -> socket.socket:
+        (only,) = self.socks
+        return only
+
     def take(self, fd: int) -> None:
         # The driver holds the socket beyond the life of the caller's descriptor.
-        self.held = socket.socket(fileno=os.dup(fd))
+        (self.sys / "mq" / str(len(self.socks))).mkdir(parents=True)
+        self.socks.append(socket.socket(fileno=os.dup(fd)))
 
-    def dead(self) -> bool:
-        assert self.held is not None
-        poll = select.poll()
-        poll.register(self.held, select.POLLRDHUP)
-        return bool(poll.poll(0))
+    def replace(self, fd: int) -> bool:
+        """nbd_reconnect_socket: the place of the first dead one; False (ENOSPC) if none is."""
+        for place, sock in enumerate(self.socks):
+            if dead(sock):
+                sock.close()
+                self.socks[place] = socket.socket(fileno=os.dup(fd))
+                return True
+        return False
 
     def drop(self) -> None:
-        if self.held is not None:
-            self.held.close()
-            self.held = None
+        for sock in self.socks:
+            sock.close()
+
+
+def dead(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 class FakeKernel:
@@ -82,9 +98,9 @@ class FakeKernel:
         self.disconnect_blocks: threading.Event | None = None
         self.workers: list[Worker] = []
 
-    def worker(self, fd: int) -> Worker:
-        """A worker with the socket that it got; ended with the test if not before."""
-        self.workers.append(Worker(fd))
+    def worker(self, fds: list[int]) -> Worker:
+        """A worker with the sockets that it got; ended with the test if not before."""
+        self.workers.append(Worker(fds))
         return self.workers[-1]
 
     def control(self, roots: Roots) -> FakeControl:
@@ -114,7 +130,9 @@ class FakeControl:
         made = FakeDevice(self.kernel.roots.sys / "block" / f"nbd{index}", identifier, server_flags)
         (self.kernel.roots.block(made.sys.name)).symlink_to(made.sys)
         made.resize(size, block_size)
-        made.take(sock_fds[0])
+        assert len(sock_fds) == 1 or server_flags & nbd.FLAG_CAN_MULTI_CONN, "EINVAL"
+        for fd in sock_fds:
+            made.take(fd)
         self.kernel.devices[index] = made
         self.kernel.log.append(f"connect size={size} forever={dead_conn_timeout > 1 << 24}")
         return index
@@ -129,9 +147,8 @@ class FakeControl:
         for fd in sock_fds:
             if self.kernel.notices_late:
                 self.kernel.notices_late -= 1
-            elif found.dead():
-                found.drop()
-                found.take(fd)
+            elif not found.replace(fd):
+                break  # nbd_genl_reconfigure: no error, and no further look
 
     def disconnect(self, index: int) -> None:
         if self.kernel.disconnect_blocks is not None:
@@ -175,18 +192,22 @@ def device(kernel: FakeKernel, index: int = 0) -> FakeDevice:
 
 
 class Worker:
-    """The worker's end of the socket."""
+    """The worker's ends of the sockets."""
 
-    def __init__(self, fd: int) -> None:
-        self.sock = socket.socket(fileno=fd)
+    def __init__(self, fds: list[int]) -> None:
+        self.socks = [socket.socket(fileno=fd) for fd in fds]
+
+    @property
+    def sock(self) -> socket.socket:
+        (only,) = self.socks
+        return only
 
     def hung_up(self) -> bool:
-        poll = select.poll()
-        poll.register(self.sock, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        return any(map(dead, self.socks))
 
     def die(self) -> None:
-        self.sock.close()
+        for sock in self.socks:
+            sock.close()
 
 
 async def test_a_new_device_accepts_no_request_before_the_worker_serves(
@@ -211,7 +232,6 @@ async def test_the_queue_is_set_up_before_the_first_request(kernel: FakeKernel) 
 async def test_the_two_ends_are_connected(kernel: FakeKernel) -> None:
     worker = kernel.worker(await disk(kernel).attach(DISK))
     held = device(kernel).held
-    assert held is not None
     held.sendall(b"request")
     assert worker.sock.recv(100) == b"request"
 
@@ -289,6 +309,121 @@ async def test_a_device_that_somebody_disconnected_is_replaced_by_a_new_one(
     assert disk_target.name == "nbd1"
     assert str((kernel.roots.dev / "pvfront/xvdb").readlink()) == "../nbd1"
     first.die()
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that may have several sockets."""
+    monkeypatch.setattr(target, "_PATIENCE", 10)
+    monkeypatch.setattr(target, "_QUEUES_MOST", 16)
+
+
+async def test_each_queue_has_a_socket_and_the_flag_that_allows_it(
+    kernel: FakeKernel, guarded: None
+) -> None:
+    disk_target = disk(kernel)
+    assert disk_target.max_queues == 16
+    worker = kernel.worker(await disk_target.attach(DISK, queues=3))
+    assert device(kernel).flags & nbd.FLAG_CAN_MULTI_CONN
+    assert len(worker.socks) == len(device(kernel).socks) == 3
+    for theirs, ours in zip(device(kernel).socks, worker.socks, strict=True):
+        theirs.sendall(b"request")
+        assert ours.recv(100) == b"request"
+
+
+async def test_several_sockets_are_not_lost_to_a_slow_backend(
+    kernel: FakeKernel, guarded: None
+) -> None:
+    kernel.worker(await disk(kernel).attach(DISK, queues=2))
+    assert device(kernel).get("queue/io_timeout") == "30000"
+
+
+async def test_one_socket_needs_no_flag_and_replays_soon(kernel: FakeKernel) -> None:
+    kernel.worker(await disk(kernel).attach(DISK, queues=1))
+    assert not device(kernel).flags & nbd.FLAG_CAN_MULTI_CONN
+    assert device(kernel).get("queue/io_timeout") == "2000"
+
+
+async def test_a_device_has_the_queues_of_its_first_connect(
+    kernel: FakeKernel, guarded: None
+) -> None:
+    kernel.worker(await disk(kernel).attach(DISK, queues=2))
+    assert disk(kernel).max_queues == 2, "by its identifier, adopted or not"
+
+
+async def test_fewer_queues_replace_as_many_dead_sockets(kernel: FakeKernel, guarded: None) -> None:
+    disk_target = disk(kernel)
+    first = kernel.worker(await disk_target.attach(DISK, queues=3))
+    await disk_target.publish(DISK)
+    first.die()
+    second = kernel.worker(await disk_target.attach(DISK, queues=2))
+    assert len(second.socks) == 2
+    assert not second.hung_up()
+    assert [dead(sock) for sock in device(kernel).socks] == [False, False, True]
+    second.die()
+    third = kernel.worker(await disk_target.attach(DISK, queues=3))
+    assert not third.hung_up()
+
+
+async def test_sockets_that_the_kernel_lets_go_of_late_are_replaced_one_by_one(
+    kernel: FakeKernel, guarded: None
+) -> None:
+    disk_target = disk(kernel)
+    first = kernel.worker(await disk_target.attach(DISK, queues=3))
+    await disk_target.publish(DISK)
+    first.socks[0].close()
+    attaching = asyncio.create_task(disk_target.attach(DISK, queues=3))
+    await until(lambda: not dead(device(kernel).socks[0]))
+    assert not attaching.done()
+    first.die()
+    second = kernel.worker(await attaching)
+    assert not second.hung_up()
+    assert len(second.socks) == 3
+
+
+async def test_what_nbd_cannot_carry_is_there_for_udev_before_the_size(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rich = DiskGeometry(
+        131072,
+        physical_sector_size=4096,
+        removable=True,
+        discard=True,
+        discard_granularity=65536,
+        discard_alignment=512,
+    )
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(rich))
+    file = kernel.roots.run / "udev/nbd0"
+    resized = FakeDevice.resize
+
+    def resize(self: FakeDevice, size: int, block_size: int | None) -> None:
+        assert file.exists()
+        resized(self, size, block_size)
+
+    monkeypatch.setattr(FakeDevice, "resize", resize)
+    await disk_target.publish(rich)
+    assert dict(line.split("=") for line in file.read_text().splitlines()) == {
+        "PVFRONT_NAME": "xvdb",
+        "PVFRONT_SERIAL": "vbd-51728",
+        "PVFRONT_PHYSICAL_BLOCK_SIZE": "4096",
+        "PVFRONT_REMOVABLE": "1",
+        "PVFRONT_DISCARD_GRANULARITY": "65536",
+        "PVFRONT_DISCARD_ALIGNMENT": "512",
+    }
+    await disk_target.close()
+    assert not file.exists()
+
+
+async def test_udev_looks_again_when_only_such_properties_have_changed(
+    kernel: FakeKernel,
+) -> None:
+    disk_target = disk(kernel)
+    kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    assert device(kernel).get("uevent") == ""
+    await disk_target.publish(replace(DISK, physical_sector_size=4096))
+    assert device(kernel).get("uevent") == "change"
 
 
 async def test_a_later_supervisor_adopts_the_device_by_its_identifier(kernel: FakeKernel) -> None:
