@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pvfront.errors import PvfrontError
 from pvfront.host import store as _store
@@ -35,6 +35,7 @@ _SOCKET_PATH_MAX = 107
 """Bytes of sun_path, without its NUL."""
 
 _LONGEST_NAME = "run/vbd-4294967295.sock"
+_HUB_SECONDS = 10.0
 
 
 class Host:
@@ -95,6 +96,17 @@ class Host:
     def pids(self) -> tuple[int, ...]:
         """The processes of the host, if it was started here: hub, oxenstored."""
         return tuple(child.pid for child in self._children)
+
+    def dump(self) -> dict[str, Any]:
+        """What the hub has in its books: who holds which `ports` and `grants`, and how many grants
+        are `deferred`, freed and still mapped. Raises OSError: no hub answers.
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as hub:
+            hub.settimeout(_HUB_SECONDS)
+            hub.connect(os.fspath(self.directory / "hub.sock"))
+            hub.send(b'{"do": "dump"}')
+            answer = json.loads(hub.recv(1 << 22))
+        return {name: answer[name] for name in ("ports", "grants", "deferred")}
 
     async def create_domain(self, domid: int = HOST_DOMID, name: str = "guest") -> None:
         """Makes a domain's nodes as libxl does; one that is there stays as it is."""

@@ -15,18 +15,15 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
-import json
 import os
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pvfront.errors import PvfrontError
 from pvfront.host import Host
@@ -224,7 +221,7 @@ class Demo:
 
     def nothing_left(self, stats: Mapping[str, int]) -> None:
         say("nothing is left behind")
-        left = dump(self.host.directory)
+        left = self.host.dump()
         print(
             f"event channels: {len(left['ports'])}, grants: {len(left['grants'])}, "
             f"grants still mapped: {left['deferred']}, requests unanswered: "
@@ -249,18 +246,6 @@ def fill(path: Path, size: int) -> str:
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def dump(directory: Path) -> dict[str, Any]:
-    """What domain 1 still holds, as the hub has it in its books."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as hub:
-        hub.connect(str(directory / "hub.sock"))
-        for request in ({"do": "open", "device": "evtchn", "domid": 1}, {"do": "dump"}):
-            hub.send(json.dumps(request).encode())
-            answer = json.loads(hub.recv(1 << 20))
-            if not answer["ok"]:
-                raise DemoFailed(f"the hub refuses {request['do']}: {answer['text']}")
-    return {name: answer[name] for name in ("ports", "grants", "deferred")}
 
 
 def require_tools() -> None:

@@ -410,15 +410,6 @@ class EmbeddedWorld:
 
     # -- what is held --------------------------------------------------------------------------
 
-    def dump(self) -> dict[str, Any]:
-        """What the hub knows: who holds which ports and grants."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            sock.settimeout(PATIENCE)
-            sock.connect(str(self.directory / "hub.sock"))
-            sock.send(b'{"do": "dump"}')
-            found: dict[str, Any] = json.loads(sock.recv(1 << 22))
-        return found
-
     def workers(self) -> list[int]:
         """The pids of this host's workers: children of its supervisor, or of one before."""
         parent = self._service.pid if self._service is not None else 0
@@ -430,7 +421,7 @@ class EmbeddedWorld:
         ]
 
     def held(self) -> dict[str, int]:
-        dump = self.dump()
+        dump = self.host.dump()
         return {
             "workers": len(self.workers()),
             "event channels": len(dump["ports"]),

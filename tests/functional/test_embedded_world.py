@@ -49,6 +49,6 @@ def test_a_page_that_is_granted_is_missed(host: EmbeddedWorld) -> None:
     with host.disk(16) as disk:
         pages = disk.state()["rings"]["granted"]["got"]
         limit = json.loads((host.directory / "limits.json").read_text())["gntalloc"]
-        assert sum(area["pages"] for area in host.dump()["grants"]) == pages < limit
+        assert sum(area["pages"] for area in host.host.dump()["grants"]) == pages < limit
         with pytest.raises(AssertionError, match="GrantsExhausted"):
             host.grant_every_page()

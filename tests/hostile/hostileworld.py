@@ -170,15 +170,6 @@ class World:
         """Another backend process in the place of the one that is gone."""
         self.backend = await BlkBackend.start(self.host, **features)
 
-    def dump(self) -> dict[str, Any]:
-        """What the hub knows: who holds which ports and grants."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            sock.settimeout(PATIENCE)
-            sock.connect(str(self.host.directory / "hub.sock"))
-            sock.send(b'{"do": "dump"}')
-            answer: dict[str, Any] = json.loads(sock.recv(1 << 20))
-        return answer
-
     async def backend_dies(self, **features: Any) -> None:
         """Kills the backend and starts another one, which makes every frontend come again."""
         await self.backend.kill()
@@ -425,7 +416,7 @@ class Disk:
 
     def _left(self) -> list[str]:
         """Files of it; ports and grants of the whole guest, since tests run one by one."""
-        run, dump = self.world.run_dir, self.world.dump()
+        run, dump = self.world.run_dir, self.world.host.dump()
         left = [path.name for path in run.glob(f"{self.name}.*")]
         left += [path.name for path in run.glob(f"{self.label}.*")]
         left += [f"port {port}" for port in dump["ports"]]

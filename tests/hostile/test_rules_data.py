@@ -182,7 +182,7 @@ async def test_rule_20_grants_that_are_mapped_are_never_granted_again(
     await disk.release()
     await disk.connected(after=1)
     assert await store.read_opt(f"{disk.front}/ring-ref") != before
-    assert world.dump()["deferred"] >= 1
+    assert world.host.dump()["deferred"] >= 1
     ring.junk()  # of nobody any more
     await disk.works()
 
@@ -193,8 +193,8 @@ async def test_rule_21_a_broken_ring_is_left_alone_until_the_backend_has_closed(
     """The backend does not close: nothing is published, nothing freed, however long it takes."""
 
     def held() -> tuple[int, int]:
-        (grants,) = world.dump()["grants"]
-        return grants["pages"], len(world.dump()["ports"])
+        (grants,) = world.host.dump()["grants"]
+        return grants["pages"], len(world.host.dump()["ports"])
 
     client = await disk.client()
     await client.write(0, bytes(4096))
