@@ -4,4 +4,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+pytest.register_assert_rewrite("storeworld")
