@@ -313,6 +313,23 @@ async def _no_vbds(backend: BlkBackend) -> bool:
     return not await backend.vbds()
 
 
+async def test_a_device_that_is_closed_while_offline_goes_and_its_nodes_stay() -> None:
+    async with disk() as (host, backend, frontend):
+        await frontend.connect()
+        await frontend.disconnect()
+        assert len(await backend.vbds()) == 1  # it may come again
+        await frontend.say(INITIALISING)
+        await frontend.connect()
+        await host.store.write(f"{frontend.back}/online", "0")
+        await frontend.disconnect()
+        await eventually("its end", lambda: _none(backend))
+        assert await frontend.read("state") == str(CLOSED)
+
+
+async def _none(backend: BlkBackend) -> bool:
+    return not await backend.vbds()
+
+
 async def test_nodes_that_go_are_the_end_of_the_device() -> None:
     async with disk() as (host, backend, frontend):
         await frontend.connect()
