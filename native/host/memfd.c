@@ -8,17 +8,12 @@
 
 int pvf_memfd_check(int fd, uint64_t bytes)
 {
-	struct stat st;
-
-	if (fstat(fd, &st))
-		return -errno;
-	if (!S_ISREG(st.st_mode))
-		return -EINVAL;
 	/* The seal before the size, which may still fall until the seal is there. */
 	int seals = fcntl(fd, F_GET_SEALS);
+	struct stat st;
 
 	if (seals < 0)
-		return -errno; /* EINVAL: a file system without seals */
+		return -errno; /* EINVAL: no file, or of a file system without seals */
 	if (!(seals & F_SEAL_SHRINK))
 		return -EINVAL;
 	if (fstat(fd, &st))

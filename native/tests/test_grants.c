@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -256,6 +257,36 @@ static void protection(void)
 	done();
 }
 
+/* Whether a child has something at `where`, too. */
+static bool inherited(void *where)
+{
+	pid_t child = fork();
+	int status;
+
+	CHECK(child >= 0);
+	if (!child)
+		_exit(msync(where, PAGE, MS_ASYNC) ? errno : 0); /* ENOMEM: nothing is mapped there */
+	CHECK_EQ(waitpid(child, &status, 0), child);
+	CHECK(WIFEXITED(status) && (!WEXITSTATUS(status) || WEXITSTATUS(status) == ENOMEM));
+	return !WEXITSTATUS(status);
+}
+
+static void forks(void)
+{
+	static const uint32_t refs[] = {30};
+	uint32_t failed, missing;
+	void *where;
+
+	fresh();
+	pvf_grant_begin(&table[30], BACKEND, 0, 0, false);
+	CHECK_EQ(pvf_mapper_map(&mapper, refs, 1, false, &where, &failed, &missing), 0);
+	CHECK(!inherited(where));
+	CHECK(!inherited(table));
+	CHECK(!inherited(track));
+	pvf_mapper_unmap(&mapper, refs, 1, where);
+	done();
+}
+
 static void arenas(void)
 {
 	static const uint32_t refs[] = {20, 21};
@@ -415,6 +446,7 @@ int main(void)
 		{"grants of several arenas lie one after the other in one range", contiguous},
 		{"a read-only mapping cannot be written, and a read-only grant not mapped otherwise",
 		 protection},
+		{"what is mapped is no child's", forks},
 		{"an arena that is missing is named, and nothing stays mapped", arenas},
 		{"a page beyond its arena is refused, and found once the arena has grown", beyond},
 		{"grants can be mapped over address space that is there", over},
