@@ -161,6 +161,7 @@ class World:
         self.disk = Disk()
         self.tasks: list[asyncio.Task[None]] = []
         self.loop: DeviceLoop | None = None
+        self.told: list[list[str]] = []  # the disk's calls, each time that status has changed
 
     def nodes(self, front: int = 1, back: int = 2, **keys: str) -> None:
         domain = "n5,r0"
@@ -178,7 +179,12 @@ class World:
     async def start(self) -> DeviceLoop:
         self.tasks.append(asyncio.create_task(self.backend.run()))
         device = await XenbusDevice.open(self.guest, "vbd", 51728)
-        self.loop = DeviceLoop(device, self.disk, deadlines=QUICK)
+        self.loop = DeviceLoop(
+            device,
+            self.disk,
+            deadlines=QUICK,
+            on_change=lambda _: self.told.append(list(self.disk.calls)),
+        )
         self.tasks.append(asyncio.create_task(self.loop.run()))
         return self.loop
 
@@ -312,6 +318,7 @@ async def test_a_resize_is_an_update_not_a_reconnect(world: World) -> None:
     await world.connected()
     await world.backend.write("4")
     await world.eventually("an update", lambda: "update" in world.disk.calls)
+    await world.eventually("status of it", lambda: "update" in world.told[-1])
     assert world.disk.generation == 1
 
 
