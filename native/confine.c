@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include <linux/capability.h>
+#include <linux/futex.h>
 #include <xen/xen.h>
 #include <xen/sys/evtchn.h>
 
@@ -107,7 +108,7 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 	return 0;
 }
 #else
-/* The calls of the event loop, and who makes them. */
+/* The calls of the event loops, and who makes them. */
 static const int plain_calls[] = {
 	SCMP_SYS(epoll_wait), SCMP_SYS(epoll_pwait), SCMP_SYS(epoll_ctl), /* worker, queue */
 	SCMP_SYS(read), SCMP_SYS(write),                  /* ports, timers, PVF_ASSERT */
@@ -117,6 +118,12 @@ static const int plain_calls[] = {
 	SCMP_SYS(timerfd_settime), SCMP_SYS(clock_gettime), SCMP_SYS(restart_syscall),
 	SCMP_SYS(rt_sigreturn), SCMP_SYS(exit), SCMP_SYS(exit_group),
 };
+
+/* A lock that is held, and its end. */
+static const uint64_t futex_operations[] = {FUTEX_WAIT_PRIVATE, FUTEX_WAKE_PRIVATE};
+
+/* port_xen; fence. */
+static const uint64_t ioctls[] = {IOCTL_EVTCHN_NOTIFY, FIONREAD};
 
 /* port_xen and port_embedded, when they open. */
 static const uint64_t fcntl_commands[] = {F_GETFL, F_SETFL, F_GET_SEALS};
@@ -137,12 +144,19 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(mmap), 2,
 				      SCMP_A2(SCMP_CMP_EQ, PROT_READ | PROT_WRITE, 0),
 				      SCMP_A3(SCMP_CMP_EQ, MAP_SHARED, 0));
-	if (!rc)
+	for (size_t i = 0; !rc && i < sizeof(ioctls) / sizeof(*ioctls); i++)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(ioctl), 1,
-				      SCMP_A1(SCMP_CMP_MASKED_EQ, UINT32_MAX, IOCTL_EVTCHN_NOTIFY));
+				      SCMP_A1(SCMP_CMP_MASKED_EQ, UINT32_MAX, ioctls[i]));
+	for (size_t i = 0; !rc && i < sizeof(futex_operations) / sizeof(*futex_operations); i++)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(futex), 1,
+				      SCMP_A1(SCMP_CMP_MASKED_EQ, UINT32_MAX,
+					      futex_operations[i]));
 	for (size_t i = 0; !rc && i < sizeof(fcntl_commands) / sizeof(*fcntl_commands); i++)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
 				      SCMP_A1(SCMP_CMP_EQ, fcntl_commands[i], 0));
+	/* The queues' threads are there already. */
+	if (!rc)
+		rc = seccomp_attr_set(filter, SCMP_FLTATR_CTL_TSYNC, 1);
 	if (!rc)
 		rc = seccomp_load(filter);
 	seccomp_release(filter);

@@ -9,7 +9,7 @@
  *      namespaces of our own.
  *   2. pvf_confine_user: chroot, user and groups, no capability, not even one to be gained again.
  *   3. pvf_confine_calls: no new privileges, not dumpable, and only the system calls of the event
- *      loop. Any other kills the process, which frees the ring and the port and tells the
+ *      loops, in all threads. Any other kills the process, which frees the ring and the port and tells the
  *      supervisor.
  *
  * SIGTERM, SIGINT and SIGHUP are ignored because a worker that ends under a mounted disk is a

@@ -2,7 +2,7 @@
  *
  * pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR]
  *
- * One device's data path. Descriptor 3 is a listening AF_UNIX SOCK_SEQPACKET socket; everything
+ * One device's data path, a thread for each of up to N queues (1). Descriptor 3 is a listening AF_UNIX SOCK_SEQPACKET socket; everything
  * else comes through it (pvf_ctl.h). Status 0: told to exit; 1: could not start; 2: wrong usage.
  * Losing its parent or its supervisor does not end a worker.
  */
@@ -76,8 +76,8 @@ int main(int argc, char **argv)
 			name = optarg;
 			break;
 		case 'q':
-			if (!parse_id(optarg, &queues) || queues != 1)
-				return usage("--queues wants 1");
+			if (!parse_id(optarg, &queues) || !queues || queues > PVF_MAX_QUEUES)
+				return usage("--queues wants a number from 1 to 16");
 			break;
 		case 'u':
 			uid = parse_id(optarg, &confine.uid);
@@ -109,9 +109,13 @@ int main(int argc, char **argv)
 	fcntl(LISTEN_FD, F_SETFL, fcntl(LISTEN_FD, F_GETFL) | O_NONBLOCK);
 
 	pvf_confine_start(&confine);
-	rc = pvf_worker_init(&worker, LISTEN_FD, name, &why);
+	rc = pvf_worker_init(&worker, LISTEN_FD, name, queues, &why);
 	if (!rc)
 		rc = pvf_confine_user(&confine, &why);
+	/* A new thread is what its maker is: after the privileges are gone, and before the filter, since
+	 * it begins with calls that nobody makes later. */
+	if (!rc)
+		rc = pvf_worker_start(&worker, &why);
 	if (!rc)
 		rc = pvf_confine_calls(&confine, &why);
 	if (rc) {

@@ -1,36 +1,14 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
-#include "queue.h"
+#include "queue_int.h"
 
 #include <errno.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/timerfd.h>
-#include <time.h>
 #include <unistd.h>
 
-#define MS 1000000ull
-#define SECOND (1000 * MS)
-#define SPURIOUS_FREE 4           /* in a row, before the unmask is delayed */
-#define SPURIOUS_FORGET (2 * SECOND)
-#define UNMASK_CAP SECOND
-#define WATCHDOG_TICK (250 * MS)
-#define PATIENCE SECOND
+#include "stats.h"
 
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * SECOND + (uint64_t)ts.tv_nsec;
-}
-
-static void arm(int timer, uint64_t ns)
-{
-	struct itimerspec spec = {
-		.it_value = {.tv_sec = (time_t)(ns / SECOND), .tv_nsec = (long)(ns % SECOND)}};
-
-	timerfd_settime(timer, 0, &spec, NULL);
-}
+#define PATIENCE PVF_SECOND
 
 static int watch(const struct pvf_queue *q, int fd, uint32_t tag, uint32_t how)
 {
@@ -54,34 +32,129 @@ static int make_timer(const struct pvf_queue *q, uint32_t tag)
 	return fd;
 }
 
-int pvf_queue_init(struct pvf_queue *q, int epoll_fd)
+static void close_own(struct pvf_queue *q)
 {
-	memset(q, 0, sizeof(*q));
-	q->epoll_fd = epoll_fd;
-	q->target.fd = q->port.event_fd = -1;
-	pvf_blk_init(&q->blk);
-	q->unmask_timer = make_timer(q, PVF_TAG_UNMASK);
-	if (q->unmask_timer < 0)
-		return q->unmask_timer;
-	q->watchdog_timer = make_timer(q, PVF_TAG_WATCHDOG);
-	return q->watchdog_timer < 0 ? q->watchdog_timer : 0;
+	int own[] = {q->unmask_timer, q->watchdog_timer, q->wake_fd, q->epoll_fd};
+
+	for (size_t i = 0; i < sizeof(own) / sizeof(*own); i++)
+		if (own[i] >= 0)
+			close(own[i]);
 }
 
-static void broken(struct pvf_queue *q)
+int pvf_queue_init(struct pvf_queue *q, uint32_t index, struct pvf_fence *fence, int notes_fd,
+		   struct pvf_blk_stats *page)
 {
-	q->notes |= PVF_NOTE_BROKEN;
+	int rc;
+
+	memset(q, 0, sizeof(*q));
+	q->index = index;
+	q->fence = fence;
+	q->notes_fd = notes_fd;
+	q->page = page;
+	q->target.fd = q->port.event_fd = -1;
+	q->unmask_timer = q->watchdog_timer = q->wake_fd = -1;
+	q->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (q->epoll_fd < 0)
+		return -errno;
+	pthread_mutex_init(&q->gate, NULL);
+	pthread_mutex_init(&q->lock, NULL);
+	pvf_blk_init(&q->blk);
+	rc = q->unmask_timer = make_timer(q, PVF_TAG_UNMASK);
+	if (rc >= 0)
+		rc = q->watchdog_timer = make_timer(q, PVF_TAG_WATCHDOG);
+	if (rc >= 0) {
+		q->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+		/* Never read: each write is a new edge. */
+		rc = q->wake_fd < 0 ? -errno : watch(q, q->wake_fd, PVF_TAG_WAKE, EPOLLET);
+	}
+	if (rc < 0)
+		close_own(q);
+	return rc < 0 ? rc : 0;
+}
+
+/* All of a worker's memory is locked, so a thread costs what its stack is long: turns need little. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define STACK (1u << 20)
+#else
+#define STACK (128u << 10)
+#endif
+
+struct beginning {
+	struct pvf_queue *queue;
+	pthread_barrier_t here;
+};
+
+static void *serve(void *arg)
+{
+	struct beginning *b = arg;
+	struct pvf_queue *q = b->queue;
+	bool again = false;
+
+	pthread_barrier_wait(&b->here);
+	while (!__atomic_load_n(&q->ending, __ATOMIC_ACQUIRE))
+		again = pvf_queue_turn(q, again ? 0 : -1);
+	return NULL;
+}
+
+int pvf_queue_spawn(struct pvf_queue *q)
+{
+	struct beginning b = {.queue = q};
+	pthread_attr_t attr;
+	int rc = -pthread_attr_init(&attr);
+
+	if (rc)
+		return rc;
+	pthread_barrier_init(&b.here, NULL, 2);
+	rc = -pthread_attr_setstacksize(&attr, STACK);
+	if (!rc)
+		rc = -pthread_create(&q->thread, &attr, serve, &b);
+	if (!rc)
+		pthread_barrier_wait(&b.here);
+	pthread_barrier_destroy(&b.here);
+	pthread_attr_destroy(&attr);
+	q->threaded = !rc;
+	return rc;
+}
+
+void pvf_queue_free(struct pvf_queue *q)
+{
+	if (q->threaded) {
+		__atomic_store_n(&q->ending, 1, __ATOMIC_RELEASE);
+		pvf_queue_wake(q);
+		pthread_join(q->thread, NULL);
+	}
+	pvf_queue_detach(q, false);
+	close_own(q);
+	pthread_mutex_destroy(&q->lock);
+	pthread_mutex_destroy(&q->gate);
+}
+
+void pvf_queue_lock(struct pvf_queue *q)
+{
+	pthread_mutex_lock(&q->gate);
+	pthread_mutex_lock(&q->lock);
+	pthread_mutex_unlock(&q->gate);
+}
+
+void pvf_queue_unlock(struct pvf_queue *q)
+{
+	pthread_mutex_unlock(&q->lock);
+}
+
+void pvf_queue_wake(struct pvf_queue *q)
+{
+	pvf_signal(q->wake_fd);
+}
+
+void pvf_queue_stop(struct pvf_queue *q)
+{
+	if (q->stopped || !q->attached)
+		return;
+	q->stopped = true;
+	q->serving = q->again = false;
 	q->blk.pool.quarantined = true;
-	q->again = false;
 	/* A readable event channel would keep a level-triggered epoll awake. */
 	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
-}
-
-static void port_failed(struct pvf_queue *q, int error, const char *text)
-{
-	if (q->blk.fault.rule)
-		return;
-	q->blk.fault = (struct pvf_fault){23, (uint64_t)error, "event-channel", text};
-	broken(q);
 }
 
 int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
@@ -100,21 +173,41 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 	pvf_blk_attach(&q->blk, q->port.ring, q->port.ring_bytes, q->port.pool, a->pool_pages,
 		       a->pool_grefs, a->flags & PVF_ATTACH_SCRUB);
 	q->attached = true;
-	q->serving = q->no_new = false;
+	q->serving = q->no_new = q->drained = q->stopped = false;
 	/* An event from before may be waiting; the ring is new, so begin as if one had come. */
 	q->masked = q->delayed = q->stalled = q->unseen = q->polling = q->owed = false;
 	q->idle = true;
 	q->patience = 0;
 	q->spurious_run = 0;
-	q->features_told = 0;
+	q->features_noted = 0;
 	q->notes &= PVF_NOTE_TARGET_GONE;
 	return 0;
 }
 
-void pvf_queue_drop_target(struct pvf_queue *q)
+static void close_target(struct pvf_queue *q)
 {
 	pvf_target_close(&q->target);
+	if (q->source_ops && q->source_ops->close)
+		q->source_ops->close(q->source);
+}
+
+static void forget_target(struct pvf_queue *q)
+{
 	pvf_blk_drop_target(&q->blk);
+	q->lost = q->source_ops && q->target.gone;
+	q->unread = (struct pvf_unread){0};
+}
+
+void pvf_queue_drop_target(struct pvf_queue *q)
+{
+	close_target(q);
+	forget_target(q);
+	q->notes &= ~(uint32_t)PVF_NOTE_TARGET_GONE;
+}
+
+bool pvf_queue_has_target(const struct pvf_queue *q)
+{
+	return q->source_ops ? !q->target.gone : q->target.fd >= 0;
 }
 
 void pvf_queue_detach(struct pvf_queue *q, bool keep)
@@ -126,26 +219,25 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 		q->notes |= PVF_NOTE_TARGET_GONE;
 		keep = false;
 	}
-	if (!keep)
-		pvf_target_close(&q->target);
-	if (q->target.fd < 0 && !q->source_ops)
-		pvf_blk_drop_target(&q->blk);
+	if (q->source_ops && q->attached)
+		q->source_ops->deliver(q->source, &q->blk);
+	if (!keep || q->target.gone)
+		close_target(q);
+	if (q->target.fd < 0)
+		forget_target(q);
 	if (!q->attached)
 		return;
 	if (q->source_ops)
-		q->source_ops->deliver(q->source, &q->blk);
-	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
-	if (q->source_ops) {
-		pvf_blk_drop_target(&q->blk);
 		q->source_ops->restart(q->source);
-	}
+	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
 	pvf_blk_detach(&q->blk);
 	pvf_port_close(&q->port);
-	q->attached = q->serving = q->no_new = q->again = q->masked = q->delayed = false;
-	q->stalled = false;
-	q->watching = false;
-	arm(q->unmask_timer, 0);
-	arm(q->watchdog_timer, 0);
+	q->attached = q->serving = q->no_new = q->drained = q->stopped = false;
+	q->again = q->masked = q->delayed = q->stalled = q->watching = false;
+	q->oldest = 0;
+	pvf_fence_show(q->fence, q->index, q->unread.since);
+	pvf_arm(q->unmask_timer, 0);
+	pvf_arm(q->watchdog_timer, 0);
 }
 
 void pvf_queue_park(struct pvf_queue *q)
@@ -156,281 +248,50 @@ void pvf_queue_park(struct pvf_queue *q)
 int pvf_queue_target(struct pvf_queue *q, int fd)
 {
 	pvf_queue_drop_target(q);
-	return pvf_target_open(&q->target, fd, q->epoll_fd, PVF_TAG_TARGET);
+	return pvf_target_open(&q->target, fd, q->epoll_fd,
+			       (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET);
 }
 
-/* Events */
-
-/* 1: the port was delivered. */
-static int take_event(struct pvf_queue *q)
+void pvf_queue_start(struct pvf_queue *q, const struct pvf_geometry *geo)
 {
-	int rc = q->port.ops->read(&q->port);
-
-	if (rc < 0)
-		port_failed(q, -rc, "the event channel cannot be read");
-	if (rc <= 0)
-		return 0;
-	q->blk.stats.events++;
-	q->masked = true;
-	q->responses_since_event = 0;
-	return 1;
+	q->blk.now = pvf_now_ns();
+	pvf_blk_start(&q->blk, geo);
+	/* A kept socket that was hung up meanwhile: no queue may receive before this one has looked. */
+	if (q->queues > 1 && q->target.fd >= 0 && q->target.ended)
+		pvf_fence_close(q->fence);
 }
 
-static void unmask(struct pvf_queue *q)
+void pvf_queue_run(struct pvf_queue *q)
 {
-	int rc = q->port.ops->unmask(&q->port);
-
-	if (rc)
-		port_failed(q, -rc, "the event channel cannot be unmasked");
-	q->masked = q->delayed = false;
-}
-
-/* Ends the attention to one event: unmask now, or later if events keep coming for nothing. */
-static void finish_event(struct pvf_queue *q)
-{
-	if (q->responses_since_event || q->owed) {
-		q->owed = false;
-		q->spurious_run = 0;
-		unmask(q);
-		return;
-	}
-	uint64_t now = now_ns();
-
-	q->blk.stats.events_spurious++;
-	if (now - q->spurious_at > SPURIOUS_FORGET)
-		q->spurious_run = 0;
-	q->spurious_at = now;
-	if (++q->spurious_run <= SPURIOUS_FREE) {
-		unmask(q);
-		return;
-	}
-	uint32_t doublings = pvf_min32(q->spurious_run - SPURIOUS_FREE - 1, 10);
-	uint64_t delay = MS << doublings;
-
-	q->delayed = true;
-	arm(q->unmask_timer, delay < UNMASK_CAP ? delay : UNMASK_CAP);
-}
-
-static void notify(struct pvf_queue *q)
-{
-	int rc = q->port.ops->notify(&q->port);
-
-	if (rc)
-		port_failed(q, -rc, "the backend cannot be notified");
-	else
-		q->blk.stats.notifies++;
-}
-
-static void watch_ring(struct pvf_queue *q)
-{
-	bool idle = q->idle;
-
-	q->idle = !q->blk.in_flight;
-	if (q->idle)
-		return;
-	if (idle)
-		q->progress_at = now_ns();
-	if (q->watching)
-		return;
-	q->watching = true;
-	q->unseen = false;
-	arm(q->watchdog_timer, WATCHDOG_TICK);
+	q->serving = true;
+	q->no_new = q->drained = false;
 }
 
 void pvf_queue_quiesce(struct pvf_queue *q)
 {
 	q->no_new = true;
-	q->patience = now_ns() + PATIENCE;
+	q->drained = false;
+	q->patience = pvf_now_ns() + PATIENCE;
 	if (!q->watching) {
 		q->watching = true;
-		arm(q->watchdog_timer, WATCHDOG_TICK);
+		pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
 	}
 }
 
-static void drain(struct pvf_queue *q)
+void pvf_queue_publish(struct pvf_queue *q)
 {
 	struct pvf_blk *blk = &q->blk;
-	uint32_t n = pvf_ring_poll(&blk->ring, &blk->fault);
+	struct pvf_blk_stats *s = &blk->stats;
 
-	if (n)
-		n = pvf_blk_drain(blk, n);
-	if (blk->fault.rule) {
-		broken(q);
-		return;
-	}
-	if (!n)
-		return;
-	q->responses_since_event += n;
-	if (!q->masked)
-		q->owed = true;
-	q->progress_at = now_ns();
-	q->unseen = false;
-	if (q->stalled) {
-		q->stalled = false;
-		q->notes |= PVF_NOTE_STALL;
-	}
-	if (blk->features_off & ~q->features_told)
-		q->notes |= PVF_NOTE_FEATURE_OFF;
-}
-
-static void watchdog(struct pvf_queue *q)
-{
-	struct pvf_blk *blk = &q->blk;
-	struct pvf_fault fault = {0};
-
-	q->watching = false;
-	if (!q->attached || blk->fault.rule)
-		return;
-	if (!q->masked)
-		take_event(q); /* it may just not have had its turn */
-	if (blk->fault.rule)
-		return;
-	uint64_t now = now_ns(), silent = now - q->progress_at;
-
-	if (!blk->in_flight) {
-		if (now < q->patience) {
-			q->watching = true;
-			arm(q->watchdog_timer, WATCHDOG_TICK);
-		}
-		return;
-	}
-	if (q->delayed || q->polling) {
-		drain(q);
-	} else if (!q->masked && pvf_ring_poll(&blk->ring, &fault) && !fault.rule) {
-		if (q->unseen && q->unseen_at == blk->ring.rsp_cons) {
-			blk->stats.watchdog_hits++;
-			drain(q);
-			q->again = true;
-		} else {
-			q->unseen = true;
-			q->unseen_at = blk->ring.rsp_cons;
-		}
-	}
-	if (fault.rule) {
-		blk->fault = fault;
-		broken(q);
-		return;
-	}
-	if (blk->geo.stall_seconds && !q->stalled && silent >= blk->geo.stall_seconds * SECOND &&
-	    blk->in_flight) {
-		q->stalled = true;
-		q->stall_for = (uint32_t)(silent / SECOND);
-		q->notes |= PVF_NOTE_STALL;
-	}
-	q->watching = true;
-	arm(q->watchdog_timer, WATCHDOG_TICK);
-}
-
-static bool timer_fired(int timer)
-{
-	uint64_t times;
-
-	return read(timer, &times, sizeof(times)) == sizeof(times);
-}
-
-void pvf_queue_event(struct pvf_queue *q, uint32_t tag, uint32_t events)
-{
-	switch (tag) {
-	case PVF_TAG_EVENT:
-		if (q->attached && !q->blk.fault.rule)
-			take_event(q);
-		break;
-	case PVF_TAG_TARGET:
-		if (q->target.fd >= 0)
-			pvf_target_event(&q->target, events);
-		break;
-	case PVF_TAG_UNMASK:
-		/* Delayed for its spuriousness: look at the ring again, then unmask. */
-		if (timer_fired(q->unmask_timer) && q->delayed && !q->blk.fault.rule) {
-			drain(q);
-			if (!q->blk.fault.rule)
-				unmask(q);
-		}
-		break;
-	case PVF_TAG_WATCHDOG:
-		if (timer_fired(q->watchdog_timer) && q->watching)
-			watchdog(q);
-		break;
-	}
-}
-
-/* Service */
-
-static void target_ended(struct pvf_queue *q)
-{
-	q->notes |= PVF_NOTE_TARGET_GONE;
-	pvf_queue_drop_target(q);
-}
-
-void pvf_queue_service(struct pvf_queue *q)
-{
-	struct pvf_blk *blk = &q->blk;
-
-	q->again = false;
-	if (!q->attached || blk->fault.rule)
-		return;
-	blk->now = now_ns();
-	if ((q->masked && !q->delayed) || q->polling)
-		drain(q);
-	if (blk->fault.rule)
-		return;
-	if (q->source_ops && q->serving)
-		q->again |= q->source_ops->intake(q->source, blk, q->no_new);
-	else if (q->target.fd >= 0 && q->serving)
-		q->again |= pvf_target_receive(&q->target, blk, q->no_new);
-	/* The backend has its work before the client has its answers: they go on side by side. */
-	if (pvf_ring_push(&blk->ring))
-		notify(q);
-	if (q->source_ops) {
-		q->again |= q->source_ops->deliver(q->source, blk);
-	} else if (q->target.fd >= 0) {
-		q->again |= pvf_target_send(&q->target, blk);
-		if (q->target.gone)
-			target_ended(q);
-	}
-	watch_ring(q);
-	if (blk->fault.rule || !q->masked || q->delayed || q->polling)
-		return;
-	if (pvf_ring_final_check(&blk->ring, &blk->fault))
-		q->again = true;
-	else if (blk->fault.rule)
-		broken(q);
-	else
-		finish_event(q);
-}
-
-bool pvf_queue_arm(struct pvf_queue *q)
-{
-	struct pvf_blk *blk = &q->blk;
-
-	if (!q->polling || !q->attached || blk->fault.rule)
-		return false;
-	if (pvf_ring_final_check(&blk->ring, &blk->fault))
-		return true;
-	if (blk->fault.rule) {
-		broken(q);
-		return false;
-	}
-	q->polling = false;
-	if (q->masked && !q->delayed)
-		finish_event(q);
-	return false;
-}
-
-bool pvf_queue_drained(const struct pvf_queue *q)
-{
-	const struct pvf_blk *blk = &q->blk;
-	const struct pvf_target *t = &q->target;
-
-	if (blk->in_flight)
-		return false;
-	if (q->source_ops && !blk->fault.rule)
-		return blk->current == PVF_NONE && !blk->flush_count && !blk->reply_count;
-	if (t->fd < 0 || blk->fault.rule)
-		return true;
-	if (blk->flush_count || (blk->reply_count && t->tx_ready))
-		return false;
-	if (blk->current == PVF_NONE && !blk->skip)
-		return true;
-	return (!t->rx_ready || !t->tx_ready) && now_ns() >= q->patience;
+	s->state = q->state;
+	s->generation = q->generation;
+	s->queue = q->index;
+	s->queues = q->queues;
+	s->in_flight = blk->in_flight;
+	s->pool_pages = blk->pool.pages;
+	s->pool_free = blk->pool.free;
+	s->pool_free_low = blk->pool.free_low;
+	s->ring_slots = blk->ring.entries;
+	s->nbd_pending = blk->pending;
+	pvf_stats_publish(q->page, s);
 }

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
- * One queue: a ring, its pool, its event channel, its NBD socket and its two timers, served by one
- * thread. Several queues will be several of these, each with its own thread and epoll.
+ * One queue: a ring, its pool, its event channel, what it serves (an NBD socket) and its two timers,
+ * with an epoll of its own. Whoever calls pvf_queue_turn() serves it: its thread, as a rule.
  *
  * Theory of operation
  *
  *   A delivered event leaves the port masked: masked means that the ring has our attention. One
- *   pvf_queue_service() does a bounded amount of each (rule 8): drain the ring, receive and issue,
- *   publish with at most one notify, send replies. Then the final check: more responses, and
- *   the port stays masked for another round; none, and it is unmasked, because from there on every
- *   response brings an event.
+ *   turn does a bounded amount of each (rule 8): drain the ring, receive and issue, publish with
+ *   at most one notify, send replies. Then the final check: more responses, and the port stays
+ *   masked for another round; none, and it is unmasked, because from there on every response
+ *   brings an event.
  *
  *   An event with no response behind it is spurious (rule 23). A few can be honest races; from the
  *   fifth in a row the unmask is put off, 1 ms at first, doubled each time up to 1 s. A response, or
@@ -20,52 +20,66 @@
  *
  *   A broken rule stops the ring for good: it is not read, written, notified or unmasked any more,
  *   and the pool hands out nothing (rule 21), until the connection is detached.
+ *
+ *   Threads: everything in a queue is touched only under its lock, which a turn holds whole, but
+ *   not while it sleeps in epoll_wait(). The worker takes the lock to act, and then wakes the
+ *   queue. What happens on the queue's side is noted in `notes`, for which the worker is woken; it
+ *   looks, and clears them, under the lock. No queue ever takes another's lock.
  */
 #ifndef PVF_QUEUE_H
 #define PVF_QUEUE_H
 
+#include <pthread.h>
+
 #include "blk.h"
+#include "fence.h"
 #include "port.h"
+#include "source.h"
 #include "target.h"
 
-enum pvf_queue_tag { /* low bits of the epoll data, below the worker's own */
+enum pvf_queue_tag { /* low half of the epoll data */
 	PVF_TAG_EVENT = 1,
 	PVF_TAG_TARGET = 2,
 	PVF_TAG_UNMASK = 3,
 	PVF_TAG_WATCHDOG = 4,
+	PVF_TAG_WAKE = 5,
 };
 
-/* What has happened since the worker last looked; it clears what it has told. */
+/* What has happened since the worker last looked. */
 enum pvf_queue_note {
 	PVF_NOTE_BROKEN = 1,
-	PVF_NOTE_TARGET_GONE = 2,
+	PVF_NOTE_TARGET_GONE = 2, /* its socket is not used any more, but still open */
 	PVF_NOTE_FEATURE_OFF = 4,
 	PVF_NOTE_STALL = 8, /* begun or ended: see `stalled` */
-};
-
-/* Where requests come from instead of an NBD socket. It has all of a request's bytes at hand, so
- * none is ever half received, and it never ends by itself. */
-struct pvf_source_ops {
-	/* Begins what waits while there is room in ring and pool, a bounded amount. `no_new`: only
-	 * finishes what has begun. True: stopped by the bound. */
-	bool (*intake)(void *source, struct pvf_blk *blk, bool no_new);
-	/* Takes the engine's answers (pvf_blk_answer), all there are. True: intake may go on now. */
-	bool (*deliver)(void *source, struct pvf_blk *blk);
-	/* The engine has dropped its requests with their connection. */
-	void (*restart)(void *source);
+	PVF_NOTE_DRAINED = 16,
 };
 
 struct pvf_queue {
+	pthread_mutex_t gate, lock; /* see pvf_queue_lock() */
+	pthread_t thread;
+	bool threaded;
+	uint32_t ending; /* atomic: the thread is to end */
+	uint32_t index;
 	int epoll_fd;
-	int unmask_timer, watchdog_timer;
+	int unmask_timer, watchdog_timer, wake_fd;
+	int notes_fd;            /* an eventfd of the worker's */
+	struct pvf_fence *fence; /* shared by the device's queues */
+	struct pvf_blk_stats *page;
+	uint32_t state, generation; /* the worker's, for the statistics */
+	uint32_t queues;         /* attached: above 1, the fence holds */
 	struct pvf_blk blk;
 	struct pvf_port port;
-	struct pvf_target target;
-	const struct pvf_source_ops *source_ops; /* NULL: requests come from `target` */
+	struct pvf_target target; /* the NBD socket; `gone`, `error` and `why` are of any target */
+	const struct pvf_source_ops *source_ops; /* NULL: the NBD socket is served */
 	void *source;
+	struct pvf_unread unread;
+	uint32_t sockets;   /* taken so far: part of an NBD socket's epoll data */
 	bool attached;      /* ring and port are there */
 	bool serving;       /* intake is wanted */
 	bool no_new;        /* draining: no new request */
+	bool drained;       /* while no_new: as pvf_queue_drained(), and it stays so */
+	bool stopped;       /* a rule was broken, here or in another queue of the device */
+	bool lost;          /* the target has ended: noted */
 	bool again;         /* more to do: do not sleep */
 	bool masked;        /* the port was delivered and not given back */
 	bool delayed;       /* the unmask waits for its timer */
@@ -78,22 +92,57 @@ struct pvf_queue {
 	uint32_t responses_since_event;
 	uint64_t spurious_at;  /* ns, CLOCK_MONOTONIC */
 	uint64_t progress_at;  /* last response, or the ring's last leaving emptiness */
+	uint64_t oldest;       /* no request in the ring is older; 0: none is there */
 	uint32_t stall_for;    /* seconds, while stalled */
 	uint32_t unseen_at;    /* rsp_cons when the watchdog first saw an unannounced response */
 	bool unseen;
 	uint64_t patience;     /* draining: until when a request cut in the middle is waited for */
-	uint32_t features_told;
+	uint32_t features_noted;
 	uint32_t notes;        /* enum pvf_queue_note */
+	uint32_t notes_told;   /* of which the worker was woken for */
 };
 
-/* Once: makes the timers and watches them. 0 or -errno. */
-int pvf_queue_init(struct pvf_queue *queue, int epoll_fd);
+/* Once: makes epoll, timers and wake-up. 0, or -errno and nothing is held. */
+int pvf_queue_init(struct pvf_queue *queue, uint32_t index, struct pvf_fence *fence, int notes_fd,
+		   struct pvf_blk_stats *page);
+
+/* Starts the queue's own thread, which is past everything that only a beginning thread does when
+ * this returns: a system call filter may follow. 0 or -errno. */
+int pvf_queue_spawn(struct pvf_queue *queue);
+
+/* The end: of the thread, if there is one (no other may be in a turn), of the connection as
+ * pvf_queue_detach() does it, and of what pvf_queue_init() made. */
+void pvf_queue_free(struct pvf_queue *queue);
+
+/* First come, first served: a queue that has work without end takes its own lock again and again,
+ * and would otherwise never leave it to who waits. */
+void pvf_queue_lock(struct pvf_queue *queue);
+void pvf_queue_unlock(struct pvf_queue *queue);
+
+/* Waits up to `timeout` ms (-1: without end) for something to do, and does a bounded amount of it.
+ * True: there is more, do not wait. Takes the lock itself; from any thread. */
+bool pvf_queue_turn(struct pvf_queue *queue, int timeout);
+
+/* Makes a turn that waits, or the next one, look at everything. */
+void pvf_queue_wake(struct pvf_queue *queue);
+
+/* All that follow: with the lock held. */
+
+/* The parts of a turn, for who waits in a way of his own: what an event of the queue's epoll says,
+ * and the service. */
+void pvf_queue_event(struct pvf_queue *queue, uint64_t data, uint32_t events);
+void pvf_queue_service(struct pvf_queue *queue);
+
+/* While `polling` is set, a service takes what has come and asks for no event. This ends that: the next
+ * response brings an event. True: one has come already, and `polling` stays set. */
+bool pvf_queue_arm(struct pvf_queue *queue);
 
 /* Opens the port and lays out the ring. As pvf_port_open() on failure. */
 int pvf_queue_attach(struct pvf_queue *queue, int event_fd, int grant_fd,
 		     const struct pvf_ctl_attach *attach, const char **why);
 
-/* Leaves the connection; the target is closed too unless `keep` and nothing of it is lost. */
+/* Leaves the connection; the NBD socket or source is closed too unless `keep` and nothing of it is lost:
+ * PVF_NOTE_TARGET_GONE says so. */
 void pvf_queue_detach(struct pvf_queue *queue, bool keep);
 
 /* Before a detach: the event channel's descriptor is forgotten instead of closed. It stays open,
@@ -103,19 +152,22 @@ void pvf_queue_park(struct pvf_queue *queue);
 /* Takes a new NBD socket. 0 or -errno (the descriptor is the caller's then). */
 int pvf_queue_target(struct pvf_queue *queue, int fd);
 void pvf_queue_drop_target(struct pvf_queue *queue);
+bool pvf_queue_has_target(const struct pvf_queue *queue);
+
+/* Takes the disk's numbers. */
+void pvf_queue_start(struct pvf_queue *queue, const struct pvf_geometry *geo);
+
+/* Intake is wanted from now on. After pvf_queue_start() of all queues. */
+void pvf_queue_run(struct pvf_queue *queue);
 
 /* Begins to drain: the request at intake is finished as far as its client delivers it (a client that
  * stops in the middle of one is given a second), no other is begun. */
 void pvf_queue_quiesce(struct pvf_queue *queue);
 
-void pvf_queue_event(struct pvf_queue *queue, uint32_t tag, uint32_t events);
-void pvf_queue_service(struct pvf_queue *queue);
+/* Another queue's ring was broken: this one is left alone as that one is. */
+void pvf_queue_stop(struct pvf_queue *queue);
 
-/* While `polling` is set, a service takes what has come and asks for no event. This ends that: the next
- * response brings an event. True: one has come already, and `polling` stays set. */
-bool pvf_queue_arm(struct pvf_queue *queue);
-
-/* True: no request is in the ring, and none can come there without the client doing something. */
-bool pvf_queue_drained(const struct pvf_queue *queue);
+/* Shows the statistics. */
+void pvf_queue_publish(struct pvf_queue *queue);
 
 #endif

@@ -1,25 +1,27 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
- * The statistics page: a memfd that this worker writes and anyone it is given to may only read.
+ * The statistics: a memfd that this worker writes and anyone it is given to may only read, one page
+ * for each queue.
  */
 #ifndef PVF_STATS_H
 #define PVF_STATS_H
 
 #include "pvf.h"
 
-#define PVF_STATS_SIZE PVF_PAGE_SIZE
-
-struct pvf_stats_page {
+struct pvf_stats {
 	int fd; /* read-only: to be handed out */
-	struct pvf_blk_stats *shared;
+	uint32_t queues;
+	unsigned char *shared; /* that many pages */
 };
 
-/* Makes the page, seals its size and any new writable mapping. 0 or -errno. */
-int pvf_stats_open(struct pvf_stats_page *page);
+/* Makes the pages, seals their size and any new writable mapping. 0 or -errno. */
+int pvf_stats_open(struct pvf_stats *stats, uint32_t queues);
+void pvf_stats_close(struct pvf_stats *stats);
 
-void pvf_stats_close(struct pvf_stats_page *page);
+struct pvf_blk_stats *pvf_stats_page(const struct pvf_stats *stats, uint32_t queue);
 
-/* Shows `now` (all but magic, version and sequence) under the sequence lock. */
-void pvf_stats_publish(struct pvf_stats_page *page, const struct pvf_blk_stats *now);
+/* Shows `now` (all but magic, version and sequence) under the page's sequence lock. A page has one
+ * writer at a time. */
+void pvf_stats_publish(struct pvf_blk_stats *page, const struct pvf_blk_stats *now);
 
 #endif

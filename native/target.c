@@ -11,7 +11,7 @@
 
 #define STEPS 256 /* a turn */
 #define SEND_IOV 256
-#define JUNK 65536
+#define JUNK 16384
 #define SMALL 16384u /* bytes of a write that may be copied once more */
 #define HEADERS (16u * PVF_NBD_HEADER)
 
@@ -164,7 +164,7 @@ static void receive_payload(struct pvf_target *t, struct pvf_blk *blk)
 
 static void receive_junk(struct pvf_target *t, struct pvf_blk *blk)
 {
-	static uint8_t junk[JUNK];
+	uint8_t junk[JUNK]; /* of this thread */
 	struct iovec iov[2] = {{.iov_base = junk, .iov_len = pvf_min32(blk->skip, JUNK)}};
 	uint32_t have = pvf_min32(t->ahead_end - t->ahead_at, blk->skip);
 	int n = 1;

@@ -3,12 +3,13 @@
 
 #include <errno.h>
 #include <string.h>
-#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #define TAG_LISTEN 16
 #define TAG_CONTROL 17
+#define TAG_NOTES 18
 #define CONTROL_MESSAGES 8 /* per wake-up */
 
 static void copy_text(char *to, size_t size, const char *from)
@@ -19,7 +20,7 @@ static void copy_text(char *to, size_t size, const char *from)
 	memset(to + n, 0, size - n);
 }
 
-/* Upwards */
+/* Upwards. What is of a queue: under its lock. */
 
 static void send_simple(struct pvf_worker *w, uint16_t type)
 {
@@ -46,38 +47,44 @@ void pvf_worker_log(struct pvf_worker *w, uint32_t level, const char *text)
 
 static void send_broken(struct pvf_worker *w)
 {
-	struct pvf_ctl_broken m = {.rule = w->fault.rule, .value = w->fault.value};
+	struct pvf_ctl_broken m = {
+		.rule = w->fault.rule, .queue = w->fault_queue, .value = w->fault.value};
 
 	copy_text(m.field, sizeof(m.field), w->fault.field);
 	copy_text(m.text, sizeof(m.text), w->fault.text);
 	pvf_ctl_send(&w->ctl, &m, PVF_CTL_BROKEN, w->generation, sizeof(m), -1);
 }
 
-static void send_target_gone(struct pvf_worker *w)
+static void send_target_gone(struct pvf_worker *w, const struct pvf_queue *q)
 {
-	const struct pvf_target *t = &w->queue.target;
-	struct pvf_ctl_target_gone m = {.error = t->error, .in_flight = w->queue.blk.in_flight};
+	struct pvf_ctl_target_gone m = {
+		.error = q->target.error, .queue = q->index, .in_flight = q->blk.in_flight};
 
-	copy_text(m.text, sizeof(m.text), t->why);
+	copy_text(m.text, sizeof(m.text), q->target.why);
 	pvf_ctl_send(&w->ctl, &m, PVF_CTL_TARGET_GONE, w->generation, sizeof(m), -1);
 }
 
-static void send_features_off(struct pvf_worker *w, uint32_t features)
+/* A feature is the device's: told once, for the queue where it turned out first. */
+static void send_features_off(struct pvf_worker *w, const struct pvf_queue *q)
 {
-	for (uint32_t bit = PVF_BLK_FLUSH; bit <= PVF_BLK_BARRIER; bit <<= 1) {
-		struct pvf_ctl_feature_off m = {.feature = bit};
+	uint32_t news = q->blk.features_off & ~w->features_told;
 
-		if (features & bit)
+	w->features_told |= news;
+	for (uint32_t bit = PVF_BLK_FLUSH; bit <= PVF_BLK_BARRIER; bit <<= 1) {
+		struct pvf_ctl_feature_off m = {.feature = bit, .queue = q->index};
+
+		if (news & bit)
 			pvf_ctl_send(&w->ctl, &m, PVF_CTL_FEATURE_OFF, w->generation, sizeof(m),
 				     -1);
 	}
 }
 
-static void send_stalled(struct pvf_worker *w)
+static void send_stalled(struct pvf_worker *w, const struct pvf_queue *q)
 {
 	struct pvf_ctl_stalled m = {
-		.seconds = w->queue.stalled ? w->queue.stall_for : 0,
-		.in_flight = w->queue.blk.in_flight,
+		.seconds = q->stalled ? q->stall_for : 0,
+		.queue = q->index,
+		.in_flight = q->blk.in_flight,
 	};
 
 	pvf_ctl_send(&w->ctl, &m, PVF_CTL_STALLED, w->generation, sizeof(m), -1);
@@ -90,20 +97,33 @@ static void send_hello(struct pvf_worker *w)
 		.state = w->state,
 		.device_class = w->device_class,
 		.pid = w->pid,
-		.in_flight = w->queue.blk.in_flight,
-		.targets = w->queue.target.fd >= 0 || w->queue.source_ops,
-		.stats_size = PVF_STATS_SIZE,
-		.queues = 1,
-		.attached = w->queue.attached,
+		.stats_size = w->queues * PVF_PAGE_SIZE,
+		.queues = w->queues,
+		.attached = w->attached,
 	};
 
+	for (uint32_t i = 0; i < w->queues; i++) {
+		struct pvf_queue *q = &w->queue[i];
+
+		pvf_queue_lock(q);
+		m.in_flight += q->blk.in_flight;
+		m.targets |= (uint32_t)pvf_queue_has_target(q) << i;
+		pvf_queue_unlock(q);
+	}
 	copy_text(m.name, sizeof(m.name), w->name);
 	pvf_ctl_send(&w->ctl, &m, PVF_CTL_HELLO, w->generation, sizeof(m), w->stats.fd);
 	if (w->state == PVF_BROKEN)
 		send_broken(w);
-	send_features_off(w, w->queue.features_told);
-	if (w->queue.stalled)
-		send_stalled(w);
+	w->features_told = 0;
+	for (uint32_t i = 0; i < w->queues; i++) {
+		struct pvf_queue *q = &w->queue[i];
+
+		pvf_queue_lock(q);
+		send_features_off(w, q);
+		if (q->stalled)
+			send_stalled(w, q);
+		pvf_queue_unlock(q);
+	}
 	if (w->start_notes[0])
 		pvf_worker_log(w, 4, w->start_notes);
 	w->start_notes[0] = 0;
@@ -111,41 +131,127 @@ static void send_hello(struct pvf_worker *w)
 
 /* States */
 
+/* One queue's ring was broken: its backend is every queue's. */
+static void stop_all(struct pvf_worker *w)
+{
+	for (uint32_t i = 0; i < w->queues; i++) {
+		struct pvf_queue *q = &w->queue[i];
+
+		pvf_queue_lock(q);
+		pvf_queue_stop(q);
+		pvf_queue_unlock(q);
+	}
+	w->state = PVF_BROKEN;
+	send_broken(w);
+	if (w->quiesce_asked)
+		send_error(w, PVF_CTL_QUIESCE, EIO, "the backend broke the ring");
+	w->quiesce_asked = false;
+}
+
+/* The sockets of the queues in `lost` have ended. With several queues all are closed: what was in one
+ * is sent again on another (fence.h). No queue receives any more. */
+static void lose_targets(struct pvf_worker *w, uint32_t lost)
+{
+	for (uint32_t i = 0; i < w->queues; i++) {
+		struct pvf_queue *q = &w->queue[i];
+
+		if (w->attached < 2 && !(lost >> i & 1))
+			continue;
+		pvf_queue_lock(q);
+		pvf_queue_drop_target(q);
+		q->serving = false;
+		q->no_new = true;
+		q->drained = false;
+		if (lost >> i & 1)
+			send_target_gone(w, q);
+		pvf_queue_unlock(q);
+		pvf_queue_wake(q);
+	}
+	pvf_fence_open(&w->fence);
+	if (w->state == PVF_RUNNING)
+		w->state = PVF_TARGET_LOST;
+}
+
+static bool all_drained(struct pvf_worker *w)
+{
+	bool all = true;
+
+	for (uint32_t i = 0; i < w->attached; i++) {
+		pvf_queue_lock(&w->queue[i]);
+		all &= w->queue[i].drained;
+		pvf_queue_unlock(&w->queue[i]);
+	}
+	return all;
+}
+
+/* Brings the state up to what the queues have noted. */
 static void settle(struct pvf_worker *w)
 {
-	struct pvf_queue *q = &w->queue;
+	uint32_t lost = 0;
+	bool broken = false;
 
-	if (q->notes & PVF_NOTE_BROKEN && q->blk.fault.rule) {
-		w->fault = q->blk.fault;
-		w->state = PVF_BROKEN;
-		q->serving = false;
-		send_broken(w);
-		if (w->quiesce_asked)
-			send_error(w, PVF_CTL_QUIESCE, EIO, "the backend broke the ring");
-		w->quiesce_asked = false;
-	}
-	if (q->notes & PVF_NOTE_TARGET_GONE) {
-		send_target_gone(w);
-		if (w->state == PVF_RUNNING)
-			w->state = PVF_TARGET_LOST;
-	}
-	if (q->notes & PVF_NOTE_FEATURE_OFF) {
-		uint32_t news = q->blk.features_off & ~q->features_told;
+	for (uint32_t i = 0; i < w->queues; i++) {
+		struct pvf_queue *q = &w->queue[i];
 
-		q->features_told |= news;
-		send_features_off(w, news);
+		pvf_queue_lock(q);
+		if (q->notes & PVF_NOTE_BROKEN && w->state != PVF_BROKEN && !broken) {
+			broken = true;
+			w->fault = q->blk.fault;
+			w->fault_queue = i;
+		}
+		if (q->notes & PVF_NOTE_TARGET_GONE)
+			lost |= 1u << i;
+		if (q->notes & PVF_NOTE_FEATURE_OFF)
+			send_features_off(w, q);
+		if (q->notes & PVF_NOTE_STALL)
+			send_stalled(w, q);
+		q->notes = q->notes_told = 0;
+		pvf_queue_unlock(q);
 	}
-	if (q->notes & PVF_NOTE_STALL)
-		send_stalled(w);
-	q->notes = 0;
-	if ((w->state == PVF_DRAINING || w->state == PVF_TARGET_LOST) && pvf_queue_drained(q)) {
+	if (broken)
+		stop_all(w);
+	if (lost)
+		lose_targets(w, lost);
+	if ((w->state == PVF_DRAINING || w->state == PVF_TARGET_LOST) && all_drained(w)) {
 		/* A lost target drains unasked; the supervisor waits for this to bring a new one. */
 		w->state = PVF_DRAINED;
-		q->serving = false;
 		w->quiesce_asked = false;
 		send_simple(w, PVF_CTL_DRAINED);
 	}
 }
+
+/* Leaves the connection, also one of which not all queues are attached. */
+static void leave(struct pvf_worker *w, bool keep, bool park)
+{
+	uint32_t lost = 0;
+
+	/* No queue receives what is sent again because the socket of another was closed. */
+	for (uint32_t i = 0; i < w->queues; i++) {
+		pvf_queue_lock(&w->queue[i]);
+		w->queue[i].serving = false;
+		pvf_queue_unlock(&w->queue[i]);
+	}
+	for (uint32_t i = 0; i < w->queues; i++) {
+		struct pvf_queue *q = &w->queue[i];
+
+		pvf_queue_lock(q);
+		if (park && q->attached) {
+			w->parked = true;
+			pvf_queue_park(q);
+		}
+		pvf_queue_detach(q, keep);
+		if (q->notes & PVF_NOTE_TARGET_GONE)
+			lost |= 1u << i;
+		q->notes = q->notes_told = 0;
+		q->queues = 0;
+		pvf_queue_unlock(q);
+	}
+	if (lost)
+		lose_targets(w, lost);
+	w->attached = w->attaching = 0;
+}
+
+/* Messages */
 
 static void handle_attach(struct pvf_worker *w)
 {
@@ -156,20 +262,35 @@ static void handle_attach(struct pvf_worker *w)
 		return send_error(w, PVF_CTL_ATTACH, EBUSY, "this worker is parked for ever");
 	if (w->state != PVF_IDLE)
 		return send_error(w, PVF_CTL_ATTACH, EBUSY, "a connection is attached: DETACH first");
-	if (m->hdr.generation <= w->generation)
-		return send_error(w, PVF_CTL_ATTACH, ESTALE, "ATTACH needs a newer generation");
-	if (m->queues > 1)
+	if (m->queues > w->queues)
 		return send_error(w, PVF_CTL_ATTACH, EINVAL,
 				  "more queues than this worker was started with");
-	int rc = pvf_queue_attach(&w->queue, w->ctl.fds[0], w->ctl.fds[1], m, &why);
+	if (m->queue ? m->hdr.generation != w->generation : m->hdr.generation <= w->generation)
+		return send_error(w, PVF_CTL_ATTACH, ESTALE,
+				  m->queue ? "ATTACH of a queue of another generation" :
+					     "ATTACH needs a newer generation");
+	if (m->queue && (m->queue != w->attached || m->queues != w->attaching))
+		return send_error(w, PVF_CTL_ATTACH, EINVAL,
+				  "queues are attached in order, and are as many as the first said");
+	if (!m->queue) /* a supervisor that died in between leaves a connection unfinished */
+		leave(w, true, false);
+	struct pvf_queue *q = &w->queue[m->queue];
 
+	pvf_queue_lock(q);
+	int rc = pvf_queue_attach(q, w->ctl.fds[0], w->ctl.fds[1], m, &why);
+
+	pvf_queue_unlock(q);
 	if (rc)
 		return send_error(w, PVF_CTL_ATTACH, -rc, why);
 	w->ctl.fds[0] = w->ctl.fds[1] = -1;
 	w->generation = m->hdr.generation;
 	w->device_class = m->device_class;
 	copy_text(w->name, sizeof(w->name), m->name);
-	w->state = PVF_ATTACHED;
+	if (!m->queue)
+		w->features_told = 0;
+	w->attaching = m->queues;
+	if (++w->attached == w->attaching)
+		w->state = PVF_ATTACHED;
 	send_simple(w, PVF_CTL_ATTACHED);
 }
 
@@ -181,10 +302,61 @@ static bool stream_socket(int fd)
 	return !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) && type == SOCK_STREAM;
 }
 
+/* 0, or why the sockets of START cannot be taken. */
+static int refuse_sockets(struct pvf_worker *w, uint32_t first, const char **why)
+{
+	/* The fence: a new client's write, or a replayed one, must not be overtaken by an old one that
+	 * is still in a ring. */
+	bool busy = w->state == PVF_DRAINING || w->state == PVF_TARGET_LOST;
+
+	for (uint32_t i = 0; i < w->attached; i++) {
+		struct pvf_queue *q = &w->queue[i];
+		bool named = i - first < w->ctl.nfds;
+
+		pvf_queue_lock(q);
+		if (w->state != PVF_RUNNING || named)
+			busy |= q->blk.in_flight;
+		if (w->state == PVF_RUNNING && named)
+			busy |= pvf_queue_has_target(q);
+		pvf_queue_unlock(q);
+	}
+	*why = "a new NBD socket needs an empty ring: QUIESCE first";
+	if (busy)
+		return EBUSY;
+	*why = "the NBD descriptor is no stream socket";
+	for (uint32_t i = 0; i < w->ctl.nfds; i++)
+		if (!stream_socket(w->ctl.fds[i]))
+			return ENOTSOCK;
+	return 0;
+}
+
+/* 0 or errno: then none was taken. */
+static int take_sockets(struct pvf_worker *w, uint32_t first)
+{
+	for (uint32_t i = 0; i < w->ctl.nfds; i++) {
+		struct pvf_queue *q = &w->queue[first + i];
+
+		pvf_queue_lock(q);
+		int rc = pvf_queue_target(q, w->ctl.fds[i]);
+
+		pvf_queue_unlock(q);
+		if (!rc) {
+			w->ctl.fds[i] = -1;
+			continue;
+		}
+		while (i--) {
+			pvf_queue_lock(--q);
+			pvf_queue_drop_target(q);
+			pvf_queue_unlock(q);
+		}
+		return -rc;
+	}
+	return 0;
+}
+
 static void handle_start(struct pvf_worker *w)
 {
 	const struct pvf_ctl_start *m = &w->ctl.in.start;
-	struct pvf_queue *q = &w->queue;
 	struct pvf_geometry geo = {
 		.sectors = m->sectors,
 		.sector_size = m->sector_size,
@@ -195,44 +367,52 @@ static void handle_start(struct pvf_worker *w)
 		.vdev = m->vdev,
 		.stall_seconds = m->stall_seconds,
 	};
+	const char *why = NULL;
 
 	if (w->state == PVF_IDLE || w->state == PVF_BROKEN)
 		return send_error(w, PVF_CTL_START, ENOTCONN,
 				  "no usable connection: DETACH and ATTACH first");
-	if (m->first_queue + w->ctl.nfds > 1)
-		return send_error(w, PVF_CTL_START, EINVAL, "a queue that is not attached");
-	if (w->ctl.nfds && q->source_ops)
+	if (m->first_queue + w->ctl.nfds > w->attached)
+		return send_error(w, PVF_CTL_START, EINVAL,
+				  "an NBD socket for a queue that is not attached");
+	if (w->ctl.nfds && w->queue->source_ops)
 		return send_error(w, PVF_CTL_START, EINVAL,
 				  "requests do not come from a socket here");
-	if (w->ctl.nfds) {
-		/* The fence: a new client's write, or a replayed one, must not be overtaken by an old
-		 * one that is still in the ring. */
-		if (q->blk.in_flight || w->state == PVF_DRAINING ||
-		    (w->state == PVF_RUNNING && q->target.fd >= 0))
-			return send_error(w, PVF_CTL_START, EBUSY,
-					  "a new NBD socket needs an empty ring: QUIESCE first");
-		if (!stream_socket(w->ctl.fds[0]))
-			return send_error(w, PVF_CTL_START, ENOTSOCK,
-					  "the NBD descriptor is no stream socket");
-		int rc = pvf_queue_target(q, w->ctl.fds[0]);
+	int error = w->ctl.nfds ? refuse_sockets(w, m->first_queue, &why) : 0;
 
-		if (rc)
-			return send_error(w, PVF_CTL_START, -rc, "the NBD socket cannot be watched");
-		w->ctl.fds[0] = -1;
-	} else if (q->target.fd < 0 && !q->source_ops && !(m->options & PVF_START_CLIENTS)) {
+	if (error)
+		return send_error(w, PVF_CTL_START, error, why);
+	bool missing = false;
+
+	for (uint32_t i = 0; i < w->attached; i++) {
+		pvf_queue_lock(&w->queue[i]);
+		missing |= i - m->first_queue >= w->ctl.nfds &&
+			   !pvf_queue_has_target(&w->queue[i]);
+		pvf_queue_unlock(&w->queue[i]);
+	}
+	if (missing && !(m->options & PVF_START_CLIENTS))
 		return send_error(w, PVF_CTL_START, ENOTCONN,
 				  "there is no NBD socket to keep: pass one");
+	error = take_sockets(w, m->first_queue);
+	if (error)
+		return send_error(w, PVF_CTL_START, error, "the NBD socket cannot be watched");
+	for (uint32_t i = 0; i < w->attached; i++) {
+		pvf_queue_lock(&w->queue[i]);
+		w->queue[i].queues = w->attached;
+		pvf_queue_start(&w->queue[i], &geo);
+		pvf_queue_unlock(&w->queue[i]);
 	}
-	pvf_blk_start(&q->blk, &geo);
-	if (w->state == PVF_TARGET_LOST && q->target.fd < 0) {
-		/* A resize while the former client's requests are still in the ring: DRAINED is owed. */
-		send_simple(w, PVF_CTL_STARTED);
-		return;
+	/* A resize while a former client's requests are still in a ring: DRAINED is owed. */
+	if (w->state != PVF_TARGET_LOST) {
+		for (uint32_t i = 0; i < w->attached; i++) {
+			pvf_queue_lock(&w->queue[i]);
+			pvf_queue_run(&w->queue[i]);
+			pvf_queue_unlock(&w->queue[i]);
+			pvf_queue_wake(&w->queue[i]);
+		}
+		w->quiesce_asked = false;
+		w->state = PVF_RUNNING;
 	}
-	q->serving = true;
-	q->no_new = false;
-	w->quiesce_asked = false;
-	w->state = PVF_RUNNING;
 	send_simple(w, PVF_CTL_STARTED);
 }
 
@@ -244,8 +424,13 @@ static void handle_quiesce(struct pvf_worker *w)
 	case PVF_RUNNING:
 	case PVF_DRAINING:
 		w->state = PVF_DRAINING;
-		pvf_queue_quiesce(&w->queue);
 		w->quiesce_asked = true;
+		for (uint32_t i = 0; i < w->attached; i++) {
+			pvf_queue_lock(&w->queue[i]);
+			pvf_queue_quiesce(&w->queue[i]);
+			pvf_queue_unlock(&w->queue[i]);
+			pvf_queue_wake(&w->queue[i]);
+		}
 		return; /* settle() answers */
 	case PVF_TARGET_LOST:
 		w->quiesce_asked = true;
@@ -257,17 +442,9 @@ static void handle_quiesce(struct pvf_worker *w)
 
 static void handle_detach(struct pvf_worker *w)
 {
-	struct pvf_queue *q = &w->queue;
 	uint32_t flags = w->ctl.in.detach.flags;
 
-	if (flags & PVF_DETACH_PARK && q->attached) {
-		w->parked = true;
-		pvf_queue_park(q);
-	}
-	pvf_queue_detach(q, flags & PVF_DETACH_KEEP_TARGET);
-	if (q->notes & PVF_NOTE_TARGET_GONE)
-		send_target_gone(w);
-	q->notes = 0;
+	leave(w, flags & PVF_DETACH_KEEP_TARGET, flags & PVF_DETACH_PARK);
 	w->state = PVF_IDLE;
 	w->quiesce_asked = false;
 	send_simple(w, PVF_CTL_DETACHED);
@@ -309,6 +486,7 @@ static void control(struct pvf_worker *w, uint32_t events)
 
 		if (rc == 0 || rc == -1)
 			return;
+		settle(w);
 		if (rc == 1)
 			handle(w);
 		else
@@ -327,75 +505,124 @@ static void accept_control(struct pvf_worker *w)
 
 void pvf_worker_connect(struct pvf_worker *w, int fd)
 {
+	settle(w); /* what was noted for the former is in HELLO */
 	pvf_ctl_accept(&w->ctl, fd);
 	send_hello(w);
 }
 
+/* Who gets an answer finds the statistics that go with it. */
 static void publish(struct pvf_worker *w)
 {
-	struct pvf_blk *blk = &w->queue.blk;
-	struct pvf_blk_stats *s = &blk->stats;
+	for (uint32_t i = 0; i < w->queues; i++) {
+		struct pvf_queue *q = &w->queue[i];
 
-	s->state = w->state;
-	s->queue = 0;
-	s->queues = w->queue.attached;
-	s->generation = w->generation;
-	s->in_flight = blk->in_flight;
-	s->pool_pages = blk->pool.pages;
-	s->pool_free = blk->pool.free;
-	s->pool_free_low = blk->pool.free_low;
-	s->ring_slots = blk->ring.entries;
-	s->nbd_pending = blk->pending;
-	pvf_stats_publish(&w->stats, s);
+		pvf_queue_lock(q);
+		q->state = w->state;
+		q->generation = w->generation;
+		q->queues = w->state != PVF_IDLE && i < w->attached ? w->attached : 0;
+		pvf_queue_publish(q);
+		pvf_queue_unlock(q);
+	}
 }
 
-int pvf_worker_init(struct pvf_worker *w, int listen_fd, const char *name, const char **why)
-{
-	struct epoll_event event = {.events = EPOLLIN, .data.u64 = TAG_LISTEN};
+/* Beginning and end */
 
-	memset(w, 0, sizeof(*w));
-	w->pid = (uint32_t)getpid();
-	w->listen_fd = listen_fd;
-	w->ctl.fd = -1;
-	w->ctl.tag = TAG_CONTROL;
-	w->device_class = PVF_CLASS_BLK;
-	copy_text(w->name, sizeof(w->name), name);
+static int watch(const struct pvf_worker *w, int fd, uint64_t tag, uint32_t how)
+{
+	struct epoll_event event = {.events = EPOLLIN | how, .data.u64 = tag};
+
+	return epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
+static int open_own(struct pvf_worker *w, uint32_t queues, const char **why)
+{
 	*why = "epoll";
 	w->epoll_fd = w->ctl.epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	if (w->epoll_fd < 0)
 		return -errno;
-	*why = "the statistics page";
-	int rc = pvf_stats_open(&w->stats);
+	*why = "an eventfd";
+	w->notes_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	if (w->notes_fd < 0)
+		return -errno;
+	/* Never read: each write is a new edge. */
+	int rc = watch(w, w->notes_fd, TAG_NOTES, EPOLLET);
 
 	if (rc)
 		return rc;
-	*why = "the timers";
-	rc = pvf_queue_init(&w->queue, w->epoll_fd);
+	*why = "the statistics pages";
+	rc = pvf_stats_open(&w->stats, queues);
 	if (rc)
 		return rc;
-	if (listen_fd < 0)
-		return 0;
+	*why = "the queues";
+	w->queue = calloc(queues, sizeof(*w->queue));
+	if (!w->queue)
+		return -ENOMEM;
+	for (; w->queues < queues; w->queues++) {
+		rc = pvf_queue_init(&w->queue[w->queues], w->queues, &w->fence, w->notes_fd,
+				    pvf_stats_page(&w->stats, w->queues));
+		if (rc)
+			return rc;
+	}
 	*why = "descriptor 3 is no listening socket";
-	return epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, listen_fd, &event) ? -errno : 0;
+	return w->listen_fd < 0 ? 0 : watch(w, w->listen_fd, TAG_LISTEN, 0);
+}
+
+int pvf_worker_init(struct pvf_worker *w, int listen_fd, const char *name, uint32_t queues,
+		    const char **why)
+{
+	memset(w, 0, sizeof(*w));
+	w->pid = (uint32_t)getpid();
+	w->listen_fd = listen_fd;
+	w->epoll_fd = w->notes_fd = w->ctl.fd = w->stats.fd = -1;
+	w->ctl.tag = TAG_CONTROL;
+	w->device_class = PVF_CLASS_BLK;
+	copy_text(w->name, sizeof(w->name), name);
+	int rc = open_own(w, queues, why);
+
+	if (rc)
+		pvf_worker_end(w);
+	return rc;
+}
+
+int pvf_worker_start(struct pvf_worker *w, const char **why)
+{
+	*why = "a queue's thread";
+	for (uint32_t i = 0; i < w->queues; i++) {
+		int rc = pvf_queue_spawn(&w->queue[i]);
+
+		if (rc)
+			return rc;
+	}
+	return 0;
+}
+
+void pvf_worker_end(struct pvf_worker *w)
+{
+	pvf_ctl_drop(&w->ctl);
+	for (uint32_t i = 0; i < w->queues; i++)
+		pvf_queue_free(&w->queue[i]);
+	free(w->queue);
+	w->queue = NULL;
+	w->queues = 0;
+	pvf_stats_close(&w->stats);
+	if (w->notes_fd >= 0)
+		close(w->notes_fd);
+	if (w->epoll_fd >= 0)
+		close(w->epoll_fd);
+	w->notes_fd = w->epoll_fd = -1;
 }
 
 void pvf_worker_events(struct pvf_worker *w, const struct epoll_event *events, int n)
 {
-	w->queue.blk.stats.wakeups++;
 	for (int i = 0; i < n; i++) {
-		uint32_t tag = (uint32_t)events[i].data.u64;
+		uint64_t tag = events[i].data.u64;
 
 		if (tag == TAG_LISTEN)
 			accept_control(w);
-		else if (tag == TAG_CONTROL) {
-			if (w->ctl.fd >= 0)
-				control(w, events[i].events);
-		} else
-			pvf_queue_event(&w->queue, tag, events[i].events);
+		else if (tag == TAG_CONTROL && w->ctl.fd >= 0)
+			control(w, events[i].events);
 	}
-	pvf_queue_service(&w->queue);
 	settle(w);
-	/* Who gets an answer finds the statistics that go with it. */
 	publish(w);
 	pvf_ctl_flush(&w->ctl);
 }
@@ -403,7 +630,7 @@ void pvf_worker_events(struct pvf_worker *w, const struct epoll_event *events, i
 int pvf_worker_turn(struct pvf_worker *w, int timeout)
 {
 	struct epoll_event events[8];
-	int n = epoll_wait(w->epoll_fd, events, 8, w->queue.again ? 0 : timeout);
+	int n = epoll_wait(w->epoll_fd, events, 8, timeout);
 
 	if (n < 0 && errno != EINTR)
 		return -errno;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
- * A hostile supervisor: any message with any descriptors at any time to a whole worker, whose backend
- * and client may be hostile too.
+ * A hostile supervisor: any message with any descriptors at any time to a whole worker of some queues,
+ * whose backend and clients may be hostile too. The worker's threads are taken in turns here.
  *
  * What must hold: each message, also one that is none, has exactly one answer, of its kind (QUIESCE's may
  * come later, and a later command may take its place); what the worker says is well formed, and HELLO
@@ -28,14 +28,17 @@
 #include "worker.h"
 
 #define ARENA_PAGES 96u
+#define QUEUES 3u
+#define MANY 20u /* descriptors, more than any message has */
+#define PORT 9u /* of queue 0 */
 
 static struct pvf_worker worker;
-static int listener, control, client; /* -1: none */
+static int listener, control, client[QUEUES]; /* -1: none */
 static struct sockaddr_un address;
 static socklen_t address_size;
-static unsigned char *arena;
-static struct pvf_channel *channel;
-static int arena_fd, channel_fd, wakeup[2], hub[8];
+static unsigned char *arena[QUEUES];
+static struct pvf_channel *channel[QUEUES];
+static int arena_fd[QUEUES], channel_fd[QUEUES], wakeup[QUEUES][2], hub[8];
 static uint32_t hubs;
 static uint32_t generation; /* the last that was ATTACHED */
 static bool quiesce_owed;
@@ -54,7 +57,7 @@ static void send_packet(int to, const void *bytes, size_t n, const int *fds, uin
 {
 	union {
 		struct cmsghdr align;
-		char space[CMSG_SPACE(12 * sizeof(int))];
+		char space[CMSG_SPACE(MANY * sizeof(int))];
 	} c = {0};
 	struct iovec iov = {(void *)(uintptr_t)bytes, n};
 	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
@@ -73,16 +76,19 @@ static void send_packet(int to, const void *bytes, size_t n, const int *fds, uin
 }
 
 /* A connection to the hub in which a packet waits, as for ATTACH. */
-static int handed_over(uint32_t kind, uint32_t port)
+static int handed_over(uint32_t kind, uint32_t queue)
 {
-	struct pvf_host_packet packet = {.magic = PVF_HOST_MAGIC, .kind = kind, .port = port};
-	int event[3] = {channel_fd, wakeup[0], wakeup[1]}, pair[2];
+	struct pvf_host_packet packet = {.magic = PVF_HOST_MAGIC, .kind = kind};
+	int event[3] = {channel_fd[queue], wakeup[queue][0], wakeup[queue][1]}, pair[2];
+
+	if (kind == PVF_HOST_EVENT)
+		packet.port = PORT + queue;
 
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
 	if (kind == PVF_HOST_EVENT)
 		send_packet(pair[0], &packet, sizeof(packet), event, 3);
 	else
-		send_packet(pair[0], &packet, sizeof(packet), &arena_fd, 1);
+		send_packet(pair[0], &packet, sizeof(packet), &arena_fd[queue], 1);
 	if (hubs < 8)
 		hub[hubs++] = pair[0];
 	else
@@ -90,32 +96,32 @@ static int handed_over(uint32_t kind, uint32_t port)
 	return pair[1];
 }
 
-static int nbd_socket(void)
+static int nbd_socket(uint32_t queue)
 {
 	int pair[2];
 
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-	if (client >= 0)
-		close(client);
-	client = pair[0];
+	if (client[queue] >= 0)
+		close(client[queue]);
+	client[queue] = pair[0];
 	return pair[1];
 }
 
-static int any(uint32_t kind, uint32_t port)
+static int any(uint32_t kind, uint32_t queue)
 {
 	switch (kind % 6) {
 	case 0:
-		return handed_over(PVF_HOST_EVENT, port);
+		return handed_over(PVF_HOST_EVENT, queue);
 	case 1:
-		return handed_over(PVF_HOST_PAGES, 0);
+		return handed_over(PVF_HOST_PAGES, queue);
 	case 2:
-		return nbd_socket();
+		return nbd_socket(queue);
 	case 3:
 		return eventfd(0, EFD_CLOEXEC);
 	case 4:
 		return open("/dev/null", O_RDWR | O_CLOEXEC);
 	default:
-		return fcntl(arena_fd, F_DUPFD_CLOEXEC, 0);
+		return fcntl(arena_fd[queue], F_DUPFD_CLOEXEC, 0);
 	}
 }
 
@@ -175,11 +181,13 @@ static uint32_t hear(uint16_t type)
 		case PVF_CTL_HELLO:
 			CHECK_EQ(n, sizeof(m.hello));
 			CHECK(m.hello.state <= PVF_TARGET_LOST && m.hello.pid == worker.pid);
-			CHECK(m.hello.targets <= 1);
+			CHECK(m.hello.targets < 1u << QUEUES && m.hello.queues == QUEUES);
+			CHECK(m.hello.attached <= QUEUES);
 			text_ends(m.hello.name, sizeof(m.hello.name));
 			break;
 		case PVF_CTL_ATTACHED:
-			CHECK(type == PVF_CTL_ATTACH && m.hdr.generation > generation);
+			CHECK(type == PVF_CTL_ATTACH);
+			CHECK(m.hdr.generation > generation || worker.attached > 1);
 			generation = m.hdr.generation;
 			answers++;
 			break;
@@ -192,7 +200,8 @@ static uint32_t hear(uint16_t type)
 		case PVF_CTL_DRAINED: /* an answer, or a client's end */
 			answers += type == PVF_CTL_QUIESCE && !answers; /* else it was an ERROR */
 			quiesce_owed = false;
-			CHECK_EQ(worker.queue.blk.in_flight, 0);
+			for (uint32_t i = 0; i < QUEUES; i++)
+				CHECK_EQ(worker.queue[i].blk.in_flight, 0);
 			break;
 		case PVF_CTL_ERROR:
 			CHECK_EQ(n, sizeof(m.error));
@@ -209,11 +218,12 @@ static uint32_t hear(uint16_t type)
 			CHECK_EQ(n, sizeof(m.broken));
 			text_ends(m.broken.text, sizeof(m.broken.text));
 			text_ends(m.broken.field, sizeof(m.broken.field));
-			CHECK(m.broken.rule && m.broken.rule <= 28);
+			CHECK(m.broken.rule && m.broken.rule <= 28 && m.broken.queue < QUEUES);
 			break;
 		case PVF_CTL_TARGET_GONE:
 			CHECK_EQ(n, sizeof(m.gone));
 			text_ends(m.gone.text, sizeof(m.gone.text));
+			CHECK(m.gone.queue < QUEUES);
 			break;
 		case PVF_CTL_FEATURE_OFF:
 			CHECK_EQ(n, sizeof(m.off));
@@ -232,14 +242,27 @@ static uint32_t hear(uint16_t type)
 
 static void turn(void)
 {
-	int rounds = 0;
+	bool again = true;
 
-	do
+	for (int round = 0; again && round < 4; round++) {
 		CHECK(!pvf_worker_turn(&worker, 0));
-	while (worker.queue.again && ++rounds < 4);
+		again = false;
+		for (uint32_t i = 0; i < QUEUES; i++)
+			again |= pvf_queue_turn(&worker.queue[i], 0);
+		CHECK(!pvf_worker_turn(&worker, 0));
+	}
 	CHECK(worker.state <= PVF_TARGET_LOST);
-	CHECK(worker.queue.blk.in_flight <= 512);
-	CHECK(worker.queue.attached == (worker.state != PVF_IDLE));
+	CHECK((worker.state == PVF_IDLE) == (!worker.attached || worker.attached < worker.attaching));
+	for (uint32_t i = 0; i < QUEUES; i++) {
+		const struct pvf_queue *q = &worker.queue[i];
+
+		CHECK(q->blk.in_flight <= 512);
+		CHECK(q->attached == (i < worker.attached));
+		CHECK(!q->serving || worker.state == PVF_RUNNING || worker.state == PVF_DRAINING ||
+		      worker.state == PVF_TARGET_LOST);
+		CHECK(!q->notes && !q->lost); /* all is told, and a lost socket closed */
+	}
+	CHECK(!worker.fence.closed);
 }
 
 /* What the supervisor says */
@@ -253,18 +276,28 @@ static void command(struct input *in)
 		unsigned char bytes[PVF_CTL_MAX + 64];
 	} m;
 	struct pvf_ctl_attach *a = (struct pvf_ctl_attach *)(void *)m.bytes;
-	uint32_t how = upto(in, 256), bend = upto(in, 256), port = 9, count = 0;
+	uint32_t how = upto(in, 256), bend = upto(in, 256), queue = 0, count = 0;
 	static const uint16_t types[] = {PVF_CTL_ATTACH, PVF_CTL_START, PVF_CTL_QUIESCE,
 					 PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START, 6, 99};
 	uint16_t type = types[how % 8];
 	size_t size = sizeof(m.hdr);
-	int fds[12];
+	int fds[MANY];
 
 	memset(&m, 0, sizeof(m.start) + sizeof(*a));
 	switch (type) {
 	case PVF_CTL_ATTACH:
+		/* The next, as a rule: a connection has one queue, two or three. */
+		if (worker.attached < worker.attaching) {
+			queue = worker.attached;
+			a->queues = (uint16_t)worker.attaching;
+		} else {
+			a->queues = (uint16_t)(1 + upto(in, QUEUES));
+		}
+		if (bend & 128)
+			queue = upto(in, QUEUES);
+		a->queue = (uint16_t)queue;
 		a->device_class = PVF_CLASS_BLK;
-		a->port = port;
+		a->port = PORT + queue;
 		a->ring_pages = 1u << upto(in, 3);
 		a->pool_pages = 2 + upto(in, 60);
 		a->pool_offset = a->ring_pages * PVF_PAGE_SIZE;
@@ -274,19 +307,23 @@ static void command(struct input *in)
 		for (uint32_t i = 0; i < a->pool_pages; i++)
 			a->pool_grefs[i] = 100 + i;
 		size = sizeof(*a) + a->pool_pages * 4;
-		fds[count++] = bend & 16 ? any(upto(in, 6), port) : handed_over(PVF_HOST_EVENT, port);
-		fds[count++] = bend & 16 ? any(upto(in, 6), port) : handed_over(PVF_HOST_PAGES, 0);
+		fds[count++] = bend & 16 ? any(upto(in, 6), queue) : handed_over(PVF_HOST_EVENT, queue);
+		fds[count++] = bend & 16 ? any(upto(in, 6), queue) : handed_over(PVF_HOST_PAGES, queue);
 		break;
 	case PVF_CTL_START:
 		m.start.sectors = 2048;
 		m.start.sector_size = 512u << upto(in, 4);
-		m.start.flags = upto(in, 8) ^ 6;
-		m.start.max_segments = 1 + upto(in, 11);
+		m.start.flags = upto(in, 16) ^ 6;
+		m.start.max_segments = 1 + upto(in, 256);
 		m.start.discard_granularity = upto(in, 3) * 512;
 		m.start.options = upto(in, 2);
 		size = sizeof(m.start);
-		if (how & 8)
-			fds[count++] = bend & 16 ? any(upto(in, 6), port) : nbd_socket();
+		if (!(how & 8))
+			break;
+		if (bend & 128)
+			queue = m.start.first_queue = upto(in, QUEUES);
+		for (uint32_t i = queue; i < QUEUES && (i == queue || i < worker.attached); i++)
+			fds[count++] = bend & 16 ? any(upto(in, 6), i) : nbd_socket(i);
 		break;
 	case PVF_CTL_DETACH:
 		m.detach.flags = how & 8 ? upto(in, 4) : how >> 4 & 1;
@@ -294,11 +331,11 @@ static void command(struct input *in)
 		break;
 	}
 	m.hdr = (struct pvf_ctl_hdr){PVF_CTL_MAGIC, PVF_CTL_VERSION, type,
-				     generation + (type == PVF_CTL_ATTACH), (uint32_t)size};
+				     generation + (type == PVF_CTL_ATTACH && !queue), (uint32_t)size};
 	if (bend & 32)
 		m.hdr.generation = (uint32_t)number(in, 1);
-	while (bend & 64 && count < 12 && upto(in, 4))
-		fds[count++] = any(upto(in, 6), port);
+	while (bend & 64 && count < MANY && upto(in, 8))
+		fds[count++] = any(upto(in, 6), queue);
 	if ((bend & 15) == 1)
 		m.bytes[upto(in, (uint32_t)size)] ^= (unsigned char)number(in, 1);
 	if ((bend & 15) == 2) {
@@ -313,7 +350,7 @@ static void command(struct input *in)
 	/* An empty queue of answers first, so that none is dropped for want of room. */
 	hear(0);
 	if (control >= 0) {
-		bool quiesce;
+		bool quiesce, before = quiesce_owed;
 		uint32_t answers;
 
 		send_packet(control, m.bytes, size, fds, count);
@@ -328,10 +365,10 @@ static void command(struct input *in)
 		answers = hear(m.hdr.type);
 		if (control < 0 || (exits && worker.exiting))
 			return;
-		if (quiesce)
-			CHECK(answers == 1 || (!answers && quiesce_owed &&
-					       (worker.state == PVF_DRAINING ||
-						worker.state == PVF_TARGET_LOST)));
+		if (quiesce) /* an earlier one may have been answered first */
+			CHECK(answers ? answers <= 1u + before
+				      : quiesce_owed && (worker.state == PVF_DRAINING ||
+							 worker.state == PVF_TARGET_LOST));
 		else
 			CHECK_EQ(answers, 1);
 	} else {
@@ -361,36 +398,38 @@ static void client_says(struct input *in)
 		.len = htobe32(upto(in, 64) * 4096),
 	};
 	static unsigned char bytes[4096];
+	uint32_t queue = upto(in, QUEUES);
 
-	if (client < 0)
+	if (client[queue] < 0)
 		return;
 	switch (upto(in, 5)) {
 	case 0:
-		close(client);
-		client = -1;
+		close(client[queue]);
+		client[queue] = -1;
 		return;
 	case 1:
-		send(client, bytes, upto(in, 4096), MSG_DONTWAIT | MSG_NOSIGNAL);
+		send(client[queue], bytes, upto(in, 4096), MSG_DONTWAIT | MSG_NOSIGNAL);
 		return;
 	case 2:
-		while (recv(client, bytes, sizeof(bytes), MSG_DONTWAIT) > 0)
+		while (recv(client[queue], bytes, sizeof(bytes), MSG_DONTWAIT) > 0)
 			;
 		return;
 	default:
-		send(client, &r, sizeof(r), MSG_DONTWAIT | MSG_NOSIGNAL);
+		send(client[queue], &r, sizeof(r), MSG_DONTWAIT | MSG_NOSIGNAL);
 	}
 }
 
 static void backend_does(struct input *in)
 {
-	blkif_sring_t *sring = (blkif_sring_t *)(void *)arena;
-	const struct pvf_blk *blk = &worker.queue.blk;
+	uint32_t queue = upto(in, QUEUES);
+	blkif_sring_t *sring = (blkif_sring_t *)(void *)arena[queue];
+	const struct pvf_blk *blk = &worker.queue[queue].blk;
 	uint32_t op = upto(in, 8), n = upto(in, 64);
 
 	if (op == 0) {
-		arena[upto(in, 4096)] = (unsigned char)number(in, 1);
+		arena[queue][upto(in, 4096)] = (unsigned char)number(in, 1);
 	} else if (op == 1) {
-		((unsigned char *)channel)[upto(in, 256)] = (unsigned char)number(in, 1);
+		((unsigned char *)channel[queue])[upto(in, 256)] = (unsigned char)number(in, 1);
 	} else if (blk->ring.entries) { /* answers, of which most are good */
 		for (uint32_t i = 0; i < PVF_PIECES && n; i++) {
 			blkif_response_t *rsp =
@@ -405,25 +444,22 @@ static void backend_does(struct input *in)
 			n--;
 		}
 	}
-	pvf_channel_notify(channel, 1, wakeup[0]);
+	pvf_channel_notify(channel[queue], 1, wakeup[queue][0]);
 }
 
 static void forget_worker(void)
 {
-	struct pvf_queue *q = &worker.queue;
+	for (uint32_t i = 0; i < QUEUES; i++) {
+		struct pvf_queue *q = &worker.queue[i];
 
-	pvf_ctl_drop(&worker.ctl);
-	pvf_queue_detach(q, false);
-	if (worker.parked) /* the worker would hold it until it dies */
-		CHECK(!close(q->port.event_source));
-	CHECK_EQ(q->blk.free_requests, PVF_REQUESTS);
-	CHECK_EQ(q->blk.free_pieces, PVF_PIECES);
-	CHECK(q->target.fd < 0 && !q->attached);
-	close(q->unmask_timer);
-	close(q->watchdog_timer);
-	close(worker.epoll_fd);
-	close(worker.stats.fd);
-	munmap(worker.stats.shared, PVF_STATS_SIZE);
+		pvf_queue_detach(q, false);
+		if (q->port.parked) /* the worker would hold it until it dies */
+			CHECK(!close(q->port.event_source));
+		CHECK_EQ(q->blk.free_requests, PVF_REQUESTS);
+		CHECK_EQ(q->blk.free_pieces, PVF_PIECES);
+		CHECK(q->target.fd < 0 && !q->attached);
+	}
+	pvf_worker_end(&worker);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -433,7 +469,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	const char *why = NULL;
 
 	signal(SIGPIPE, SIG_IGN); /* as confine.c does */
-	control = client = -1;
+	control = -1;
 	hubs = generation = 0;
 	quiesce_owed = false;
 	address = (struct sockaddr_un){.sun_family = AF_UNIX};
@@ -443,12 +479,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	CHECK(!bind(listener, (struct sockaddr *)&address, sizeof(sa_family_t)));
 	CHECK(!getsockname(listener, (struct sockaddr *)&address, &address_size));
 	CHECK(!listen(listener, 4));
-	arena_fd = memory(ARENA_PAGES * PVF_PAGE_SIZE, (void **)&arena);
-	channel_fd = memory(4096, (void **)&channel);
-	pvf_channel_init(channel);
-	for (int i = 0; i < 2; i++)
-		wakeup[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	CHECK(!pvf_worker_init(&worker, listener, "vbd-51728", &why));
+	for (uint32_t i = 0; i < QUEUES; i++) {
+		client[i] = -1;
+		arena_fd[i] = memory(ARENA_PAGES * PVF_PAGE_SIZE, (void **)&arena[i]);
+		channel_fd[i] = memory(4096, (void **)&channel[i]);
+		pvf_channel_init(channel[i]);
+		for (int side = 0; side < 2; side++)
+			wakeup[i][side] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	}
+	CHECK(!pvf_worker_init(&worker, listener, "vbd-51728", QUEUES, &why));
 	supervisor();
 	while (more(&in) && !worker.exiting) {
 		uint32_t op = upto(&in, 8);
@@ -477,11 +516,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		}
 	}
 	forget_worker();
-	munmap(arena, ARENA_PAGES * PVF_PAGE_SIZE);
-	munmap(channel, 4096);
-	int own[] = {listener, arena_fd, channel_fd, wakeup[0], wakeup[1], control, client};
+	for (uint32_t i = 0; i < QUEUES; i++) {
+		int own[] = {arena_fd[i], channel_fd[i], wakeup[i][0], wakeup[i][1], client[i]};
 
-	pvf_scm_close(own, sizeof(own) / sizeof(own[0]));
+		munmap(arena[i], ARENA_PAGES * PVF_PAGE_SIZE);
+		munmap(channel[i], 4096);
+		pvf_scm_close(own, sizeof(own) / sizeof(own[0]));
+	}
+	int own[] = {listener, control};
+
+	pvf_scm_close(own, 2);
 	pvf_scm_close(hub, hubs);
 	CHECK(open_fds() == before);
 	return 0;

@@ -24,6 +24,7 @@
 #define PVF_TEXT_MAX 192u     /* human-readable text, NUL-terminated */
 #define PVF_MAX_RING_PAGES 16u
 #define PVF_MAX_POOL_PAGES 1056u
+#define PVF_NBD_PATIENCE_SECONDS 10 /* several sockets: how old a request may get (fence.h) */
 #define PVF_NBD_MAX_PAYLOAD 33554432u /* bytes of the largest NBD read or write: 32 MiB */
 #define PVF_PAGE_SIZE 4096u
 

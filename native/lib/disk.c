@@ -41,6 +41,7 @@
 
 #define TAG_ALARM 32 /* above the worker's and the queue's */
 #define TAG_KICK 33
+#define TAG_QUEUE 34
 #define EVENTS 8
 #define SERVICES 8     /* of one call: `again` may say that there is always more */
 #define DRAIN_TICK 2   /* ms */
@@ -60,6 +61,7 @@ struct pvf_disk {
 	bool closing;
 	bool kicked, alarmed; /* the eventfds are set */
 	int user_epoll, kick, alarm;
+	int queue_epoll; /* the queue's timers */
 };
 
 static void set_event(int fd, bool *is_set)
@@ -137,7 +139,7 @@ static const struct pvf_source_ops source_ops = {
 
 static void gone(struct pvf_disk *d)
 {
-	pvf_queue_detach(&d->worker.queue, false);
+	pvf_queue_detach(d->worker.queue, false);
 	pvf_ctl_drop(&d->worker.ctl);
 	pvf_direct_fail(&d->direct, ENODEV);
 	enter(d, PVF_DISK_GONE);
@@ -162,6 +164,17 @@ static void look(struct pvf_disk *d)
 		kick(d);
 }
 
+/* What the queue's own descriptors say, and a service in any case. */
+static void serve_timers(struct pvf_disk *d)
+{
+	struct epoll_event events[EVENTS];
+	int n = epoll_wait(d->queue_epoll, events, EVENTS, 0);
+
+	for (int i = 0; i < n; i++)
+		pvf_queue_event(d->worker.queue, events[i].data.u64, events[i].events);
+	pvf_queue_service(d->worker.queue);
+}
+
 static void *control(void *arg)
 {
 	struct pvf_disk *d = arg;
@@ -176,17 +189,18 @@ static void *control(void *arg)
 		clear_event(d->alarm, &d->alarmed);
 		if (d->closing)
 			break;
-		if (w->state == PVF_DRAINING && !w->queue.polling) {
-			w->queue.polling = true;
+		if (w->state == PVF_DRAINING && !w->queue->polling) {
+			w->queue->polling = true;
 			kick(d); /* who has armed events that will not come now arms them again */
 		}
+		serve_timers(d);
 		pvf_worker_events(w, events, n > 0 ? n : 0);
 		if (w->exiting || w->ctl.fd < 0) {
 			gone(d);
 			break;
 		}
 		look(d);
-		timeout = w->queue.again ? 0 : w->state == PVF_DRAINING ? DRAIN_TICK : -1;
+		timeout = w->queue->again ? 0 : w->state == PVF_DRAINING ? DRAIN_TICK : -1;
 		pthread_mutex_unlock(&d->lock);
 	}
 	pthread_mutex_unlock(&d->lock);
@@ -212,11 +226,9 @@ static void release(struct pvf_disk *d)
 {
 	struct pvf_worker *w = &d->worker;
 
-	pvf_ctl_drop(&w->ctl);
-	close_fd(w->queue.unmask_timer);
-	close_fd(w->queue.watchdog_timer);
-	pvf_stats_close(&w->stats);
-	close_fd(w->epoll_fd);
+	if (w->queue)
+		w->queue->epoll_fd = d->queue_epoll;
+	pvf_worker_end(w);
 	close_fd(d->user_epoll);
 	close_fd(d->kick);
 	close_fd(d->alarm);
@@ -229,10 +241,11 @@ static int prepare(struct pvf_disk *d)
 {
 	struct pvf_worker *w = &d->worker;
 	const char *why;
-	int rc = pvf_worker_init(w, -1, "disk", &why);
+	int rc = pvf_worker_init(w, -1, "disk", 1, &why);
 
 	if (rc)
 		return rc;
+	d->queue_epoll = w->queue->epoll_fd;
 	d->user_epoll = epoll_create1(EPOLL_CLOEXEC);
 	d->kick = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	d->alarm = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -241,10 +254,12 @@ static int prepare(struct pvf_disk *d)
 	rc = watch(d->user_epoll, d->kick, TAG_KICK);
 	if (!rc)
 		rc = watch(w->epoll_fd, d->alarm, TAG_ALARM);
+	if (!rc)
+		rc = watch(w->epoll_fd, d->queue_epoll, TAG_QUEUE);
 	/* The timers stay the control thread's; the event channel will be the program's. */
-	w->queue.epoll_fd = d->user_epoll;
-	w->queue.source_ops = &source_ops;
-	w->queue.source = &d->direct;
+	w->queue->epoll_fd = d->user_epoll;
+	w->queue->source_ops = &source_ops;
+	w->queue->source = &d->direct;
 	return rc;
 }
 
@@ -274,8 +289,7 @@ EXPORT int pvf_disk_open_fd(int fd, struct pvf_disk **disk)
 	if (!d)
 		return -ENOMEM;
 	d->user_epoll = d->kick = d->alarm = -1;
-	d->worker.epoll_fd = d->worker.ctl.fd = d->worker.stats.fd = -1;
-	d->worker.queue.unmask_timer = d->worker.queue.watchdog_timer = -1;
+	d->worker.epoll_fd = d->worker.notes_fd = d->worker.ctl.fd = d->worker.stats.fd = -1;
 	pthread_mutex_init(&d->lock, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
@@ -361,7 +375,7 @@ EXPORT int pvf_disk_ready(struct pvf_disk *d, int timeout)
 
 static void settle_ring(struct pvf_disk *d)
 {
-	struct pvf_queue *q = &d->worker.queue;
+	struct pvf_queue *q = d->worker.queue;
 	struct timespec pause = {.tv_nsec = 1000000};
 
 	for (int i = 0; i < CLOSE_PATIENCE && q->blk.in_flight && !q->blk.fault.rule; i++) {
@@ -381,7 +395,7 @@ EXPORT void pvf_disk_close(struct pvf_disk *d)
 	pthread_mutex_unlock(&d->lock);
 	pthread_join(d->thread, NULL);
 	settle_ring(d);
-	pvf_queue_detach(&d->worker.queue, false);
+	pvf_queue_detach(d->worker.queue, false);
 	release(d);
 }
 
@@ -390,7 +404,7 @@ EXPORT void pvf_disk_close(struct pvf_disk *d)
 EXPORT void pvf_disk_get_info(struct pvf_disk *d, struct pvf_disk_info *info)
 {
 	pthread_mutex_lock(&d->lock);
-	const struct pvf_blk *blk = &d->worker.queue.blk;
+	const struct pvf_blk *blk = &d->worker.queue->blk;
 	const struct pvf_geometry *geo = &blk->geo;
 
 	*info = (struct pvf_disk_info){
@@ -414,7 +428,7 @@ EXPORT void pvf_disk_get_info(struct pvf_disk *d, struct pvf_disk_info *info)
 /* 0, or why a request cannot be. What changes later (a resize, a feature that goes) fails it then. */
 static int check(const struct pvf_disk *d, uint16_t type, size_t bytes, uint64_t offset, bool fua)
 {
-	const struct pvf_blk *blk = &d->worker.queue.blk;
+	const struct pvf_blk *blk = &d->worker.queue->blk;
 	const struct pvf_geometry *geo = &blk->geo;
 	bool writes = type == NBD_CMD_WRITE || type == NBD_CMD_TRIM;
 	bool flush = geo->features & (PVF_BLK_FLUSH | PVF_BLK_BARRIER) &&
@@ -520,7 +534,7 @@ EXPORT int pvf_disk_discard(struct pvf_disk *d, size_t bytes, uint64_t offset, u
 
 static void serve(struct pvf_disk *d)
 {
-	struct pvf_queue *q = &d->worker.queue;
+	struct pvf_queue *q = d->worker.queue;
 
 	q->polling = true;
 	for (int i = 0; i < SERVICES; i++) {
@@ -539,14 +553,13 @@ static void take_events(struct pvf_disk *d, const struct epoll_event *events, in
 		if (events[i].data.u64 == TAG_KICK)
 			clear_event(d->kick, &d->kicked);
 		else
-			pvf_queue_event(&d->worker.queue, (uint32_t)events[i].data.u64,
-					events[i].events);
+			pvf_queue_event(d->worker.queue, events[i].data.u64, events[i].events);
 }
 
 /* True: there is something to take already. */
 static bool arm(struct pvf_disk *d)
 {
-	struct pvf_queue *q = &d->worker.queue;
+	struct pvf_queue *q = d->worker.queue;
 	bool more = d->direct.done_count || pvf_queue_arm(q);
 
 	if (q->notes)

@@ -233,7 +233,8 @@ static void serve(void)
 	CHECK(!bind(listener, (struct sockaddr *)&name, sizeof(sa_family_t))); /* any name */
 	CHECK(!listen(listener, 1));
 	CHECK(!getsockname(listener, (struct sockaddr *)&name, &length));
-	CHECK(!pvf_worker_init(&worker, listener, "vbd-1", &why));
+	CHECK(!pvf_worker_init(&worker, listener, "vbd-1", 1, &why));
+	CHECK(!pvf_worker_start(&worker, &why));
 	CHECK(!pthread_create(&threads[0], NULL, run_worker, &status));
 	control = socket(AF_UNIX, SOCK_SEQPACKET, 0);
 	CHECK(!connect(control, (struct sockaddr *)&name, length));
@@ -296,9 +297,10 @@ static void serve(void)
 	CHECK_EQ(recv(hub_grants, &end, 1, MSG_DONTWAIT), 0); /* and the pages */
 	CHECK_EQ(status, 0);
 	CHECK(!memcmp(disk, expected, DISK));
-	CHECK_EQ(worker.stats.shared->write.bytes, DISK);
-	CHECK_EQ(worker.stats.shared->read.bytes, DISK);
-	CHECK_EQ(worker.stats.shared->sequence % 2, 0);
+	CHECK_EQ(pvf_stats_page(&worker.stats, 0)->write.bytes, DISK);
+	CHECK_EQ(pvf_stats_page(&worker.stats, 0)->read.bytes, DISK);
+	CHECK_EQ(pvf_stats_page(&worker.stats, 0)->sequence % 2, 0);
+	pvf_worker_end(&worker);
 }
 
 int main(void)

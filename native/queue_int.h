@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * What the queue's files share with each other only: queue.c (its life, what the worker does with
+ * it), queue_turn.c (how it is served).
+ */
+#ifndef PVF_QUEUE_INT_H
+#define PVF_QUEUE_INT_H
+
+#include <sys/eventfd.h>
+#include <sys/timerfd.h>
+#include <time.h>
+
+#include "queue.h"
+
+#define PVF_MS 1000000ull /* in ns */
+#define PVF_SECOND (1000 * PVF_MS)
+#define PVF_WATCHDOG_TICK (250 * PVF_MS)
+
+static inline uint64_t pvf_now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * PVF_SECOND + (uint64_t)ts.tv_nsec;
+}
+
+/* Once, in `ns`; 0: not any more. */
+static inline void pvf_arm(int timer, uint64_t ns)
+{
+	struct itimerspec spec = {.it_value = {.tv_sec = (time_t)(ns / PVF_SECOND),
+					       .tv_nsec = (long)(ns % PVF_SECOND)}};
+
+	timerfd_settime(timer, 0, &spec, NULL);
+}
+
+static inline void pvf_signal(int fd)
+{
+	/* It fails only when the counter is full, and then it is an event already. */
+	eventfd_write(fd, 1);
+}
+
+#endif

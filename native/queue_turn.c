@@ -1,0 +1,433 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+#include "queue_int.h"
+
+#include <errno.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define SPURIOUS_FREE 4           /* in a row, before the unmask is delayed */
+#define SPURIOUS_FORGET (2 * PVF_SECOND)
+#define UNMASK_CAP PVF_SECOND
+
+static void broken(struct pvf_queue *q)
+{
+	q->notes |= PVF_NOTE_BROKEN;
+	pvf_queue_stop(q);
+}
+
+static void port_failed(struct pvf_queue *q, int error, const char *text)
+{
+	if (q->stopped)
+		return;
+	q->blk.fault = (struct pvf_fault){23, (uint64_t)error, "event-channel", text};
+	broken(q);
+}
+
+/* Since when the oldest request in the ring, or on its way there, has been known. */
+static uint64_t oldest_request(const struct pvf_blk *blk)
+{
+	uint64_t oldest = blk->now;
+
+	for (uint32_t i = 0; i < PVF_REQUESTS; i++) {
+		const struct pvf_request *r = &blk->request[i];
+
+		if ((r->outstanding || i == blk->current) && r->began < oldest)
+			oldest = r->began;
+	}
+	return oldest;
+}
+
+/* Events */
+
+/* 1: the port was delivered. */
+static int take_event(struct pvf_queue *q)
+{
+	int rc = q->port.ops->read(&q->port);
+
+	if (rc < 0)
+		port_failed(q, -rc, "the event channel cannot be read");
+	if (rc <= 0)
+		return 0;
+	q->blk.stats.events++;
+	q->masked = true;
+	q->responses_since_event = 0;
+	return 1;
+}
+
+static void unmask(struct pvf_queue *q)
+{
+	int rc = q->port.ops->unmask(&q->port);
+
+	if (rc)
+		port_failed(q, -rc, "the event channel cannot be unmasked");
+	q->masked = q->delayed = false;
+}
+
+/* Ends the attention to one event: unmask now, or later if events keep coming for nothing. */
+static void finish_event(struct pvf_queue *q)
+{
+	if (q->responses_since_event || q->owed) {
+		q->owed = false;
+		q->spurious_run = 0;
+		unmask(q);
+		return;
+	}
+	uint64_t now = pvf_now_ns();
+
+	q->blk.stats.events_spurious++;
+	if (now - q->spurious_at > SPURIOUS_FORGET)
+		q->spurious_run = 0;
+	q->spurious_at = now;
+	if (++q->spurious_run <= SPURIOUS_FREE) {
+		unmask(q);
+		return;
+	}
+	uint32_t doublings = pvf_min32(q->spurious_run - SPURIOUS_FREE - 1, 10);
+	uint64_t delay = PVF_MS << doublings;
+
+	q->delayed = true;
+	pvf_arm(q->unmask_timer, delay < UNMASK_CAP ? delay : UNMASK_CAP);
+}
+
+static void notify(struct pvf_queue *q)
+{
+	int rc = q->port.ops->notify(&q->port);
+
+	if (rc)
+		port_failed(q, -rc, "the backend cannot be notified");
+	else
+		q->blk.stats.notifies++;
+}
+
+static void watch_ring(struct pvf_queue *q)
+{
+	bool idle = q->idle;
+
+	q->idle = !q->blk.in_flight;
+	if (q->idle) {
+		q->oldest = 0;
+		return;
+	}
+	if (idle)
+		q->progress_at = q->oldest = q->blk.now;
+	if (q->watching)
+		return;
+	q->watching = true;
+	q->unseen = false;
+	pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
+}
+
+static void drain(struct pvf_queue *q)
+{
+	struct pvf_blk *blk = &q->blk;
+	uint32_t n = pvf_ring_poll(&blk->ring, &blk->fault);
+
+	if (n)
+		n = pvf_blk_drain(blk, n);
+	if (blk->fault.rule) {
+		broken(q);
+		return;
+	}
+	if (!n)
+		return;
+	q->responses_since_event += n;
+	if (!q->masked)
+		q->owed = true;
+	q->progress_at = pvf_now_ns();
+	q->unseen = false;
+	if (q->stalled) {
+		q->stalled = false;
+		q->notes |= PVF_NOTE_STALL;
+	}
+	if (blk->features_off & ~q->features_noted)
+		q->notes |= PVF_NOTE_FEATURE_OFF;
+	q->features_noted |= blk->features_off;
+}
+
+static void watchdog(struct pvf_queue *q)
+{
+	struct pvf_blk *blk = &q->blk;
+	struct pvf_fault fault = {0};
+
+	q->watching = false;
+	if (!q->attached || q->stopped)
+		return;
+	if (!q->masked)
+		take_event(q); /* it may just not have had its turn */
+	if (q->stopped)
+		return;
+	uint64_t now = pvf_now_ns(), silent = now - q->progress_at;
+
+	if (!blk->in_flight) {
+		if (now < q->patience) {
+			q->watching = true;
+			pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
+		}
+		return;
+	}
+	if (q->delayed || q->polling) {
+		drain(q);
+	} else if (!q->masked && pvf_ring_poll(&blk->ring, &fault) && !fault.rule) {
+		if (q->unseen && q->unseen_at == blk->ring.rsp_cons) {
+			blk->stats.watchdog_hits++;
+			drain(q);
+			q->again = true;
+		} else {
+			q->unseen = true;
+			q->unseen_at = blk->ring.rsp_cons;
+		}
+	}
+	if (fault.rule) {
+		blk->fault = fault;
+		broken(q);
+	}
+	if (q->stopped)
+		return;
+	q->oldest = oldest_request(blk);
+	if (blk->geo.stall_seconds && !q->stalled && silent >= blk->geo.stall_seconds * PVF_SECOND &&
+	    blk->in_flight) {
+		q->stalled = true;
+		q->stall_for = (uint32_t)(silent / PVF_SECOND);
+		q->notes |= PVF_NOTE_STALL;
+	}
+	q->watching = true;
+	pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
+}
+
+static bool timer_fired(int timer)
+{
+	uint64_t times;
+
+	return read(timer, &times, sizeof(times)) == sizeof(times);
+}
+
+static void lose(struct pvf_queue *q, int error, const char *why)
+{
+	if (q->target.gone)
+		return;
+	q->target.gone = true;
+	q->target.error = error;
+	q->target.why = why;
+}
+
+/* What a peer leaves unread when it hangs up, it sends again on another socket, if it has one. */
+static void check_end(struct pvf_queue *q)
+{
+	if (q->queues > 1 && q->target.ended)
+		lose(q, 0, "the client closed the NBD socket");
+}
+
+static void take_socket(struct pvf_queue *q, uint32_t events)
+{
+	struct pvf_target *t = &q->target;
+
+	if (t->fd < 0)
+		return;
+	pvf_target_event(t, events);
+	if (q->queues != 1 && t->rx_ready && !q->unread.since)
+		q->unread.since = pvf_now_ns();
+	check_end(q);
+}
+
+/* Between epoll_wait() and the lock the worker may have closed what an event is about, and even
+ * opened the next. Of most, an event says no more than "look there"; of a socket it says which. */
+void pvf_queue_event(struct pvf_queue *q, uint64_t data, uint32_t events)
+{
+	switch ((uint32_t)data) {
+	case PVF_TAG_EVENT:
+		if (q->attached && !q->stopped)
+			take_event(q);
+		break;
+	case PVF_TAG_TARGET:
+		if (data == q->target.tag)
+			take_socket(q, events);
+		break;
+	case PVF_TAG_UNMASK:
+		/* Delayed for its spuriousness: look at the ring again, then unmask. */
+		if (timer_fired(q->unmask_timer) && q->delayed && !q->stopped) {
+			drain(q);
+			if (!q->stopped)
+				unmask(q);
+		}
+		break;
+	case PVF_TAG_WATCHDOG:
+		if (timer_fired(q->watchdog_timer) && q->watching)
+			watchdog(q);
+		break;
+	}
+}
+
+/* Service */
+
+static bool receive(struct pvf_queue *q)
+{
+	struct pvf_target *t = &q->target;
+
+	if (q->source_ops)
+		return q->source_ops->intake(q->source, &q->blk, q->no_new);
+	check_end(q);
+	switch (pvf_fence_look(q->fence, q->queues, q->blk.now)) {
+	case PVF_FENCE_OVERDUE:
+		lose(q, ETIMEDOUT, "a request has waited for so long that it may be sent again");
+		return false;
+	case PVF_FENCE_CLOSED:
+		return false;
+	case PVF_FENCE_OPEN:
+		break;
+	}
+	bool more = pvf_target_receive(t, &q->blk, q->no_new);
+
+	if (q->queues > 1) {
+		q->unread.received += t->turn;
+		pvf_unread_update(&q->unread, t->fd, q->blk.now, !t->rx_ready,
+				  t->ahead_end - t->ahead_at);
+	}
+	return more;
+}
+
+static bool send(struct pvf_queue *q)
+{
+	const char *why;
+	int error;
+
+	if (!q->source_ops)
+		return pvf_target_send(&q->target, &q->blk);
+	bool more = q->source_ops->deliver(q->source, &q->blk);
+
+	if (q->source_ops->ended && q->source_ops->ended(q->source, &error, &why))
+		lose(q, error, why);
+	return more;
+}
+
+/* The socket stays open until the worker closes it: no other queue receives any more by then. */
+static void target_ended(struct pvf_queue *q)
+{
+	q->lost = true;
+	q->again = false;
+	pvf_fence_close(q->fence);
+	q->serving = false;
+	q->no_new = true;
+	q->notes |= PVF_NOTE_TARGET_GONE;
+}
+
+static void serve_ring(struct pvf_queue *q)
+{
+	struct pvf_blk *blk = &q->blk;
+
+	q->again = false;
+	if (!q->attached || q->stopped)
+		return;
+	blk->now = pvf_now_ns();
+	if ((q->masked && !q->delayed) || q->polling)
+		drain(q);
+	if (q->stopped)
+		return;
+	if (pvf_queue_has_target(q) && q->serving)
+		q->again |= receive(q);
+	/* The backend has its work before the client has its answers: they go on side by side. */
+	if (pvf_ring_push(&blk->ring))
+		notify(q);
+	if (pvf_queue_has_target(q))
+		q->again |= send(q);
+	watch_ring(q);
+	if (q->stopped || !q->masked || q->delayed || q->polling)
+		return;
+	if (pvf_ring_final_check(&blk->ring, &blk->fault))
+		q->again = true;
+	else if (blk->fault.rule)
+		broken(q);
+	else
+		finish_event(q);
+}
+
+/* True: no request is in the ring, and none can come there without the client doing something. */
+static bool is_drained(const struct pvf_queue *q)
+{
+	const struct pvf_blk *blk = &q->blk;
+	const struct pvf_target *t = &q->target;
+
+	if (blk->in_flight)
+		return false;
+	if (q->source_ops)
+		return t->gone || (blk->current == PVF_NONE && !blk->flush_count && !blk->reply_count);
+	if (t->fd < 0)
+		return true;
+	if (t->gone) /* until the worker has closed it */
+		return false;
+	if (blk->flush_count || (blk->reply_count && t->tx_ready))
+		return false;
+	if (blk->current == PVF_NONE && !blk->skip)
+		return true;
+	return (!t->rx_ready || !t->tx_ready) && pvf_now_ns() >= q->patience;
+}
+
+static void show_fence(struct pvf_queue *q)
+{
+	uint64_t since = q->oldest;
+
+	if (q->queues < 2)
+		return;
+	if (q->unread.since && (!since || q->unread.since < since))
+		since = q->unread.since;
+	pvf_fence_show(q->fence, q->index, since);
+}
+
+/* Wakes the worker for what is newly noted. */
+static void tell(struct pvf_queue *q)
+{
+	if (q->notes & ~q->notes_told)
+		pvf_signal(q->notes_fd);
+	q->notes_told = q->notes;
+}
+
+void pvf_queue_service(struct pvf_queue *q)
+{
+	serve_ring(q);
+	if (q->target.gone && !q->lost && (q->source_ops || q->target.fd >= 0))
+		target_ended(q);
+	if (q->attached && q->no_new && !q->drained && !q->stopped && is_drained(q)) {
+		/* It stays so: nothing is received any more. */
+		q->drained = true;
+		q->serving = q->again = false;
+		q->notes |= PVF_NOTE_DRAINED;
+	}
+	show_fence(q);
+	tell(q);
+}
+
+bool pvf_queue_arm(struct pvf_queue *q)
+{
+	struct pvf_blk *blk = &q->blk;
+
+	if (!q->polling || !q->attached || q->stopped)
+		return false;
+	if (pvf_ring_final_check(&blk->ring, &blk->fault))
+		return true;
+	if (blk->fault.rule) {
+		broken(q);
+		tell(q);
+		return false;
+	}
+	q->polling = false;
+	if (q->masked && !q->delayed)
+		finish_event(q);
+	return false;
+}
+
+bool pvf_queue_turn(struct pvf_queue *q, int timeout)
+{
+	struct epoll_event events[8];
+	int n = epoll_wait(q->epoll_fd, events, 8, timeout);
+
+	PVF_ASSERT(n >= 0 || errno == EINTR);
+	pvf_queue_lock(q);
+	q->blk.stats.wakeups++;
+	for (int i = 0; i < n; i++)
+		pvf_queue_event(q, events[i].data.u64, events[i].events);
+	pvf_queue_service(q);
+	pvf_queue_publish(q);
+	bool again = q->again;
+
+	pvf_queue_unlock(q);
+	return again;
+}
