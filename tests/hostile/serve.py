@@ -16,7 +16,7 @@ from pvfront.cli import main
 pvfront.device.Deadlines = functools.partial(  # type: ignore[misc]
     pvfront.device.Deadlines, init_wait=2.0, connected=2.0, closing=1.0, drain=2.0, busy_poll=0.2
 )
-pvfront.device.RETRY_LAST = 1.0
+pvfront.device.RETRY_FIRST, pvfront.device.RETRY_LAST = 0.15, 1.0
 
 if __name__ == "__main__":
     sys.exit(main())

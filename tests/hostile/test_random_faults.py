@@ -34,7 +34,7 @@ from pvfront.host.blkback import Fault
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-SECONDS = float(os.environ.get("PVFRONT_FAULT_SECONDS", "15"))
+SECONDS = float(os.environ.get("PVFRONT_FAULT_SECONDS", "10"))
 BLOCK = 4096
 SIZE = 8 * MIB
 LANES = 16
