@@ -313,6 +313,19 @@ async def test_a_restarted_backend_is_connected_again(world: World) -> None:
     assert world.states() == ("4", "4")
 
 
+async def test_a_device_that_cannot_be_opened_leaves_nobody_watching(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuses(device: XenbusDevice) -> None:
+        raise PvfrontError("the store refuses")
+
+    world.nodes()
+    monkeypatch.setattr(XenbusDevice, "refresh", refuses)
+    with pytest.raises(PvfrontError, match="the store refuses"):
+        await XenbusDevice.open(world.guest, "vbd", 51728)
+    assert not [task for task in asyncio.all_tasks() if "vbd" in task.get_name()]
+
+
 async def test_a_resize_is_an_update_not_a_reconnect(world: World) -> None:
     world.nodes()
     await world.connected()
