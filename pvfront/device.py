@@ -196,6 +196,7 @@ class DeviceLoop:
         self.goal = Goal.CONNECTED
         self.phase = Phase.STARTING
         self.reason = ""
+        self.last_trouble: tuple[float, str] | None = None  # when (time.time()), and what
         self.reconnects = 0
         self.connected_since: float | None = None
         self._attached = False  # the frontend holds ports and grants
@@ -586,6 +587,8 @@ class DeviceLoop:
             phase.value,
             f": {reason}" if reason else "",
         )
+        if reason and phase in _TROUBLE:
+            self.last_trouble = time.time(), reason
         async with self._phase_changed:
             self.phase, self.reason = phase, reason
             self._phase_changed.notify_all()

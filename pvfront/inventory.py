@@ -135,7 +135,11 @@ async def status(store: Xenstore, text: str, on: Platform | None = None) -> dict
         found.update(state)
         queues = statistics(state.get("worker_pid"), file)
         found["statistics"] = None if queues is None else total(queues)
+        found["statistics_queues"] = queues
     found.update(device.as_json())
+    refused = read_state(f"refused-{device.klass}", on.run_dir) or {}
+    if state is None and str(device.id) in refused:
+        found["refused"] = str(refused[str(device.id)])
     claim = on.claims().taken(device.bus_name)
     if claim is not None:
         found["kernel_had_bound"] = claim.kernel_had_bound

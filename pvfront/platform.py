@@ -45,6 +45,10 @@ class Platform(Protocol):
         """Where state files and control sockets are."""
 
     @property
+    def config_dir(self) -> Path:
+        """Where settings and hooks are."""
+
+    @property
     def default_target(self) -> Literal["nbd", "socket"]:
         """How a disk is exported unless somebody says otherwise."""
 
@@ -76,6 +80,10 @@ class Xen:
     @property
     def run_dir(self) -> Path:
         return self.roots.run
+
+    @property
+    def config_dir(self) -> Path:
+        return self.roots.root / "etc" / "pvfront"
 
     def require(self) -> None:
         from .inventory import require_guest
@@ -121,6 +129,10 @@ class Embedded:
     @property
     def run_dir(self) -> Path:
         return self.roots.run
+
+    @property
+    def config_dir(self) -> Path:
+        return self.directory / "etc"
 
     def require(self) -> None:
         for what in ("store.sock", "hub.sock"):

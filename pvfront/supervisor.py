@@ -199,6 +199,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         async with self._answering():  # first: a second supervisor must not change anything
+            self._show_refused()
             if self.hot_plug:
                 self.klass.hold_hot_plug()
             else:
@@ -206,6 +207,8 @@ class Supervisor:
             try:
                 await self._run()
             finally:
+                self.refused.clear()
+                self._show_refused()
                 if self.hot_plug:
                     self.klass.release_hot_plug()
         return 1 if self._failure else 0
@@ -394,7 +397,8 @@ class Supervisor:
         except BaseException:
             await device.close()
             raise
-        self.refused.pop(devid, None)
+        if self.refused.pop(devid, None) is not None:
+            self._show_refused()
         self._seen_ids.add(devid)
         loop = DeviceLoop(
             device,
@@ -419,8 +423,18 @@ class Supervisor:
         if strict:
             raise error
         self.refused[devid] = str(error)
+        self._show_refused()
         log.warning("%s: not served: %s", self.klass.label(devid), error)
         await self._pass_on(devid)
+
+    def _show_refused(self) -> None:
+        """For `status`: why devices are not served, by number."""
+        path = self.run_dir / f"refused-{self.klass.klass}.json"
+        with contextlib.suppress(OSError):
+            if self.refused:
+                _write_json(path, {str(devid): why for devid, why in sorted(self.refused.items())})
+            else:
+                path.unlink(missing_ok=True)
 
     async def _serve(self, devid: int, loop: DeviceLoop) -> None:
         try:
@@ -572,6 +586,8 @@ def state_of(loop: DeviceLoop) -> dict[str, Any]:
         "generation": loop.frontend.generation,
         "reconnects": loop.reconnects,
         "connected_since": loop.connected_since,
+        "last_trouble_at": loop.last_trouble[0] if loop.last_trouble else None,
+        "last_trouble": loop.last_trouble[1] if loop.last_trouble else "",
         "frontend_state": view.frontend.label,
         "backend_state": view.backend.label,
         **loop.frontend.details(),

@@ -85,7 +85,7 @@ class RingLimits:
 class DiskGeometry:
     """A disk as its backend describes it."""
 
-    sectors: int  # of 512 bytes; a multiple of sector_size / 512
+    sectors: int  # of 512 bytes; a multiple of sector_size / 512; 0: no medium
     sector_size: int = SECTOR  # bytes
     physical_sector_size: int = SECTOR  # bytes, a multiple of sector_size
     read_only: bool = False
@@ -120,12 +120,17 @@ def parse_limits(backend: Mapping[str, str]) -> tuple[RingLimits, list[Problem]]
 
 
 def parse_geometry(
-    backend: Mapping[str, str], *, device_type: str | None = None, blkback: bool = True
+    backend: Mapping[str, str],
+    *,
+    device_type: str | None = None,
+    blkback: bool = True,
+    may_be_empty: bool = False,
 ) -> tuple[DiskGeometry, list[Problem]]:
     """The disk behind the backend's keys.
 
     `device_type` is the frontend's key of that name; `blkback` says that the backend is the
-    kernel's (its store directory is `backend/vbd`, not `backend/qdisk`).
+    kernel's (its store directory is `backend/vbd`, not `backend/qdisk`). `may_be_empty`: 0 sectors
+    are a drive without a medium, else an error.
     Raises GeometryError naming the key and its value.
     """
     keys = Keys(backend)
@@ -142,12 +147,12 @@ def parse_geometry(
     if sector_size != SECTOR and not blkback:
         refuse("sector-size", "only 512 is supported with this kind of backend")
     sectors = _required(backend, "sectors")
-    if sectors == 0:
+    if sectors == 0 and not may_be_empty:
         refuse("sectors", "the disk is empty (is there a medium?)")
     if sectors * SECTOR > _MAX_BYTES:
         refuse("sectors", "the disk would be larger than 2^63 bytes")
     per_block = sector_size // SECTOR
-    if sectors < per_block:
+    if 0 < sectors < per_block:
         refuse("sectors", f"less than one sector of {sector_size} bytes")
     if sectors % per_block:
         complain("sectors", f"not a multiple of sector-size {sector_size}; rounded down")

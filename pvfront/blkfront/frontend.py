@@ -80,9 +80,13 @@ class DiskFrontend:
         *,
         settings: DiskSettings | None = None,
         budget: Budget | None = None,
+        on_event: Callable[[str, Mapping[str, object]], None] = lambda event, facts: None,
         stolen: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`settings`: None, the defaults; `budget`: that of all disks of this service."""
+        """`settings`: None, the defaults; `budget`: that of all disks of this service.
+
+        `on_event` is told "resize", "eject" and "insert" (hooks.py), with the facts.
+        """
         self.name = name
         self.vdev = vdev
         self.label = label
@@ -106,6 +110,7 @@ class DiskFrontend:
         self._trouble: str | None = None
         self._poke: Callable[[], None] = lambda: None
         self._stolen = stolen
+        self._tell_event = on_event
         self._wanted_off: list[str] = []
         self.budget.join(name)
         if target.clients is not None:
@@ -329,6 +334,7 @@ class DiskFrontend:
         return limits
 
     async def start(self, device: XenbusDevice) -> None:
+        before = self.geometry
         self.geometry = await self._read_geometry(device)
         self.limits = await self._read_limits(device)
         assert self.shape is not None
@@ -339,6 +345,8 @@ class DiskFrontend:
         else:
             await self._start_socket()
         await self.target.publish(self._offered)
+        if before is not None and before.sectors != self.geometry.sectors:
+            self._tell_size(before.size, self.geometry.size)
 
     async def _start_socket(self) -> None:
         """START with new sockets of the target, or with none if no client waits."""
@@ -394,12 +402,34 @@ class DiskFrontend:
             target_fds=list(fds),
         )
 
-    async def _read_geometry(self, device: XenbusDevice) -> DiskGeometry:
+    def _tell_size(self, old: int, new: int) -> None:
+        """The event of another size: for the log and for hooks."""
+        event = "resize" if old and new else "insert" if new else "eject"
+        log.info(
+            "%s: %s: from %d to %d sectors",
+            self.name,
+            event,
+            old // features.SECTOR,
+            new // features.SECTOR,
+        )
+        facts = {
+            "NAME": self.label,
+            "DEVICE": self.target.link,
+            "OS_DEVICE": self.target.path,
+            "SIZE": new,
+            "OLD_SIZE": old,
+        }
+        self._tell_event(event, facts)
+
+    async def _read_geometry(
+        self, device: XenbusDevice, *, may_be_empty: bool = False
+    ) -> DiskGeometry:
         keys = await device.backend_keys()
         geometry, problems = features.parse_geometry(
             keys,
             device_type=await device.store.read_opt(f"{device.path}/device-type"),
             blkback="/backend/vbd/" in device.backend,
+            may_be_empty=may_be_empty,
         )
         for problem in problems:
             log.warning("%s: backend key %s", self.name, problem)
@@ -420,17 +450,14 @@ class DiskFrontend:
             self.off.add(feature)
             await self.target.feature_off("flush" if feature == "flush" else "discard")
         self._wanted_off.clear()
-        geometry = await self._read_geometry(device)
-        if self.geometry is not None and geometry.sectors != self.geometry.sectors:
-            log.info(
-                "%s: resized from %d to %d sectors",
-                self.name,
-                self.geometry.sectors,
-                geometry.sectors,
-            )
+        before = self.geometry
+        geometry = await self._read_geometry(device, may_be_empty=before is not None)
+        if before is not None and geometry.sectors != before.sectors:
             self.geometry = geometry
-            await self._start_worker()
+            if geometry.sectors:
+                await self._start_worker()
             await self.target.publish(self._offered)
+            self._tell_size(before.size, geometry.size)
         if self._next_client:
             await self._start_socket()
         self._news = False
@@ -440,8 +467,17 @@ class DiskFrontend:
         """Whether a client waits, and can be served."""
         clients = self.target.clients
         return (
-            clients is not None and clients.waiting and not self._has_socket and not self._draining
+            clients is not None
+            and clients.waiting
+            and not self._empty
+            and not self._has_socket
+            and not self._draining
         )
+
+    @property
+    def _empty(self) -> bool:
+        """Without a medium: nothing is started before there is one."""
+        return self.geometry is not None and not self.geometry.sectors
 
     def _hold(self, socket: bool) -> None:
         """Whether the worker has a socket of the target."""
@@ -548,7 +584,8 @@ class DiskFrontend:
 
     @property
     def _most_queues(self) -> int:
-        return min(self.settings.max_queues, self.target.max_queues)
+        wanted = self.settings.max_queues or self.target.usual_queues
+        return max(1, min(wanted, self.target.max_queues))
 
     def _need_worker(self) -> Worker:
         if self._worker is None:

@@ -343,6 +343,10 @@ class SocketTarget:
     def max_queues(self) -> int:
         return 1  # a client opens one connection
 
+    @property
+    def usual_queues(self) -> int:
+        return 1
+
     async def attach(
         self, geometry: DiskGeometry, *, queues: int = 1, deadline: float = 10.0
     ) -> list[int]:

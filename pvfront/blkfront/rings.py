@@ -72,7 +72,8 @@ LEAST = Shape(pool=POOL_LEAST)
 def wanted(limits: RingLimits, settings: DiskSettings, most_queues: int) -> Shape:
     """The shape for a backend with room for everything. `most_queues`: the target's and worker's.
 
-    Indirect requests that carry no more than direct ones are not used.
+    Indirect requests that carry no more than direct ones are not used. The setting `max_queues`
+    has been applied to `most_queues`, which knows what suits the target.
     """
     segments = min(limits.max_indirect, settings.max_indirect_segments)
     if segments <= DIRECT_SEGMENTS:
@@ -80,7 +81,7 @@ def wanted(limits: RingLimits, settings: DiskSettings, most_queues: int) -> Shap
     order = min(limits.max_ring_page_order, settings.max_ring_page_order)
     each = segments + (segments > DIRECT_SEGMENTS)
     return Shape(
-        queues=max(1, min(limits.max_queues, settings.max_queues, most_queues)),
+        queues=max(1, min(limits.max_queues, most_queues)),
         order=order,
         pool=min((SLOTS << order) * each, settings.max_pool_pages),
         segments=segments,

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 from ..budget import Budget
 from ..errors import PvfrontError
+from ..hooks import Hooks
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
 from ..states import XenbusState
@@ -19,7 +21,7 @@ from ..xenbus import Bus, XenbusDevice
 from .features import VIRTUAL_DEVICE
 from .frontend import DiskFrontend
 from .nbdexport import SocketTarget
-from .settings import Settings
+from .settings import FILE, Settings, load
 from .target import NbdTarget, Target
 from .vdev import parse_name, vdev_name
 
@@ -50,6 +52,7 @@ class Disks:
         self.platform = on
         self.settings = settings or Settings()
         self.budget = Budget(on.grant_limit, expected=expected)
+        self.hooks = Hooks(on.config_dir / "hooks.d")
         self.export: Export = export or on.default_target
         self.claims = on.claims()
 
@@ -83,6 +86,7 @@ class Disks:
             target,
             settings=self.settings.of(device.devid),
             budget=self.budget,
+            on_event=self.hooks.tell,
             stolen=lambda: self._stolen(device.name),
         )
 
@@ -139,11 +143,17 @@ async def serve(
     everything: bool,
     force: bool,
     export: Export | None = None,
-    settings: Settings | None = None,
+    config: Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> int:
-    """Serves the named disks, or every disk, until SIGTERM; returns the exit status."""
+    """Serves the named disks, or every disk, until SIGTERM; returns the exit status.
+
+    `config`: the file of settings instead of the usual one; `options`: settings above it.
+    """
     on = platform()
     on.require()
+    settings = load(config or on.config_dir / FILE, needed=config is not None)
+    settings.override(options or {})
     in_guest = on.name == "xen"
     store = await on.store()
     try:
@@ -160,11 +170,12 @@ async def serve(
         wanted: Callable[[int], bool] = (
             (lambda devid: True) if everything else (lambda devid: devid in named)
         )
+        disks = Disks(
+            on, export, settings=settings, expected=len(present) if everything else len(named)
+        )
         supervisor = Supervisor(
             store,
-            Disks(
-                on, export, settings=settings, expected=len(present) if everything else len(named)
-            ),
+            disks,
             wanted,
             run_dir=on.run_dir,
             named=named,
@@ -174,6 +185,9 @@ async def serve(
         )
         if not in_guest:
             log.info("embedded host: workers keep this user, and nothing takes part in a suspend")
-        return await supervisor.run()
+        try:
+            return await supervisor.run()
+        finally:
+            await disks.hooks.close()
     finally:
         await store.close()

@@ -14,21 +14,19 @@ setting that is silently not applied is worse than none.
 from __future__ import annotations
 
 import configparser
-import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..abi import lib
 from ..errors import PvfrontError
-from .features import DIRECT_SEGMENTS, MAX_INDIRECT_SEGMENTS, MAX_QUEUES, MAX_RING_PAGE_ORDER
+from .features import DIRECT_SEGMENTS, MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER
 from .vdev import parse_name, vdev_name
 
-DEFAULT_PATH = Path("/etc/pvfront/vbd.conf")
+FILE = "vbd.conf"
 SECTION = "disk"
-QUEUES_MOST: int = getattr(lib, "PVF_MAX_QUEUES", 1)
 
 
 class SettingsError(PvfrontError):
@@ -40,10 +38,6 @@ class SettingsError(PvfrontError):
         self.line = line
 
 
-def _queues() -> int:
-    return min(4, QUEUES_MOST, len(os.sched_getaffinity(0)))
-
-
 @dataclass(frozen=True, slots=True)
 class DiskSettings:
     """Of one disk. Upper bounds: what the backend does not offer, no setting brings."""
@@ -51,15 +45,10 @@ class DiskSettings:
     max_ring_page_order: int = 2
     max_indirect_segments: int = 64
     max_pool_pages: int = 704  # granted pages for each queue
-    max_queues: int = 0  # 0: as many as there are CPUs, up to 4
+    max_queues: int = 0  # 0: what suits the target (target.py, `usual_queues`)
     feature_persistent: bool = True
 
-    def __post_init__(self) -> None:
-        if not self.max_queues:
-            object.__setattr__(self, "max_queues", _queues())
 
-
-DEFAULTS = DiskSettings()
 NAMES = tuple(field.name for field in fields(DiskSettings))
 
 
@@ -83,9 +72,20 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_ring_page_order": _number(0, MAX_RING_PAGE_ORDER),
     "max_indirect_segments": _number(0, MAX_INDIRECT_SEGMENTS),
     "max_pool_pages": _number(DIRECT_SEGMENTS, lib.PVF_MAX_POOL_PAGES),
-    "max_queues": _number(0, MAX_QUEUES),
+    "max_queues": _number(0, lib.PVF_MAX_QUEUES),
     "feature_persistent": _switch,
 }
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` as the command line has it. Raises ValueError with what is wrong."""
+    key, equals, value = text.partition("=")
+    if not equals or key not in _PARSERS:
+        raise ValueError(f"{text!r} is no KEY=VALUE with KEY one of {', '.join(NAMES)}")
+    try:
+        return key, parse_value(key, value)
+    except ValueError as error:
+        raise ValueError(f"{key} = {value!r}: {error}") from None
 
 
 def parse_value(key: str, text: str) -> Any:
@@ -97,10 +97,12 @@ class Settings:
     """What the file says: of all disks, and of single ones."""
 
     def __init__(
-        self, common: Mapping[str, Any] | None = None, own: Mapping[int, Mapping[str, Any]] = {}
+        self,
+        common: Mapping[str, Any] | None = None,
+        own: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         self._common = dict(common or {})
-        self._own = {vdev: dict(values) for vdev, values in own.items()}
+        self._own = {vdev: dict(values) for vdev, values in (own or {}).items()}
         self._forced: dict[str, Any] = {}
 
     def override(self, values: Mapping[str, Any]) -> None:
@@ -109,15 +111,10 @@ class Settings:
 
     def of(self, vdev: int) -> DiskSettings:
         """The settings of the disk with this number."""
-        values = {**self._common, **self._own.get(vdev, {}), **self._forced}
-        return _bounded(DiskSettings(**values))
+        return DiskSettings(**{**self._common, **self._own.get(vdev, {}), **self._forced})
 
 
-def _bounded(settings: DiskSettings) -> DiskSettings:
-    return replace(settings, max_queues=min(settings.max_queues, QUEUES_MOST))
-
-
-def load(path: Path = DEFAULT_PATH, *, needed: bool = False) -> Settings:
+def load(path: Path, *, needed: bool = False) -> Settings:
     """Reads the file; `needed`: one that is not there is an error. Raises SettingsError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -133,8 +130,8 @@ def load(path: Path = DEFAULT_PATH, *, needed: bool = False) -> Settings:
     return parse(text, path)
 
 
-def parse(text: str, path: Path = DEFAULT_PATH) -> Settings:
-    """Raises SettingsError."""
+def parse(text: str, path: Path = Path(FILE)) -> Settings:
+    """`path`: for errors only. Raises SettingsError."""
     parser = configparser.RawConfigParser(
         default_section="", interpolation=None, delimiters=("=",), empty_lines_in_values=False
     )

@@ -146,6 +146,11 @@ class Target(Protocol):
         """How many queues the next `attach` can have."""
         ...
 
+    @property
+    def usual_queues(self) -> int:
+        """How many it has unless somebody sets `max_queues`."""
+        ...
+
     async def adopt(self) -> bool:
         """Finds the device of an earlier supervisor; True if there is one."""
         ...
@@ -241,6 +246,11 @@ class NbdTarget:
         ours = [d.name for d in nbd.devices(self._roots) if d.backend == self.identifier]
         name = self.name or (ours[-1] if ours else "")
         return self._sockets(name) if name else _QUEUES_MOST
+
+    @property
+    def usual_queues(self) -> int:
+        """One: what several cost after the death of a worker stands at the top."""
+        return 1
 
     def _sockets(self, name: str) -> int:
         """Connections of a device, dead ones too: each is a hardware queue."""

@@ -50,7 +50,9 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], *, indent: str = ""
+) -> None:
     """Columns aligned to the left, two spaces between them; `-` for what is empty."""
     cells = [
         [printable("-" if value in (None, "") else str(value)) for value in row] for row in rows
@@ -59,7 +61,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo(line.rstrip())
+        click.echo((indent + line).rstrip())
 
 
 def print_fields(fields: Sequence[tuple[str, object]]) -> None:
@@ -67,13 +69,3 @@ def print_fields(fields: Sequence[tuple[str, object]]) -> None:
     width = max((len(name) for name, _ in fields), default=0) + 1
     for name, value in fields:
         click.echo(f"{name + ':':<{width}} {printable(str(value))}")
-
-
-def human_size(size: int) -> str:
-    """`64 MiB`, `1.5 GiB`."""
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if amount < 1024 or unit == "PiB":
-            break
-        amount /= 1024
-    return f"{amount:.1f}".removesuffix(".0") + f" {unit}"

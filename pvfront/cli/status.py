@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 import click
 
-from .. import inventory
+from .. import figures, inventory
 from .output import as_json as json_option
-from .output import human_size, print_fields, print_json, with_store
+from .output import print_fields, print_json, print_table, with_store
 
+_TIMES = ("connected_since", "last_trouble_at")
 _FIRST = ("name", "class", "id", "owner", "os_device", "link", "phase", "reason")
 
 
@@ -24,9 +26,22 @@ def status(device: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
+    queues = found.pop("statistics_queues", None)
+    if queues:
+        del found["statistics"]
     order = [key for key in _FIRST if key in found]
     order += [key for key in found if key not in _FIRST]
     print_fields([line for key in order for line in _lines(key, found[key])])
+    if queues:
+        click.echo("statistics:")
+        # Of a worker's queues, those that this connection, or an earlier one, has used.
+        used = [queue for queue in queues if queue["pool_pages"] or queue["wakeups"]]
+        for header, rows in (
+            (figures.REQUESTS, figures.request_rows(used)),
+            (figures.EVENTS, figures.event_rows(used)),
+        ):
+            if rows:
+                print_table(header, rows, indent="  ")
 
 
 def _lines(key: str, value: Any) -> Iterator[tuple[str, object]]:
@@ -38,7 +53,10 @@ def _lines(key: str, value: Any) -> Iterator[tuple[str, object]]:
         yield name, "yes" if value else "no"
     elif value is None or value == "":
         yield name, "-"
+    elif key in _TIMES and isinstance(value, int | float):
+        moment = datetime.fromtimestamp(value).astimezone()
+        yield name, moment.isoformat(sep=" ", timespec="seconds")
     elif key.endswith(" size") and isinstance(value, int):
-        yield name, f"{value} ({human_size(value)})"
+        yield name, f"{value} ({figures.amount(value)})"
     else:
         yield name, value

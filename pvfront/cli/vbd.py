@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +16,18 @@ from ..service import prepare_process
 
 if TYPE_CHECKING:
     from ..blkfront.service import Export
+
+
+def _options(texts: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE of the command line; wrong usage is said as such."""
+    if not texts:
+        return {}
+    from ..blkfront.settings import parse_option
+
+    try:
+        return dict(map(parse_option, texts))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.group()
@@ -36,9 +50,29 @@ def vbd() -> None:
     help="What users of a disk get: the kernel's nbd device (in a guest, without it), or an NBD "
     "server on a socket, NAME.nbd in the run directory.",
 )
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file of settings instead of /etc/pvfront/vbd.conf.",
+)
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=lambda _context, _parameter, values: _options(values),
+    help="A setting, above those of the file; may be given several times.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
 def serve(
-    names: tuple[str, ...], everything: bool, force: bool, export: Export | None, verbose: bool
+    names: tuple[str, ...],
+    everything: bool,
+    force: bool,
+    export: Export | None,
+    config: Path | None,
+    options: dict[str, Any],
+    verbose: bool,
 ) -> None:
     """Serve disks in user space until SIGTERM.
 
@@ -64,5 +98,14 @@ def serve(
     in_guest = platform().name == "xen"
     prepare_process(logging.DEBUG if verbose else logging.INFO, relied_on=in_guest)
     raise SystemExit(
-        asyncio.run(serve_disks(names, everything=everything, force=force, export=export))
+        asyncio.run(
+            serve_disks(
+                names,
+                everything=everything,
+                force=force,
+                export=export,
+                config=config,
+                options=options,
+            )
+        )
     )

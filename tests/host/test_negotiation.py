@@ -118,7 +118,7 @@ async def place(
             try:
                 yield made
             finally:
-                await service.end()
+                await made.service.end()
                 await made.backend.stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)

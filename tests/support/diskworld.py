@@ -152,7 +152,7 @@ class OsDevice:
         self.published: list[DiskGeometry] = []
         self.client: socket.socket | None = None
         self.refuses_close: TargetError | None = None
-        self.max_queues = 1
+        self.max_queues = self.usual_queues = 1
 
     async def adopt(self) -> bool:
         return self.exists

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from memstore import MemStore, SocketServer
 
-from pvfront.cli import main, output
+from pvfront import figures
+from pvfront.cli import main
 from pvfront.sysfs import Roots
 
 
@@ -308,7 +309,7 @@ def test_anybody_but_root_is_told_to_be_root(
     [(0, "0 B"), (512, "512 B"), (1536, "1.5 KiB"), (64 << 20, "64 MiB"), (1 << 62, "4096 PiB")],
 )
 def test_sizes_are_told_in_binary_units(size: int, text: str) -> None:
-    assert output.human_size(size) == text
+    assert figures.amount(size) == text
 
 
 def answering(guest: Guest, answer: dict[str, Any]) -> list[Any]:

@@ -284,7 +284,7 @@ async def test_a_resize_restarts_the_worker_and_publishes(
     assert world.target.calls == ["attach", "publish", "publish"]
     assert world.target.published[-1].sectors == 2 * SECTORS
     assert disk.generation == 1
-    assert f"resized from {SECTORS} to {2 * SECTORS} sectors" in caplog.text
+    assert f"resize: from {SECTORS} to {2 * SECTORS} sectors" in caplog.text
     await world.write(SECTORS * 512, b"beyond".ljust(512))
     assert world.host.disk[SECTORS * 512 :][:6] == b"beyond"
 

@@ -7,15 +7,18 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import click
 import pytest
 
 from pvfront import __version__
+from pvfront.blkfront.settings import DiskSettings
 from pvfront.cli import cli
 
 PAGE = Path(__file__).resolve().parents[2] / "man" / "pvfront.1"
+CONF = PAGE.with_name("pvfront-vbd.conf.5")
 
 
 def plain(roff: str) -> str:
@@ -80,14 +83,24 @@ def test_no_option_is_made_up() -> None:
     assert words(section) <= known
 
 
-def test_the_page_is_of_this_version() -> None:
-    assert f"pvfront {__version__}" in PAGE.read_text(encoding="utf-8").splitlines()[1]
+def test_every_setting_is_explained_with_its_default() -> None:
+    text = plain(CONF.read_text(encoding="utf-8"))
+    for field in fields(DiskSettings):
+        value = field.default
+        default = ("no", "yes")[value] if isinstance(value, bool) else value
+        assert re.search(rf"^{field.name} .*default {default}\)", text, re.M), field.name
+
+
+@pytest.mark.parametrize("page", [PAGE, CONF], ids=lambda page: page.name)
+def test_the_page_is_of_this_version(page: Path) -> None:
+    assert f"pvfront {__version__}" in page.read_text(encoding="utf-8").splitlines()[1]
 
 
 @pytest.mark.skipif(shutil.which("man") is None, reason="there is no man(1) to render the page")
-def test_the_page_renders_without_a_warning() -> None:
+@pytest.mark.parametrize("page", [PAGE, CONF], ids=lambda page: page.name)
+def test_the_page_renders_without_a_warning(page: Path) -> None:
     done = subprocess.run(
-        ["man", "-l", "--warnings", "-E", "UTF-8", str(PAGE)],
+        ["man", "-l", "--warnings", "-E", "UTF-8", str(page)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from pvfront.blkfront.rings import LEAST, Shape
 from pvfront.blkfront.settings import DiskSettings
 
 BLKBACK = RingLimits(max_indirect=256, max_ring_page_order=4, max_queues=8)
-SETTINGS = DiskSettings(max_queues=4)
+SETTINGS = DiskSettings()
 
 SHAPES = st.builds(
     Shape,
@@ -39,7 +39,7 @@ def test_of_a_rich_backend_is_taken_what_the_settings_want() -> None:
 
 
 def test_the_settings_bring_nothing_that_the_backend_has_not() -> None:
-    settings = DiskSettings(max_ring_page_order=4, max_indirect_segments=256, max_queues=4)
+    settings = DiskSettings(max_ring_page_order=4, max_indirect_segments=256)
     limits = RingLimits(max_indirect=32, max_ring_page_order=1, max_queues=2)
     assert rings.wanted(limits, settings, 4) == Shape(queues=2, order=1, pool=704, segments=32)
 

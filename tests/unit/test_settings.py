@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def test_the_defaults_are_those_of_the_manual() -> None:
     found = DiskSettings()
     assert (found.max_ring_page_order, found.max_indirect_segments) == (2, 64)
     assert (found.max_pool_pages, found.feature_persistent) == (704, True)
-    assert found.max_queues == min(4, len(os.sched_getaffinity(0)))
+    assert found.max_queues == 0, "what suits the target"
 
 
 def test_what_is_set_for_all_and_for_one_disk_and_on_the_command_line() -> None:
@@ -64,8 +63,8 @@ def test_a_disk_is_named_as_in_the_xl_configuration_or_by_its_number() -> None:
     [
         ("max_queues = 1\n", 1, "a setting before any section"),
         ("[disk]\n\nmax_queue = 1\n", 3, "max_queue: no such setting"),
-        ("[disk]\nmax_queues = many\n", 2, "max_queues = 'many': must be a number from 0 to 64"),
-        ("[disk]\nmax_queues = 65\n", 2, "must be a number from 0 to 64"),
+        ("[disk]\nmax_queues = many\n", 2, "max_queues = 'many': must be a number from 0 to 16"),
+        ("[disk]\nmax_queues = 17\n", 2, "must be a number from 0 to 16"),
         ("[disk]\nmax_queues = -1\n", 2, "must be a number"),
         ("[disk]\nmax_queues = \u0661\n", 2, "must be a number"),
         ("[disk]\nmax_ring_page_order = 5\n", 2, "from 0 to 4"),
@@ -104,4 +103,19 @@ def test_a_file_that_is_no_text_or_no_file_is_said(tmp_path: Path) -> None:
 @given(st.text(max_size=200))
 def test_any_text_is_settings_or_an_error(text: str) -> None:
     with contextlib.suppress(SettingsError):
-        assert settings.parse(text).of(XVDB).max_queues >= 1
+        assert settings.parse(text).of(XVDB).max_queues >= 0
+
+
+def test_the_command_line_has_the_same_values_and_says_what_is_wrong() -> None:
+    assert settings.parse_option("max_queues=2") == ("max_queues", 2)
+    assert settings.parse_option("feature_persistent = off".replace(" ", "")) == (
+        "feature_persistent",
+        False,
+    )
+    for text, said in (
+        ("max_queues", "no KEY=VALUE"),
+        ("queues=1", "KEY one of max_ring_page_order, "),
+        ("max_queues=no", "max_queues = 'no': must be a number from 0 to 16"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            settings.parse_option(text)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Programs of the admin's that are run when something happens to a device.
+
+As run-parts(8): every executable file of one directory whose name has nothing but letters, digits,
+`_` and `-`, in the order of their names, with nothing on standard input. What happened is told in
+the environment. Events of a device are told one after the other; a device never waits for them.
+
+A hook has `LIMIT` seconds; then it and what it started are killed. What it prints goes to the log,
+line by line. It does not inherit what makes this process the last that memory pressure ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+LIMIT = 60.0  # seconds of one hook
+LINES = 100  # of one hook that are logged
+WAITING = 64  # events that wait; more are dropped, and said
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class Hooks:
+    """Tells the programs of `directory`. Nothing happens where there is no such directory."""
+
+    def __init__(self, directory: Path, *, limit: float = LIMIT) -> None:
+        self.directory = directory
+        self.limit = limit
+        self._waiting: list[tuple[str, dict[str, str]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def programs(self) -> list[Path]:
+        """What there is to run now."""
+        try:
+            found = sorted(self.directory.iterdir())
+        except OSError:
+            return []
+        return [
+            path
+            for path in found
+            if _NAME.fullmatch(path.name) and path.is_file() and os.access(path, os.X_OK)
+        ]
+
+    def tell(self, event: str, facts: Mapping[str, object]) -> None:
+        """`event`: "resize"; `facts`: NAME to value, which become PVFRONT_NAME. Never waits."""
+        if len(self._waiting) >= WAITING:
+            log.warning("hooks: %s dropped: %d events wait already", event, WAITING)
+            return
+        values = {f"PVFRONT_{name}": str(value) for name, value in facts.items()}
+        self._waiting.append((event, {"PVFRONT_EVENT": event, **values}))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="hooks")
+
+    async def told(self) -> None:
+        """Returns when every event so far has been told."""
+        while (task := self._task) is not None:
+            await asyncio.wait({task})
+
+    async def close(self) -> None:
+        """Ends what runs; what waits is dropped. Idempotent."""
+        self._waiting.clear()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                event, values = self._waiting.pop(0)
+                for program in self.programs():
+                    try:
+                        await self._one(program, event, values)
+                    except OSError as error:
+                        log.warning("hook %s: %s", program.name, error)
+        finally:
+            self._task = None
+
+    async def _one(self, program: Path, event: str, values: Mapping[str, str]) -> None:
+        process = await asyncio.create_subprocess_exec(
+            str(program),
+            cwd="/",
+            env={**os.environ, **values},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        _make_common(process.pid)
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(self.limit):
+                await _log_lines(program.name, process.stdout)
+                status = await process.wait()
+        except TimeoutError:
+            log.warning(
+                "hook %s: killed: not done with %s in %g s", program.name, event, self.limit
+            )
+            return
+        finally:
+            # Whatever it has left behind too: the group is its own.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        if status:
+            log.warning("hook %s: %s: ended with status %d", program.name, event, status)
+
+
+def _make_common(pid: int) -> None:
+    """A process like any other for the one that ends processes when memory runs out."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("0")
+
+
+async def _log_lines(name: str, output: asyncio.StreamReader) -> None:
+    """To the end of `output`; lines beyond `LINES` are read and dropped."""
+    count = 0
+    while True:
+        try:
+            line = await output.readline()
+        except ValueError:  # longer than the reader's limit, which has dropped it
+            continue
+        if not line:
+            return
+        count += 1
+        if count <= LINES:
+            log.info("hook %s: %s", name, line.decode(errors="replace").rstrip())
