@@ -103,6 +103,7 @@ class DiskFrontend:
         self._worker: Worker | None = None
         self._generation = 0
         self._attached = False  # the worker holds what ATTACH gave it
+        self._held = (0, 0)  # the generation, and the number of queues, that the worker has
         self._has_socket = False
         self._draining = False  # a client has left requests in the ring
         self._news = False  # a client came or went: status is to show it
@@ -230,6 +231,7 @@ class DiskFrontend:
         hello = worker.hello
         assert hello is not None
         self._generation = hello.generation
+        self._held = hello.generation, hello.attached
         has_device = await self.target.adopt()
         view = device.view
         serves = hello.state is State.RUNNING and hello.has_target
@@ -290,6 +292,11 @@ class DiskFrontend:
         trusted = await device.store.read_opt(f"{device.path}/trusted")
         scrub = not features.trusted({} if trusted is None else {"trusted": trusted})
         with opened(self.platform, device.backend_id, rings.smaller(asked, share)) as made:
+            if self._has_socket and len(made.queues) != self._held[1]:
+                # As many sockets as queues: nobody would read from one too many.
+                await worker.detach(self._held[0], keep_target=False)
+                self._hold(False)
+                self._trouble = None
             self._attached = True  # so it is also if the answer never comes
             try:
                 for number, queue in enumerate(made.queues):
@@ -309,6 +316,7 @@ class DiskFrontend:
             except WorkerError:
                 self._attached = number > 0
                 raise
+            self._held = self._generation, len(made.queues)
             # The worker holds all of it now. Ours are closed without unbinding or freeing anything.
         self._note_shape(asked, made, why)
         return features.queue_keys(

@@ -86,8 +86,6 @@ _POLL = 0.05  # seconds between two looks at the kernel
 _COMMAND_DEADLINE = 15.0
 _LAST_CLOSE = 1.0  # seconds for udev to let go of a device that was just closed
 _NO_TIMEOUT = 10 * 365 * 24 * 3600  # seconds; requests wait for us as long as it takes
-_PATIENCE: int = getattr(lib, "PVF_NBD_PATIENCE_SECONDS", 0)
-_QUEUES_MOST: int = lib.PVF_MAX_QUEUES if _PATIENCE else 1
 
 
 class TargetError(PvfrontError):
@@ -245,7 +243,7 @@ class NbdTarget:
         """What there is has as many as it had at first; a new device any number."""
         ours = [d.name for d in nbd.devices(self._roots) if d.backend == self.identifier]
         name = self.name or (ours[-1] if ours else "")
-        return self._sockets(name) if name else _QUEUES_MOST
+        return self._sockets(name) if name else int(lib.PVF_MAX_QUEUES)
 
     @property
     def usual_queues(self) -> int:
@@ -477,7 +475,7 @@ class NbdTarget:
     def _tune(self) -> None:
         queue = self._sys / "queue"
         alone = self._sockets(self.name) == 1
-        timeout = self.settings.io_timeout_ms if alone else 3 * _PATIENCE * 1000
+        timeout = self.settings.io_timeout_ms if alone else 3000 * lib.PVF_NBD_PATIENCE_SECONDS
         sysfs.write(queue / "io_timeout", timeout)
         most = sysfs.read_int(queue / "max_hw_sectors_kb") or self.settings.max_sectors_kb
         sysfs.write(queue / "max_sectors_kb", min(most, self.settings.max_sectors_kb))

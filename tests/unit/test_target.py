@@ -311,15 +311,8 @@ async def test_a_device_that_somebody_disconnected_is_replaced_by_a_new_one(
     first.die()
 
 
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that may have several sockets."""
-    monkeypatch.setattr(target, "_PATIENCE", 10)
-    monkeypatch.setattr(target, "_QUEUES_MOST", 16)
-
-
 async def test_each_queue_has_a_socket_and_the_flag_that_allows_it(
-    kernel: FakeKernel, guarded: None
+    kernel: FakeKernel,
 ) -> None:
     disk_target = disk(kernel)
     assert disk_target.max_queues == 16
@@ -332,7 +325,7 @@ async def test_each_queue_has_a_socket_and_the_flag_that_allows_it(
 
 
 async def test_several_sockets_are_not_lost_to_a_slow_backend(
-    kernel: FakeKernel, guarded: None
+    kernel: FakeKernel,
 ) -> None:
     kernel.worker(await disk(kernel).attach(DISK, queues=2))
     assert device(kernel).get("queue/io_timeout") == "30000"
@@ -345,13 +338,13 @@ async def test_one_socket_needs_no_flag_and_replays_soon(kernel: FakeKernel) -> 
 
 
 async def test_a_device_has_the_queues_of_its_first_connect(
-    kernel: FakeKernel, guarded: None
+    kernel: FakeKernel,
 ) -> None:
     kernel.worker(await disk(kernel).attach(DISK, queues=2))
     assert disk(kernel).max_queues == 2, "by its identifier, adopted or not"
 
 
-async def test_fewer_queues_replace_as_many_dead_sockets(kernel: FakeKernel, guarded: None) -> None:
+async def test_fewer_queues_replace_as_many_dead_sockets(kernel: FakeKernel) -> None:
     disk_target = disk(kernel)
     first = kernel.worker(await disk_target.attach(DISK, queues=3))
     await disk_target.publish(DISK)
@@ -366,7 +359,7 @@ async def test_fewer_queues_replace_as_many_dead_sockets(kernel: FakeKernel, gua
 
 
 async def test_sockets_that_the_kernel_lets_go_of_late_are_replaced_one_by_one(
-    kernel: FakeKernel, guarded: None
+    kernel: FakeKernel,
 ) -> None:
     disk_target = disk(kernel)
     first = kernel.worker(await disk_target.attach(DISK, queues=3))
