@@ -89,8 +89,10 @@ static const char *check_start(const struct pvf_ctl_start *s, size_t bytes, uint
 		return "START: sector_size must be 512, 1024, 2048 or 4096";
 	if (s->sectors > INT64_MAX / 512 || s->sectors % (s->sector_size / 512))
 		return "START: sectors is no whole number of sector_size, or too large";
-	if (s->flags & ~known || s->options & ~PVF_START_CLIENTS || s->reserved)
+	if (s->flags & ~known || s->options & ~PVF_START_CLIENTS)
 		return "START: unknown flags";
+	if (s->poll_us > PVF_POLL_MAX_US)
+		return "START: poll_us is 100000 at most";
 	if (!s->max_segments || s->max_segments > 256)
 		return "START: max_segments must be 1 to 256";
 	if (s->discard_granularity % 512 || s->discard_alignment % 512)

@@ -40,6 +40,7 @@ struct pvf_geometry {
 	uint32_t discard_alignment;
 	uint32_t vdev;
 	uint32_t stall_seconds;
+	uint32_t poll_us;
 };
 
 /* Parses 28 bytes. False: the magic is wrong and the stream cannot be understood any more. */

@@ -92,7 +92,7 @@ static void *serve(void *arg)
 
 	pthread_barrier_wait(&b->here);
 	while (!__atomic_load_n(&q->ending, __ATOMIC_ACQUIRE))
-		again = pvf_queue_turn(q, again ? 0 : -1);
+		again = pvf_queue_turn(q, again ? 0 : -1) || pvf_queue_linger(q);
 	return NULL;
 }
 
@@ -176,6 +176,8 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 	q->serving = q->no_new = q->drained = q->stopped = false;
 	/* An event from before may be waiting; the ring is new, so begin as if one had come. */
 	q->masked = q->delayed = q->stalled = q->unseen = q->polling = q->owed = false;
+	q->soon = false;
+	q->poll_until = 0;
 	q->idle = true;
 	q->patience = 0;
 	q->spurious_run = 0;

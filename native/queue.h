@@ -18,6 +18,12 @@
  *   Events can be lost (rule 24): while requests are outstanding, and only then, a timer looks at
  *   the ring. A response that lay there for a whole tick without an event counts as a hit.
  *
+ *   Polling: a backend that answers within `poll_us` is not slept for. The queue's thread looks at the
+ *   ring, leaving the processor to whoever wants it between two looks, and sees to its socket; it
+ *   asks for an event only when that time is over, or if the last response took longer. With an
+ *   empty ring it sleeps without asking: nothing can come. An event and both its system calls
+ *   are saved, and the sleep.
+ *
  *   A broken rule stops the ring for good: it is not read, written, notified or unmasked any more,
  *   and the pool hands out nothing (rule 21), until the connection is detached.
  *
@@ -84,6 +90,7 @@ struct pvf_queue {
 	bool masked;        /* the port was delivered and not given back */
 	bool delayed;       /* the unmask waits for its timer */
 	bool polling;       /* somebody looks at the ring all the time: no events are asked for */
+	bool soon;          /* the last response came so fast that the next is worth looking for */
 	bool owed;          /* a response was taken before its event: one may come for nothing */
 	bool watching;      /* the watchdog is armed */
 	bool idle;          /* the ring was empty when last seen */
@@ -91,6 +98,7 @@ struct pvf_queue {
 	uint32_t spurious_run;
 	uint32_t responses_since_event;
 	uint64_t spurious_at;  /* ns, CLOCK_MONOTONIC */
+	uint64_t poll_until;   /* while a response is looked for; 0: it is not */
 	uint64_t progress_at;  /* last response, or the ring's last leaving emptiness */
 	uint64_t oldest;       /* no request in the ring is older; 0: none is there */
 	uint32_t stall_for;    /* seconds, while stalled */
@@ -122,6 +130,10 @@ void pvf_queue_unlock(struct pvf_queue *queue);
 /* Waits up to `timeout` ms (-1: without end) for something to do, and does a bounded amount of it.
  * True: there is more, do not wait. Takes the lock itself; from any thread. */
 bool pvf_queue_turn(struct pvf_queue *queue, int timeout);
+
+/* Instead of sleeping, after a turn that had nothing more to do: looks for a response if that is worth
+ * it. True: do not wait in the next turn. For the queue's own thread. */
+bool pvf_queue_linger(struct pvf_queue *queue);
 
 /* Makes a turn that waits, or the next one, look at everything. */
 void pvf_queue_wake(struct pvf_queue *queue);

@@ -12,7 +12,8 @@
 
 #include "queue.h"
 
-#define PVF_MS 1000000ull /* in ns */
+#define PVF_US 1000ull /* in ns */
+#define PVF_MS 1000000ull
 #define PVF_SECOND (1000 * PVF_MS)
 #define PVF_WATCHDOG_TICK (250 * PVF_MS)
 

@@ -2,6 +2,7 @@
 #include "queue_int.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <unistd.h>
 
@@ -133,7 +134,13 @@ static void drain(struct pvf_queue *q)
 	q->responses_since_event += n;
 	if (!q->masked)
 		q->owed = true;
-	q->progress_at = pvf_now_ns();
+	if (q->poll_until)
+		blk->stats.polled++;
+	uint64_t now = pvf_now_ns();
+
+	q->soon = now - q->progress_at <= blk->geo.poll_us * PVF_US;
+	q->poll_until = 0;
+	q->progress_at = now;
 	q->unseen = false;
 	if (q->stalled) {
 		q->stalled = false;
@@ -330,6 +337,8 @@ static void serve_ring(struct pvf_queue *q)
 	if (pvf_queue_has_target(q))
 		q->again |= send(q);
 	watch_ring(q);
+	if (q->soon && q->threaded)
+		q->polling = true;
 	if (q->stopped || !q->masked || q->delayed || q->polling)
 		return;
 	if (pvf_ring_final_check(&blk->ring, &blk->fault))
@@ -412,6 +421,36 @@ bool pvf_queue_arm(struct pvf_queue *q)
 	if (q->masked && !q->delayed)
 		finish_event(q);
 	return false;
+}
+
+#define LOOKS 8 /* at the ring, between two at everything else */
+
+bool pvf_queue_linger(struct pvf_queue *q)
+{
+	struct pvf_blk *blk = &q->blk;
+	bool again = false;
+
+	pvf_queue_lock(q);
+	for (int i = 0; i < LOOKS && q->polling && q->attached && !q->stopped && blk->in_flight; i++) {
+		uint64_t now = pvf_now_ns();
+
+		if (!q->poll_until)
+			q->poll_until = now + blk->geo.poll_us * PVF_US;
+		again = true;
+		if (pvf_ring_changed(&blk->ring))
+			break;
+		if (now >= q->poll_until || !q->soon) {
+			q->poll_until = 0;
+			q->soon = false;
+			again = pvf_queue_arm(q);
+			break;
+		}
+		pvf_queue_unlock(q);
+		sched_yield();
+		pvf_queue_lock(q);
+	}
+	pvf_queue_unlock(q);
+	return again;
 }
 
 bool pvf_queue_turn(struct pvf_queue *q, int timeout)

@@ -100,6 +100,11 @@ static uint32_t accept_prod(struct pvf_ring *ring, uint32_t prod, struct pvf_fau
 	return 0;
 }
 
+bool pvf_ring_changed(const struct pvf_ring *ring)
+{
+	return __atomic_load_n(FIELD(ring, rsp_prod), __ATOMIC_RELAXED) != ring->rsp_cons;
+}
+
 uint32_t pvf_ring_poll(struct pvf_ring *ring, struct pvf_fault *fault)
 {
 	return accept_prod(ring, __atomic_load_n(FIELD(ring, rsp_prod), __ATOMIC_ACQUIRE), fault);

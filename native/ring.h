@@ -45,6 +45,10 @@ bool pvf_ring_push(struct pvf_ring *ring);
 /* Responses that can be read now. Sets `fault` and returns 0 when rsp_prod breaks rule 1 or 2. */
 uint32_t pvf_ring_poll(struct pvf_ring *ring, struct pvf_fault *fault);
 
+/* True: rsp_prod is not where responses were last read up to. For who looks again and again; whether it is
+ * a lie is for pvf_ring_poll() to say. */
+bool pvf_ring_changed(const struct pvf_ring *ring);
+
 /* Copies the next response out, each byte once. Only after pvf_ring_poll() counted it; `size` is a
  * multiple of 4, as that of every response is. */
 void pvf_ring_get(struct pvf_ring *ring, void *response, size_t size);

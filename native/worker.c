@@ -366,6 +366,7 @@ static void handle_start(struct pvf_worker *w)
 		.discard_alignment = m->discard_alignment,
 		.vdev = m->vdev,
 		.stall_seconds = m->stall_seconds,
+		.poll_us = m->poll_us,
 	};
 	const char *why = NULL;
 

@@ -64,6 +64,7 @@ class BlkStats:
     notifies: int
     events: int
     events_spurious: int
+    polled: int
     watchdog_hits: int
     wakeups: int
     ring_full: int

@@ -352,6 +352,7 @@ class Worker:
         stall_seconds: int,
         target_fds: Sequence[int],
         first_queue: int = 0,
+        poll_us: int = 0,
         clients: bool = False,
     ) -> None:
         """START; `target_fds` are the NBD sockets of the queues from `first_queue` on, the others
@@ -370,6 +371,7 @@ class Worker:
         message.vdev = vdev
         message.options = lib.PVF_START_CLIENTS if clients else 0
         message.first_queue = first_queue
+        message.poll_us = poll_us
         await self._command(lib.PVF_CTL_START, generation, message, None, target_fds)
 
     async def quiesce(self, generation: int, timeout: float) -> bool:

@@ -103,9 +103,10 @@ struct pvf_ctl_start {
 	uint32_t vdev;          /* handle: the vbd's number, goes into blkif_request.handle */
 	uint32_t options;       /* PVF_START_* */
 	uint32_t first_queue;   /* the one that the first descriptor is for */
-	uint32_t reserved;
+	uint32_t poll_us;       /* look for a response for so long before sleeping; 0: never */
 };
 
+#define PVF_POLL_MAX_US 100000u
 #define PVF_START_CLIENTS 1u /* clients come and go: a queue runs without a socket until one is given */
 
 #define PVF_BLK_READ_ONLY 1u
@@ -224,6 +225,7 @@ struct pvf_blk_stats {
 	uint64_t notifies;       /* sent to the backend */
 	uint64_t events;         /* received */
 	uint64_t events_spurious; /* received with no response behind them */
+	uint64_t polled;         /* times that responses were found by looking, without an event */
 	uint64_t watchdog_hits;  /* responses found by the watchdog: an event was lost */
 	uint64_t wakeups;        /* epoll returns */
 	uint64_t ring_full;      /* intake paused for want of a slot */

@@ -117,8 +117,11 @@ static void starts(void)
 	m.start.first_queue = UINT32_MAX;
 	CHECK(pvf_ctl_check(&m, size, 2));
 	start();
-	m.start.reserved = 1;
+	m.start.poll_us = PVF_POLL_MAX_US;
+	CHECK(!pvf_ctl_check(&m, size, 1));
+	m.start.poll_us++;
 	CHECK(pvf_ctl_check(&m, size, 1));
+	start();
 	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++) {
 		m.start.sector_size = wrong[i];
 		CHECK(pvf_ctl_check(&m, size, 1));

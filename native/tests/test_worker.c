@@ -211,13 +211,14 @@ static void new_client(struct pvf_ctl_start *start)
 	close(nbd[1]);
 }
 
-static void serve(void)
+static void serve(uint32_t poll_us)
 {
 	static _Alignas(8) unsigned char message[sizeof(struct pvf_ctl_attach) + POOL * 4];
 	struct pvf_ctl_attach *attach = (struct pvf_ctl_attach *)(void *)message;
 	struct pvf_ctl_start start = {.sectors = DISK / 512, .sector_size = 512,
 				      .flags = PVF_BLK_FLUSH, .max_segments = 11,
-				      .stall_seconds = 5, .options = PVF_START_CLIENTS};
+				      .stall_seconds = 5, .options = PVF_START_CLIENTS,
+				      .poll_us = poll_us};
 	struct pvf_ctl_simple simple;
 	struct pvf_ctl_detach detach = {0};
 	struct sockaddr_un name = {.sun_family = AF_UNIX};
@@ -226,8 +227,9 @@ static void serve(void)
 	int sources[2];
 	socklen_t length = sizeof(name);
 	const char *why;
-	uint64_t seed = 99;
+	uint64_t seed = 99, sizes = 5;
 
+	memset(disk, 0, sizeof(disk));
 	for (uint32_t i = 0; i < DISK; i++)
 		expected[i] = (unsigned char)draw(&seed);
 	CHECK(!bind(listener, (struct sockaddr *)&name, sizeof(sa_family_t))); /* any name */
@@ -263,8 +265,6 @@ static void serve(void)
 	new_client(&start);
 	CHECK(!pthread_create(&threads[2], NULL, send_writes, NULL));
 	for (uint32_t at = 0; at < DISK;) {
-		static uint64_t sizes = 5;
-
 		at += 512 * (1 + below(&sizes, 300));
 		answer();
 	}
@@ -300,13 +300,25 @@ static void serve(void)
 	CHECK_EQ(pvf_stats_page(&worker.stats, 0)->write.bytes, DISK);
 	CHECK_EQ(pvf_stats_page(&worker.stats, 0)->read.bytes, DISK);
 	CHECK_EQ(pvf_stats_page(&worker.stats, 0)->sequence % 2, 0);
+	CHECK_EQ(pvf_stats_page(&worker.stats, 0)->polled > 0, poll_us > 0);
 	pvf_worker_end(&worker);
+}
+
+static void sleeping(void)
+{
+	serve(0);
+}
+
+static void polling(void)
+{
+	serve(PVF_POLL_MAX_US);
 }
 
 int main(void)
 {
 	static const struct test tests[] = {
-		{"a worker serves one client's writes and another's reads, a backend in a thread", serve},
+		{"a worker serves one client's writes and another's reads, a backend in a thread", sleeping},
+		{"so it does while it looks for responses instead of sleeping", polling},
 	};
 
 	return RUN_TESTS(tests);

@@ -406,6 +406,7 @@ class DiskFrontend:
             discard_alignment=geometry.discard_alignment,
             vdev=self.vdev,
             stall_seconds=STALL_SECONDS,
+            poll_us=self.settings.poll_us,
             clients=self.target.clients is not None,
             target_fds=list(fds),
         )

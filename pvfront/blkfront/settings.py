@@ -47,6 +47,7 @@ class DiskSettings:
     max_pool_pages: int = 704  # granted pages for each queue
     max_queues: int = 0  # 0: what suits the target (target.py, `usual_queues`)
     feature_persistent: bool = True
+    poll_us: int = 0  # look for a response for so long before sleeping
 
 
 NAMES = tuple(field.name for field in fields(DiskSettings))
@@ -74,6 +75,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_pool_pages": _number(DIRECT_SEGMENTS, lib.PVF_MAX_POOL_PAGES),
     "max_queues": _number(0, lib.PVF_MAX_QUEUES),
     "feature_persistent": _switch,
+    "poll_us": _number(0, lib.PVF_POLL_MAX_US),
 }
 
 
