@@ -31,6 +31,7 @@ def test_the_defaults_are_those_of_the_manual() -> None:
     assert (found.max_ring_page_order, found.max_indirect_segments) == (2, 64)
     assert (found.max_pool_pages, found.feature_persistent) == (704, True)
     assert found.max_queues == 0, "what suits the target"
+    assert found.poll_us == 0, "processor time is given to those who ask for it"
 
 
 def test_what_is_set_for_all_and_for_one_disk_and_on_the_command_line() -> None:
