@@ -49,6 +49,27 @@ void bb_write_outside(struct bb_ring *r, struct bb_request *q, const struct pvf_
 	}
 }
 
+/* Behind the entries of an indirect request's page, which was mapped and let go before. */
+static void look_at_table(struct bb_ring *r, const struct bb_request *q, uint64_t value)
+{
+	unsigned char *page = NULL;
+
+	if (!q->entries)
+		return;
+	bool kept = r->conn->persistent && r->kept[q->table].page;
+
+	if (kept)
+		page = r->kept[q->table].page;
+	else if (bb_map(r->conn, q->table, false, &page))
+		return;
+	for (size_t at = q->entries * sizeof(struct blkif_request_segment); at < BB_PAGE;
+	     at += sizeof(value))
+		if (LOAD(*(const uint64_t *)(const void *)(page + at)) == value)
+			ADD(r->stats.canaries, 1);
+	if (!kept)
+		bb_unmap(r->conn, q->table);
+}
+
 /* Counts `value` in every word of the granted pages that the frontend had no reason to fill. */
 void bb_look(struct bb_ring *r, const struct bb_request *q, uint64_t value)
 {
@@ -65,6 +86,7 @@ void bb_look(struct bb_ring *r, const struct bb_request *q, uint64_t value)
 				ADD(r->stats.canaries, 1);
 		}
 	}
+	look_at_table(r, q, value);
 }
 
 void bb_rewrite_slots(struct bb_ring *r, RING_IDX from, RING_IDX to,

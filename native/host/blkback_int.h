@@ -135,6 +135,7 @@ struct bb_request {
 	uint8_t op; /* of an indirect request the inner one */
 	uint8_t held;
 	uint32_t segments, actions;
+	uint32_t table, entries; /* the last page of indirect descriptors; entries 0: none */
 	struct pvf_bb_rule action[PVF_BB_ACTIONS];
 	struct bb_segment *segment; /* PVF_BB_SEGMENTS */
 };

@@ -118,6 +118,8 @@ static bool parse_indirect(struct bb_ring *r, struct bb_request *q,
 		unmap_segment(r, &page);
 		if (!good)
 			return false;
+		q->table = page.ref;
+		q->entries = here < INDIRECT_OF_PAGE ? here : INDIRECT_OF_PAGE;
 	}
 	return true;
 }
@@ -151,7 +153,7 @@ int16_t bb_parse(struct bb_ring *r, struct bb_request *q, const struct blkif_req
 	q->id = req->id; /* at the same place in every kind of request */
 	q->op = req->operation;
 	q->sector = q->sectors = 0;
-	q->segments = q->actions = 0;
+	q->segments = q->actions = q->entries = 0;
 	switch (req->operation) {
 	case BLKIF_OP_WRITE_BARRIER:
 		if (!(flags & PVF_BB_BARRIER))

@@ -61,17 +61,18 @@ async def until(
 
 
 class Ring:
-    """A shared ring page as an accomplice of the backend maps it, to write what it likes."""
+    """A shared ring as an accomplice of the backend maps it, to write what it likes."""
 
-    def __init__(self, host: Host, gref: int) -> None:
+    def __init__(self, host: Host, grefs: list[int]) -> None:
         self._mapper = EmbeddedGrantMapper.open(str(host.directory), own_domid=0)
-        self._mapping = self._mapper.map(1, [gref])
+        self._mapping = self._mapper.map(1, grefs)
         self.page: mmap.mmap = self._mapping.memory
         self.words = memoryview(self.page).cast("I")
+        self.slots = 1 << ((len(grefs) * 4096 - SLOTS) // SLOT).bit_length() - 1
 
     def junk(self, byte: int = 0xFF) -> None:
         """Overwrites every slot."""
-        self.page[SLOTS : SLOTS + 32 * SLOT] = bytes([byte]) * (32 * SLOT)
+        self.page[SLOTS : SLOTS + self.slots * SLOT] = bytes([byte]) * (self.slots * SLOT)
 
     def close(self) -> None:
         self.words.release()
@@ -351,11 +352,17 @@ class Disk:
     async def release(self) -> None:
         await self.world.backend.release(vbd=self.vdev)
 
+    async def ring_refs(self) -> list[int]:
+        """What the frontend has published; one queue."""
+        store = self.world.host.store
+        order = await store.read_opt(f"{self.front}/ring-page-order")
+        names = ["ring-ref"] if order is None else [f"ring-ref{i}" for i in range(1 << int(order))]
+        found = [await store.read_opt(f"{self.front}/{name}") for name in names]
+        return [int(text) for text in found if text is not None]
+
     async def ring(self) -> Ring:
         """The ring of the present generation, mapped."""
-        text = await self.world.host.store.read_opt(f"{self.front}/ring-ref")
-        assert text is not None
-        ring = Ring(self.world.host, int(text))
+        ring = Ring(self.world.host, await self.ring_refs())
         self._rings.append(ring)
         return ring
 

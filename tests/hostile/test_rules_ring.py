@@ -132,13 +132,15 @@ async def test_rule_04_what_the_backend_writes_over_our_index_is_never_read(
 
 
 async def test_rule_04_a_request_is_judged_by_what_was_asked_not_by_its_slot(disk: Disk) -> None:
+    """Nor by the page of an indirect request's descriptors."""
     ring = await disk.ring()
     client = await disk.client()
-    data = os.urandom(88 << 10)
+    data = os.urandom(512 << 10)
     await client.write(0, data)
     await disk.fault(Fault.stall(op="read"))
     reply = client.start(READ, 0, len(data))
     await disk.fired("stall", 2)
+    assert await disk.served("indirect")
     ring.junk()
     await disk.release()
     assert await finished(reply) == data
@@ -289,7 +291,7 @@ async def test_responses_that_the_backend_prepares_ahead_are_no_answers(disk: Di
     await disk.fault(Fault.stall(op="read"))
     reply = client.start(READ, 0, 4096)
     await disk.fired("stall")
-    index = ring.words[RSP_PROD] % 32
+    index = ring.words[RSP_PROD] % ring.slots
     at = SLOTS + SLOT * index
     ring.page[at : at + 16] = struct.pack("<QBxhxxxx", 1 << 16, 0, 0)
     await disk.fault(Fault.stall(op="read"), Fault.storm(count=20))

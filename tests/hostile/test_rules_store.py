@@ -314,8 +314,9 @@ async def test_rule_26_a_backend_killed_mid_i_o_that_returns_poorer_is_used_as_i
     replies = [client.start(WRITE, MIB + 4096 * i, 4096, b"\x43" * 4096) for i in range(50)]
     await disk.fired("delay", 10)
     await world.backend_dies(
-        flush=False, discard=False, persistent=False, indirect=0, ring_order=0, queues=1
-    )
+        flush=False, barrier=False, discard=False, persistent=False, indirect=0, ring_order=0,
+        queues=1,
+    )  # fmt: skip
     ends = [await outcome(reply) for reply in replies]
     await disk.connected(after=1)
     await disk.leave()
