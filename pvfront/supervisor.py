@@ -189,14 +189,14 @@ class Supervisor:
 
     # -- life ------------------------------------------------------------------------------
 
-    async def run(self) -> int:
-        """Serves until `stop`; returns the exit status.
+    async def run(self, *, signals: bool = True) -> int:
+        """Serves until `stop`, or (`signals`) SIGTERM or SIGINT; returns the exit status.
 
         Raises PvfrontError if a device named on the command line cannot be served at all.
         """
         self.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
             loop.add_signal_handler(number, self.stop)
         async with self._answering():  # first: a second supervisor must not change anything
             self._show_refused()

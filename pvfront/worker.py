@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .abi import ffi, lib
 from .errors import PvfrontError
@@ -287,6 +287,26 @@ class Worker:
         except TimeoutError:
             worker.close()
             raise WorkerGone(f"{name}: the worker did not say HELLO in time") from None
+        except BaseException:
+            worker.close()
+            raise
+        return worker
+
+    @classmethod
+    async def over(cls, name: str, sock: socket.socket) -> Self:
+        """Whoever says HELLO at the other end of `sock`, whenever: a program that has a disk lent.
+
+        `sock` is ours from here on, and has SO_PASSCRED set before anybody could speak. Raises
+        WorkerGone if the other end is closed.
+        """
+        sock.setblocking(False)
+        try:
+            worker = cls(name, sock, await _peer_pid(sock, None), child=False)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            await worker._greeted
         except BaseException:
             worker.close()
             raise
@@ -636,7 +656,7 @@ def _text(field: Any) -> str:
     return raw.decode("utf-8", "replace")
 
 
-async def _peer_pid(sock: socket.socket) -> int:
+async def _peer_pid(sock: socket.socket, deadline: float | None = HELLO_DEADLINE) -> int:
     """Who sent the waiting HELLO, by peeking: an adopted worker is no child of ours.
 
     The kernel's word for it, not the worker's, which may lie: what has this pid may be killed
@@ -651,11 +671,12 @@ async def _peer_pid(sock: socket.socket) -> int:
 
     loop.add_reader(sock, arrived)
     try:
-        async with asyncio.timeout(HELLO_DEADLINE):
+        async with asyncio.timeout(deadline):
             await readable
     except TimeoutError:
-        loop.remove_reader(sock)
         raise WorkerGone("the worker does not answer on its control socket") from None
+    finally:
+        loop.remove_reader(sock)
     size = struct.calcsize("3i")  # struct ucred of unix(7): pid, uid, gid
     data, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(size), socket.MSG_PEEK)
     if not data:

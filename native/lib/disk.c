@@ -140,6 +140,9 @@ static const struct pvf_source_ops source_ops = {
 static void gone(struct pvf_disk *d)
 {
 	pvf_queue_detach(d->worker.queue, false);
+	/* Others may have the descriptor too: the shell that started the program. */
+	if (d->worker.ctl.fd >= 0)
+		shutdown(d->worker.ctl.fd, SHUT_RDWR);
 	pvf_ctl_drop(&d->worker.ctl);
 	pvf_direct_fail(&d->direct, ENODEV);
 	enter(d, PVF_DISK_GONE);

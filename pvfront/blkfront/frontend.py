@@ -581,15 +581,16 @@ class DiskFrontend:
     async def _living_worker(self) -> Worker:
         if self._worker is None or not self._worker.alive:
             self._hold(False)
-            self._use(
-                await Worker.spawn(
-                    self.name,
-                    self.run_dir,
-                    queues=self._most_queues,
-                    change_user=self.platform.name == "xen",
-                )
-            )
+            self._use(await self._spawn())
         return self._need_worker()
+
+    async def _spawn(self) -> Worker:
+        return await Worker.spawn(
+            self.name,
+            self.run_dir,
+            queues=self._most_queues,
+            change_user=self.platform.name == "xen",
+        )
 
     @property
     def _most_queues(self) -> int:

@@ -137,6 +137,17 @@ class Disks:
             log.info("%s: passed on to the kernel", name)
 
 
+def find(name: str, present: Collection[int]) -> int:
+    """The number of a disk given by name or number. Raises NoSuchDevice."""
+    devid = int(name) if name.isdigit() else parse_name(name)
+    if devid is None or devid not in present:
+        raise NoSuchDevice(
+            f"there is no disk {name!r}",
+            hint=f"there are: {', '.join(map(vdev_name, present)) or 'none'}",
+        )
+    return devid
+
+
 async def serve(
     names: Collection[str],
     *,
@@ -158,15 +169,7 @@ async def serve(
     store = await on.store()
     try:
         present = await Bus(store, "vbd").ids()
-        named = []
-        for name in names:
-            devid = int(name) if name.isdigit() else parse_name(name)
-            if devid is None or devid not in present:
-                raise NoSuchDevice(
-                    f"there is no disk {name!r}",
-                    hint=f"there are: {', '.join(map(vdev_name, present)) or 'none'}",
-                )
-            named.append(devid)
+        named = [find(name, present) for name in names]
         wanted: Callable[[int], bool] = (
             (lambda devid: True) if everything else (lambda devid: devid in named)
         )

@@ -109,3 +109,29 @@ def serve(
             )
         )
     )
+
+
+@vbd.command(context_settings={"allow_interspersed_args": False})
+@click.argument("names", metavar="NAME[,NAME]...")
+@click.argument("command", metavar="[--] PROGRAM [ARGUMENT]...", nargs=-1, required=True)
+@click.option("--force", is_flag=True, help="Take a disk that is mounted or held, too.")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
+def lend(names: str, command: tuple[str, ...], force: bool, verbose: bool) -> None:
+    """Run PROGRAM with disks to itself, and give them back when it ends.
+
+    PROGRAM finds them by pvf_disk_open() of pvfront/disk.h: it reads and writes the rings it
+    shares with the backend in its own process, without a block device. Its exit status is
+    this command's; SIGTERM and SIGHUP are passed on to it.
+    """
+    if command[0] == "--":
+        command = command[1:]
+    if not command:
+        raise click.UsageError("name the program that is to have the disks")
+    from ..blkfront.lend import lend as lend_disks
+
+    # Not prepare_process(): a program would inherit what fits a server that writeback waits for.
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)-7s %(message)s",
+    )
+    raise SystemExit(asyncio.run(lend_disks(names.split(","), command, force=force)))
