@@ -79,18 +79,12 @@ int pvf_queue_init(struct pvf_queue *q, uint32_t index, struct pvf_fence *fence,
 #define STACK (128u << 10)
 #endif
 
-struct beginning {
-	struct pvf_queue *queue;
-	pthread_barrier_t here;
-};
-
 static void *serve(void *arg)
 {
-	struct beginning *b = arg;
-	struct pvf_queue *q = b->queue;
+	struct pvf_queue *q = arg;
 	bool again = false;
 
-	pthread_barrier_wait(&b->here);
+	pthread_barrier_wait(&q->begun);
 	while (!__atomic_load_n(&q->ending, __ATOMIC_ACQUIRE))
 		again = pvf_queue_turn(q, again ? 0 : -1) || pvf_queue_linger(q);
 	return NULL;
@@ -98,21 +92,21 @@ static void *serve(void *arg)
 
 int pvf_queue_spawn(struct pvf_queue *q)
 {
-	struct beginning b = {.queue = q};
 	pthread_attr_t attr;
 	int rc = -pthread_attr_init(&attr);
 
 	if (rc)
 		return rc;
-	pthread_barrier_init(&b.here, NULL, 2);
+	pthread_barrier_init(&q->begun, NULL, 2);
 	rc = -pthread_attr_setstacksize(&attr, STACK);
 	if (!rc)
-		rc = -pthread_create(&q->thread, &attr, serve, &b);
-	if (!rc)
-		pthread_barrier_wait(&b.here);
-	pthread_barrier_destroy(&b.here);
-	pthread_attr_destroy(&attr);
+		rc = -pthread_create(&q->thread, &attr, serve, q);
 	q->threaded = !rc;
+	if (q->threaded)
+		pthread_barrier_wait(&q->begun);
+	else
+		pthread_barrier_destroy(&q->begun);
+	pthread_attr_destroy(&attr);
 	return rc;
 }
 
@@ -122,6 +116,7 @@ void pvf_queue_free(struct pvf_queue *q)
 		__atomic_store_n(&q->ending, 1, __ATOMIC_RELEASE);
 		pvf_queue_wake(q);
 		pthread_join(q->thread, NULL);
+		pthread_barrier_destroy(&q->begun);
 	}
 	pvf_queue_detach(q, false);
 	close_own(q);
@@ -214,13 +209,14 @@ bool pvf_queue_has_target(const struct pvf_queue *q)
 
 void pvf_queue_detach(struct pvf_queue *q, bool keep)
 {
-	if (q->target.fd >= 0 && keep && q->attached && !pvf_blk_portable(&q->blk)) {
+	if (q->target.fd >= 0 && keep && !q->target.gone && q->attached &&
+	    !pvf_blk_portable(&q->blk)) {
 		q->target.gone = true;
 		q->target.error = ECANCELED;
 		q->target.why = "the connection was left with requests or data in its pages";
-		q->notes |= PVF_NOTE_TARGET_GONE;
-		keep = false;
 	}
+	if (q->target.fd >= 0 && keep && q->target.gone)
+		q->notes |= PVF_NOTE_TARGET_GONE;
 	if (q->source_ops && q->attached)
 		q->source_ops->deliver(q->source, &q->blk);
 	if (!keep || q->target.gone)

@@ -63,6 +63,7 @@ enum pvf_queue_note {
 struct pvf_queue {
 	pthread_mutex_t gate, lock; /* see pvf_queue_lock() */
 	pthread_t thread;
+	pthread_barrier_t begun; /* of the thread and its maker */
 	bool threaded;
 	uint32_t ending; /* atomic: the thread is to end */
 	uint32_t index;

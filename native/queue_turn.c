@@ -392,7 +392,7 @@ static void tell(struct pvf_queue *q)
 void pvf_queue_service(struct pvf_queue *q)
 {
 	serve_ring(q);
-	if (q->target.gone && !q->lost && (q->source_ops || q->target.fd >= 0))
+	if (q->target.gone && !q->lost && !q->stopped && (q->source_ops || q->target.fd >= 0))
 		target_ended(q);
 	if (q->attached && q->no_new && !q->drained && !q->stopped && is_drained(q)) {
 		/* It stays so: nothing is received any more. */

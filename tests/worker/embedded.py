@@ -441,6 +441,7 @@ class Host:
         backend: type[Backend] = Backend,
         args: list[str] | None = None,
         name: str = "vbd-51728",
+        queues: int = 1,
     ) -> None:
         self.disk = bytearray(disk_size)
         self.ring_pages, self.pool_pages = ring_pages, pool_pages
@@ -452,16 +453,18 @@ class Host:
         self.name = name
         self.generation = 0
         self.backend_class = backend
-        self.backend: Backend | None = None
-        self.pages: Pages | None = None
-        self.client: socket.socket | None = None
+        self.queues = queues
+        # One for each queue; `backend`, `pages` and `client` are queue 0's.
+        self.backends: list[Backend] = []
+        self.all_pages: list[Pages] = []
+        self.clients: list[socket.socket] = []
         self._stack = contextlib.ExitStack()
         directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pvf-"))
         self.path = f"{directory}/w.sock"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(self.path)
         listener.listen(4)
-        script = [str(binary()), "--name", name, *(args or [])]
+        script = [str(binary()), "--name", name, "--queues", str(queues), *(args or [])]
 
         def third() -> None:
             os.dup2(listener.fileno(), 3)
@@ -477,8 +480,7 @@ class Host:
 
     def __exit__(self, kind: object, *rest: object) -> None:
         try:
-            if self.client is not None:
-                self.client.close()
+            self._drop_clients()
             self.supervisor.close()
             self.process.send_signal(signal.SIGKILL)
             status = self.process.wait(DEADLINE)
@@ -495,12 +497,37 @@ class Host:
             self._stack.close()
 
     def _drop_backend(self) -> None:
-        if self.backend is not None:
-            backend, self.backend = self.backend, None
+        backends, self.backends = self.backends, []
+        for backend in backends:
             backend.stop()
-        if self.pages is not None:
-            self.pages.close()
-            self.pages = None
+        pages, self.all_pages = self.all_pages, []
+        for page in pages:
+            page.close()
+
+    def _drop_clients(self) -> None:
+        clients, self.clients = self.clients, []
+        for client in clients:
+            client.close()
+
+    @property
+    def backend(self) -> Backend | None:
+        return self.backends[0] if self.backends else None
+
+    @property
+    def pages(self) -> Pages | None:
+        return self.all_pages[0] if self.all_pages else None
+
+    @pages.setter
+    def pages(self, value: Pages) -> None:
+        self.all_pages = [value]
+
+    @property
+    def client(self) -> socket.socket | None:
+        return self.clients[0] if self.clients else None
+
+    @client.setter
+    def client(self, value: None) -> None:
+        self.clients = []
 
     # -- walks -----------------------------------------------------------------------------------
 
@@ -508,31 +535,37 @@ class Host:
         """A new backend and generation, up to ATTACHED."""
         self._drop_backend()
         self.generation += 1
-        self.pages = Pages(self.ring_pages, self.pool_pages)
-        port = Port()
-        self.backend = self.backend_class(self.pages, port, self.disk)
-        with self.pages.hand_over() as pages:
+        for queue in range(self.queues):
+            self.attach_queue(queue, **override)
+
+    def attach_queue(self, queue: int, **override: Any) -> None:
+        """One queue's ATTACH of the present generation."""
+        made = Pages(self.ring_pages, self.pool_pages)
+        port = Port(5 + queue)
+        self.all_pages.append(made)
+        self.backends.append(self.backend_class(made, port, self.disk))
+        with made.hand_over() as pages:
             self.supervisor.send(
-                lib.PVF_CTL_ATTACH, self.attach_body(**override), self.generation,
+                lib.PVF_CTL_ATTACH, self.attach_body(queue, **override), self.generation,
                 [port.theirs.fileno(), pages.fileno()],
             )
         port.theirs.close()
         self.supervisor.wait(lib.PVF_CTL_ATTACHED)
-        self.backend.start()
+        self.backends[-1].start()
 
-    def attach_body(self, **override: Any) -> Any:
-        assert self.pages is not None
-        body = ffi.new("struct pvf_ctl_attach *", {"pool_grefs": self.pages.grefs})
+    def attach_body(self, queue: int = 0, /, **override: Any) -> Any:
+        pages = self.all_pages[queue]
+        body = ffi.new("struct pvf_ctl_attach *", {"pool_grefs": pages.grefs})
         values = {
             "device_class": lib.PVF_CLASS_BLK,
-            "port": 5,
+            "port": 5 + queue,
             "ring_pages": self.ring_pages,
             "pool_pages": self.pool_pages,
-            "ring_offset": self.pages.ring_offset,
-            "pool_offset": self.pages.pool_offset,
+            "ring_offset": pages.ring_offset,
+            "pool_offset": pages.pool_offset,
             "name": self.name.encode(),
-            "queue": 0,
-            "queues": 1,
+            "queue": queue,
+            "queues": self.queues,
             "flags": lib.PVF_ATTACH_SCRUB if self.scrub else 0,
             **override,
         }
@@ -558,18 +591,18 @@ class Host:
         return body
 
     def start(self, *, keep: bool = False, **override: Any) -> None:
-        fds = []
-        if not keep:
-            if self.client is not None:
-                self.client.close()
-            self.client, theirs = socket.socketpair()
-            self.client.settimeout(DEADLINE)
-            fds = [theirs.fileno()]
-        self.supervisor.send(
-            lib.PVF_CTL_START, self.start_body(**override), self.generation, fds
-        )
-        if not keep:
-            theirs.close()
+        with contextlib.ExitStack() as stack:
+            fds = []
+            if not keep:
+                self._drop_clients()
+                for _ in range(self.queues):
+                    client, theirs = socket.socketpair()
+                    client.settimeout(DEADLINE)
+                    self.clients.append(client)
+                    fds.append(stack.enter_context(theirs).fileno())
+            self.supervisor.send(
+                lib.PVF_CTL_START, self.start_body(**override), self.generation, fds
+            )
         self.supervisor.wait(lib.PVF_CTL_STARTED)
 
     def simple(self, kind: int) -> None:
@@ -586,12 +619,11 @@ class Host:
         )
         self.supervisor.wait(lib.PVF_CTL_DETACHED)
 
-    def stats(self) -> BlkStats:
-        return read_stats(self.supervisor.stats_fd)
+    def stats(self, queue: int = 0) -> BlkStats:
+        return read_stats(self.supervisor.stats_fd, queue)
 
-    def nbd(self) -> Nbd:
-        assert self.client is not None
-        return Nbd(self.client)
+    def nbd(self, queue: int = 0) -> Nbd:
+        return Nbd(self.clients[queue])
 
 
 def serving(**options: Any) -> Host:
