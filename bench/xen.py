@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """Disks through pvfront beside disks through the kernel's blkfront: build/bench-xen.json.
 
-Same guest, same run, same kind of backing store (RAM in dom0). The two are measured in turn,
+Same guest, same run, same kind of backing store (RAM in dom0), for each target that the guest has:
+the kernel's nbd device, and ublk where the kernel has that. The two disks are measured in turn,
 round after round, so that drift of the machine falls on both; the figure is the median of the
 rounds. CPU is what the guest's processors spent on anything while the job ran, so interrupts,
 copies and both of pvfront's processes are in it.
+
+`--profile` measures nothing: it shows where one job's time goes, for both disks, in
+build/bench-xen/: perf in the guest, system calls of the worker, its counters for each request,
+interrupts in the guest and in dom0.
 
 Emulated machines are slow: only the ratios mean something.
 """
@@ -12,26 +17,58 @@ Emulated machines are slow: only the ratios mean something.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lab import payload
-from lab.guest import Guest
+from lab.guest import KINDS, Guest
 from lab.progress import say
 from lab.pvf import Pvfront
 from lab.scenario import Lab, wait_until
 
 OUTPUT = Path("build/bench-xen.json")
+PROFILES = Path("build/bench-xen")
 PEER = "kernel blkfront"
 MIB = 256
 SECONDS = 6
+OURS, THEIRS = "/dev/pvfront/xvdb", "/dev/xvdc"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What fio does."""
+
+    title: str
+    bs: str
+    depth: int
+    rw: str
+
+    @property
+    def unit(self) -> str:
+        return "IOPS" if self.bs == "4k" else "MiB/s"
+
+    @property
+    def side(self) -> str:
+        return "read" if "read" in self.rw else "write"
+
+    def command(self, device: str, seconds: int) -> str:
+        return (
+            f"fio --name=b --filename={device} --rw={self.rw} --bs={self.bs} "
+            f"--iodepth={self.depth} --ioengine=libaio --direct=1 --time_based "
+            f"--runtime={seconds} --ramp_time=1 --randrepeat=1 --output-format=json "
+            "--output=/tmp/bench.json"
+        )
+
+
 JOBS = [
-    ("4k QD1", "4k", 1, "rand"),
-    ("4k QD32", "4k", 32, "rand"),
-    ("1M QD4", "1M", 4, ""),
+    Job(f"disk {side} {bs} QD{depth}", bs, depth, order + side)
+    for bs, depth, order in (("4k", 1, "rand"), ("4k", 32, "rand"), ("1M", 4, ""))
+    for side in ("read", "write")
 ]
 
 
@@ -53,102 +90,192 @@ class Sample:
     cpu_per_gib: float  # seconds
 
 
-def measure(guest: Guest, device: str, rw: str, bs: str, depth: int, seconds: int) -> Sample:
+def measure(guest: Guest, device: str, job: Job, seconds: int) -> Sample:
     """One fio job; raises if fio reports an error."""
     stat = "awk '/^cpu /{print $2+$3+$4+$7+$8+$9}' /proc/stat"
-    fio = (
-        f"fio --name=b --filename={device} --rw={rw} --bs={bs} --iodepth={depth} "
-        f"--ioengine=libaio --direct=1 --time_based --runtime={seconds} --ramp_time=1 "
-        f"--randrepeat=1 --output-format=json --output=/tmp/bench.json"
+    script = (
+        f"a=$({stat}); {job.command(device, seconds)} && b=$({stat}); echo $((b-a)); "
+        "cat /tmp/bench.json"
     )
-    script = f"a=$({stat}); {fio} && b=$({stat}); echo $((b-a)); cat /tmp/bench.json"
     text = guest.run(script, timeout=seconds * 4 + 60).stdout
     ticks, _, report = text.partition("\n")
-    job = json.loads(report)["jobs"][0]
-    side = job["read" if "read" in rw else "write"]
+    side = json.loads(report)["jobs"][0][job.side]
     # CPU is counted over ramp time as well, so are the bytes that it is divided by.
     gib = side["bw_bytes"] * (seconds + 1) / 2**30
-    rate = side["iops"] if bs == "4k" else side["bw_bytes"] / 2**20
+    rate = side["iops"] if job.unit == "IOPS" else side["bw_bytes"] / 2**20
     return Sample(rate, int(ticks) / 100 / gib)
 
 
-def bench(lab: Lab, guest: Guest, rounds: int, seconds: int) -> list[Figure]:
+def targets(guest: Guest) -> list[str]:
+    """The kinds of device that this guest's pvfront and kernel can make."""
+    text = guest.output("pvfront vbd serve --help", timeout=60)
+    found = ["nbd"]
+    if "ublk" in text and guest.run("modprobe -q ublk_drv", check=False).ok:
+        found.append("ublk")
+    return found
+
+
+@contextlib.contextmanager
+def disks(lab: Lab, guest: Guest) -> Iterator[Pvfront]:
+    """Two disks of the same kind: xvdb for us, xvdc for the kernel."""
     pvf = Pvfront(lab, guest)
     pvf.stop()
     ours, peers = lab.ram_disk(MIB), lab.ram_disk(MIB)
     guest.block_attach(peers.spec("xvdc"))
-    wait_until("the kernel's xvdc", lambda: guest.run("test -b /dev/xvdc", check=False).ok)
+    wait_until("the kernel's xvdc", lambda: guest.run(f"test -b {THEIRS}", check=False).ok)
     guest.block_attach(ours.spec("xvdb"))
-    figures = []
     try:
         pvf.start("xvdb")
         pvf.wait_served()
-        devices = {"ours": "/dev/pvfront/xvdb", "peer": "/dev/xvdc"}
-        for name in devices.values():  # the first touch of RAM is not what is measured
+        for name in (OURS, THEIRS):  # the first touch of RAM is not what is measured
             guest.run(
                 f"dd if=/dev/zero of={name} bs=1M oflag=direct status=none || true", timeout=300
             )
-        for title, bs, depth, order in JOBS:
-            for direction in ("read", "write"):
-                samples: dict[str, list[Sample]] = {"ours": [], "peer": []}
-                for _ in range(rounds):
-                    for who, device in devices.items():
-                        samples[who].append(
-                            measure(guest, device, order + direction, bs, depth, seconds)
-                        )
-                rate = {w: statistics.median(s.rate for s in ss) for w, ss in samples.items()}
-                cpu = {w: statistics.median(s.cpu_per_gib for s in ss) for w, ss in samples.items()}
-                name = f"disk {direction} {title}"
-                unit = "IOPS" if bs == "4k" else "MiB/s"
-                figures.append(
-                    Figure(
-                        name, unit, rate["ours"], rate["peer"], PEER, rate["ours"] / rate["peer"]
-                    )
-                )
-                figures.append(
-                    Figure(
-                        f"{name} CPU", "s/GiB", cpu["ours"], cpu["peer"], PEER,
-                        cpu["peer"] / cpu["ours"],
-                    )
-                )  # fmt: skip
-                say(
-                    f"{name}: {rate['ours']:.0f} {unit}, {PEER} {rate['peer']:.0f}: "
-                    f"ratio {rate['ours'] / rate['peer']:.2f}; CPU s/GiB {cpu['ours']:.1f}, "
-                    f"{PEER} {cpu['peer']:.1f}"
-                )
+        yield pvf
     finally:
         pvf.stop()
         for name in ("xvdb", "xvdc"):
             guest.block_detach(name)
         ours.remove()
         peers.remove()
+
+
+def serve(pvf: Pvfront, target: str) -> None:
+    pvf.start(f"--target {target} xvdb")
+    pvf.wait_served()
+
+
+def bench(pvf: Pvfront, target: str, jobs: list[Job], rounds: int, seconds: int) -> list[Figure]:
+    """A figure of the rate and one of the CPU time for each job."""
+    figures = []
+    for job in jobs:
+        name = f"{job.title} {target}"
+        samples: dict[str, list[Sample]] = {OURS: [], THEIRS: []}
+        for _ in range(rounds):
+            for device, taken in samples.items():
+                taken.append(measure(pvf.guest, device, job, seconds))
+        rate = {d: statistics.median(s.rate for s in ss) for d, ss in samples.items()}
+        cpu = {d: statistics.median(s.cpu_per_gib for s in ss) for d, ss in samples.items()}
+        figures += [
+            Figure(name, job.unit, rate[OURS], rate[THEIRS], PEER, rate[OURS] / rate[THEIRS]),
+            Figure(f"{name} CPU", "s/GiB", cpu[OURS], cpu[THEIRS], PEER, cpu[THEIRS] / cpu[OURS]),
+        ]
+        say(
+            f"{name}: {rate[OURS]:.0f} {job.unit}, {PEER} {rate[THEIRS]:.0f}: "
+            f"ratio {rate[OURS] / rate[THEIRS]:.2f}; CPU s/GiB {cpu[OURS]:.1f}, "
+            f"{PEER} {cpu[THEIRS]:.1f}"
+        )
     return figures
+
+
+# -- where the time goes ----------------------------------------------------------------------
+
+
+def totals(pvf: Pvfront) -> dict[str, int]:
+    """The worker's counters, of all queues and as plain names: "write.requests"."""
+    found = pvf.status()["statistics"]
+    sums: dict[str, int] = {}
+    for queue in found if isinstance(found, list) else [found]:
+        for name, value in queue.items():
+            inner = value if isinstance(value, dict) else {"": value}
+            for key, number in inner.items():
+                if isinstance(number, int):
+                    full = f"{name}.{key}".rstrip(".")
+                    sums[full] = sums.get(full, 0) + number
+    return sums
+
+
+def profile(pvf: Pvfront, job: Job, seconds: int) -> str:
+    """Text: both disks, each under the same job."""
+    guest, dom0 = pvf.guest, pvf.lab.dom0
+    parts = []
+    interrupts = "grep -E 'xen-dyn|IPI|LOC|RES|CAL|HYP' /proc/interrupts"
+    threads = "ps -eLo comm,cputimes | grep -E 'xvd|blkback|kworker|qemu' | sort -k2nr | head -12"
+    for device in (OURS, THEIRS):
+        begin = totals(pvf)
+        look = f"{interrupts} >/tmp/i0"
+        script = (
+            f"{look}; (sleep 2; perf record -q -a -g -F 499 -o /tmp/perf.data sleep {seconds - 4} "
+            f"2>/dev/null) & {job.command(device, seconds)}; wait; {interrupts} >/tmp/i1; "
+            f"cat /tmp/bench.json"
+        )
+        dom0.run(f"{interrupts} >/tmp/i0; {threads} >/tmp/t0")
+        report = guest.run(script, timeout=seconds * 4 + 60).stdout
+        side = json.loads(report)["jobs"][0][job.side]
+        dom0.run(f"{interrupts} >/tmp/i1; {threads} >/tmp/t1")
+        parts.append(f"== {job.title} on {device}: {side['iops']:.0f}/s\n")
+        requests = side["total_ios"]
+        parts.append(f"requests {requests} (without ramp)\n")
+        if device == OURS:
+            end = totals(pvf)
+            changes = {k: end[k] - begin.get(k, 0) for k in end if end[k] != begin.get(k, 0)}
+            parts.append("worker's counters, and by request of the kernel:\n")
+            done = max(changes.get(f"{job.side}.requests", 1), 1)
+            parts += [f"  {k:28} {v:10} {v / done:8.3f}\n" for k, v in changes.items()]
+            trace = (
+                f"{job.command(device, 4)} & sleep 2; "
+                f"timeout -s INT 2 strace -f -c -p {pvf.worker()} 2>&1; wait"
+            )
+            parts.append(guest.run(trace, check=False, timeout=60).stdout)
+        parts.append("guest's interrupts before and after:\n")
+        parts.append(guest.run("diff /tmp/i0 /tmp/i1", check=False).stdout)
+        parts.append("dom0's interrupts and threads before and after:\n")
+        parts.append(dom0.run("diff /tmp/i0 /tmp/i1; diff /tmp/t0 /tmp/t1", check=False).stdout)
+        for sort in ("comm", "comm,dso,symbol"):
+            view = f"perf report -i /tmp/perf.data --no-children --stdio -g none -s {sort}"
+            parts.append(
+                guest.run(f"{view} 2>/dev/null | grep -v '^$' | head -70", timeout=120).stdout
+            )
+    return "".join(parts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--guest", default="hvm", choices=("hvm", "pvh", "pv"))
+    parser.add_argument("--guest", default="hvm", choices=KINDS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=SECONDS)
+    parser.add_argument("--target", action="append", help="nbd, ublk; default: all there are")
+    parser.add_argument("--match", default="", help="only the jobs with this in their title")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     parser.add_argument("--lab-attach", action="store_true", help="use the lab that runs already")
     options = parser.parse_args()
+    jobs = [job for job in JOBS if options.match in job.title]
+    if not jobs:
+        parser.error(f"--match: there are {', '.join(job.title for job in JOBS)}")
     if options.lab_attach:
         lab = Lab.attach()
     else:
-        lab = Lab.up(payload.build(payload.find_wheel()), owner="bench", wait=1800)
+        image = payload.build(payload.find_wheel())
+        lab = Lab.up(image, owner="bench", wait=1800, kinds=[options.guest])
+    figures: list[Figure] = []
     try:
         guest = lab.guest(options.guest)
         if not guest.running():
             guest.create()
-        figures = bench(lab, guest, options.rounds, options.seconds)
+        payload.install_if_other(guest)
+        with disks(lab, guest) as pvf:
+            for target in options.target or targets(guest):
+                serve(pvf, target)
+                if options.profile:
+                    PROFILES.mkdir(parents=True, exist_ok=True)
+                    for job in jobs:
+                        path = PROFILES / f"{target}-{job.title.replace(' ', '-')}.txt"
+                        path.write_text(profile(pvf, job, max(options.seconds, 8)))
+                        say(f"{path}")
+                else:
+                    figures += bench(pvf, target, jobs, options.rounds, options.seconds)
     finally:
         if not options.lab_attach:
             lab.down()
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
-    width = max(len(f.figure) for f in figures)
-    for f in figures:
-        print(f"{f.figure:{width}}  {f.ours:10.1f} {f.peer:10.1f} {f.unit:6}  ratio {f.ratio:.2f}")
+    if figures:
+        OUTPUT.parent.mkdir(exist_ok=True)
+        OUTPUT.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
+        width = max(len(f.figure) for f in figures)
+        for f in figures:
+            print(
+                f"{f.figure:{width}}  {f.ours:10.1f} {f.peer:10.1f} {f.unit:6}  "
+                f"ratio {f.ratio:.2f}"
+            )
     return 0
 
 
