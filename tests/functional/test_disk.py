@@ -40,10 +40,10 @@ def sixteen_held(disk: Disk) -> bool:
 @pytest.mark.parametrize(
     ("bs", "depth", "extra"),
     [
-        ("512", 1, "--size=512k"),
-        ("4k", 1, "--size=2M --fsync=16"),
+        pytest.param("512", 1, "--size=512k", marks=pytest.mark.embedded),
+        pytest.param("4k", 1, "--size=2M --fsync=16", marks=pytest.mark.embedded),
         pytest.param("4k", 64, "", marks=pytest.mark.core),
-        ("64k", 16, "--fsync=8"),
+        pytest.param("64k", 16, "--fsync=8", marks=pytest.mark.embedded),
         ("1M", 4, "--size=48M"),
         pytest.param("512-1M", 32, "--bsrange=512-1M --blockalign=512", marks=pytest.mark.core),
     ],
@@ -53,6 +53,7 @@ def test_what_fio_writes_it_reads_back(world: World, bs: str, depth: int, extra:
         disk.fio(bs=bs.split("-")[-1], depth=depth, extra=extra)
 
 
+@pytest.mark.embedded  # in the lab: tests/lab/test_backends.py
 def test_fio_verifies_with_trims_between(world: World) -> None:
     with world.disk() as disk:
         assert disk.state()["geometry"]["discard"] is True
@@ -71,6 +72,7 @@ def test_after_a_discard_the_whole_disk_is_zeroes(world: World) -> None:
         assert disk.sha256() == disk.backing.sha256() == fresh
 
 
+@pytest.mark.embedded  # in the lab: tests/lab/test_backends.py
 def test_the_reported_features_are_the_negotiated_ones(world: World) -> None:
     with world.disk(discard=False) as disk:
         geometry, keys, seen = disk.state()["geometry"], disk.backend_keys(), disk.seen()
@@ -82,6 +84,7 @@ def test_the_reported_features_are_the_negotiated_ones(world: World) -> None:
         assert not seen.read_only
 
 
+@pytest.mark.embedded  # in the lab: tests/lab/test_backends.py
 def test_a_read_only_disk_refuses_writes_and_says_so(world: World) -> None:
     with world.disk(mode="r") as disk:
         assert disk.seen().read_only

@@ -180,7 +180,7 @@ class World(Protocol):
     # -- disks ---------------------------------------------------------------------------------
 
     def backing(self, mib: int = 64, *, discard: bool = True, slow: bool = False) -> Backing:
-        """Flush it always has. `slow`: its requests can be held."""
+        """`discard`: it can. `slow`: its requests can be held."""
 
     def attach(self, backing: Backing, *, mode: Mode = "w", stock: bool = False) -> Disk:
         """As `xl block-attach` of xvdb; returns when it is served.

@@ -4,7 +4,7 @@
 blkback serves whatever is a block device (RAM, loop, logical volume, dm-delay); QEMU's qdisk serves
 image files, and is a backend of its own: other features, other code. What each offers:
 
-    ram      flush                      brd under dm-linear; nothing is ever in flight
+    ram      neither                    brd under dm-linear; nothing is ever in flight
     loop     flush, discard             a file in dom0's memory; sectors of 512 or 4096 bytes
     volume   flush, discard             LVM on a loop device
     delayed  flush, discard             dm-delay over a loop device

@@ -7,7 +7,8 @@ which runs on the embedded host where this is not loaded (`python -m lab test` d
 `lab` is the machine with Xen, booted once. `guest` is a running guest of the kind that --guest
 names (or $GUEST, or hvm). It is the same domain from test to test, and is started afresh only
 after a test that failed, left it silent or gone, or gave it a configuration of its own.
-HVM runs every test but those marked `embedded`, PVH and PV those marked `core`.
+HVM runs every test but those marked `embedded`, `long` or `pv`, PVH and PV those marked `core`,
+PV also those marked `pv`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ MARKERS = (
     "console: consoles (XENCONS)",
     "survive: save/restore, restart, crash, backend loss",
     "core: runs in every guest type; the rest runs in HVM",
+    "pv: runs in PV, whose guests boot fastest, and nowhere else",
+    "long: left out but in a soak, or where --every asks for it",
     "embedded: not repeated in the lab, whose time is dear",
 )
 
@@ -64,6 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--with-embedded", action="store_true", help="also what the embedded host is enough for"
     )
+    group.addoption("--every", action="store_true", help="whatever guest a test is marked for")
     group.addoption("--no-payload", action="store_true", help="guests without pvfront")
 
 
@@ -90,8 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = ours
     if not config.getoption("--with-embedded"):
         chosen = [item for item in chosen if not item.get_closest_marker("embedded")]
-    if config.getoption("--guest") != "hvm":
-        chosen = [item for item in chosen if item.get_closest_marker("core")]
+    if not config.getoption("--every"):
+        chosen = [item for item in chosen if _in_guest(item, config)]
     if config.getoption("--soak"):
         done = _soaked(config).read_text().split("\n") if _soaked(config).exists() else []
         chosen = [item for item in chosen if "soak_round" in _fixtures(item)]
@@ -103,6 +107,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in ours if item not in chosen]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
+
+
+def _in_guest(item: pytest.Item, config: pytest.Config) -> bool:
+    """Whether the kind of guest is one that the test is marked for."""
+    if item.get_closest_marker("long") and not config.getoption("--soak"):
+        return False
+    kind = config.getoption("--guest")
+    if item.get_closest_marker("pv"):
+        return bool(kind == "pv")
+    return kind == "hvm" or item.get_closest_marker("core") is not None
 
 
 def _is_ours(item: pytest.Item) -> bool:
@@ -242,6 +256,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
             name = re.sub(r"[^\w.-]+", "_", item.name)[:80]
             where = lab.run / "failures" / f"{name}-{report.when}"
             lab.keep_evidence(where, item.config.getoption("--guest"))
+            (where / "report.txt").write_text(report.longreprtext)
             fault = re.search(r"d\d+v\d+ Triple fault", lab.outer.console.since(item.stash[MARK]))
             if fault:
                 report.sections.append(("lab", f"Xen's console says: {fault[0]}"))

@@ -272,7 +272,7 @@ class Lab:
         return f"{prefix}{self._counter}"
 
     def ram_disk(self, mib: int = 64) -> BackingDisk:
-        """A disk in dom0's memory (brd under dm-linear): flush, no discard."""
+        """A disk in dom0's memory (brd under dm-linear): neither flush nor discard."""
         name = self._unique("ram")
         self.dom0.run("test -b /dev/ram0 || modprobe brd rd_nr=8 rd_size=524288")
         free = (

@@ -112,13 +112,13 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _put_first(pid: int) -> None:
-    """Gives the session of `pid` ten times the CPU share of others, where we may.
+    """Gives the session of `pid` nearly all of the CPU that it wants, where we may.
 
     Deadlines inside the virtual machine run on, whatever else the host computes. Nice values alone
     count only within a session where the kernel groups by session (sched(7), autogroup).
     """
     with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text("-10")
+        Path(f"/proc/{pid}/autogroup").write_text("-20")
 
 
 _STARTED: list[subprocess.Popen[bytes]] = []
