@@ -6,6 +6,9 @@ bench`), the worker, the ring, and a block backend in memory as a process of its
 the same run, `nbdkit memory`, which has the disk in its own process, and two servers that have no
 disk at all: `nbdkit null`, and null_server.c, the roof of what one thread behind a socket can do.
 
+Beside the socket stands the library for one program (docs/direct.md), with its example as the
+client: no socket, and no process between the program and the ring.
+
 All are measured in turn, round after round, so that drift of the machine falls on all; a figure is
 the median of the rounds. Server CPU is that of every process of the server's side (worker and
 backend together), not the client's. The disks are filled first: memory that was never touched is
@@ -29,6 +32,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
 import plot
@@ -43,6 +47,7 @@ from pvfront.host.service import DiskService
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 NULL_SERVER = BUILD / "null_server"
+BENCH = resources.files("pvfront") / "pvfront-disk-bench"
 OURS, PEER, PEER_NULL, ROOF = "pvfront", "nbdkit memory", "nbdkit null", "empty server"
 MIB = 1 << 20
 DISK = 256 * MIB
@@ -91,6 +96,10 @@ def more(figure: str, unit: str, ours: float, peer: float, peer_name: str) -> Fi
 def less(figure: str, unit: str, ours: float, peer: float, peer_name: str) -> Figure:
     """Less is better."""
     return Figure(figure, unit, ours, peer, peer_name, peer / ours if ours else 0.0)
+
+
+Jobs = Sequence[tuple[str, Job, str]]
+"""client, job, direction"""
 
 
 class Failed(Exception):
@@ -160,6 +169,16 @@ def nbdkit(plugin: str, size: int) -> list[str]:
 
 
 @contextlib.asynccontextmanager
+async def lendable(size: int) -> AsyncIterator[Host]:
+    """A host with the disk xvda, which nobody serves."""
+    async with await Host.start() as host:
+        await host.create_domain()
+        await host.attach_disk(1, f"vdev=xvda,access=rw,target=memory:{size}")
+        async with await BlkBackend.start(host, populate=True):
+            yield host
+
+
+@contextlib.asynccontextmanager
 async def ours(size: int, disks: int = 1) -> AsyncIterator[tuple[BlkBackend, DiskService, float]]:
     """A host with disks xvda..., and how many seconds the service took to serve all of them."""
     async with await Host.start(gntalloc_limit=disks * 353) as host:
@@ -190,8 +209,11 @@ class Sample:
     per_cpu: float  # requests per second of server CPU
 
 
-def run(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def run(*command: str, environ: Mapping[str, str] | None = None) -> str:
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, **(environ or {})},
+    )  # fmt: skip
     if result.returncode:
         raise Failed(f"{' '.join(command)}: {result.stderr.strip() or result.stdout.strip()}")
     return result.stdout
@@ -233,11 +255,39 @@ def qemu_img(server: Server, job: Job, direction: str, seconds: float) -> Sample
     return Sample(rate if job.unit == SMALL else rate * job.block / MIB, count / max(cpu, TICK))
 
 
+def direct(host: Host, job: Job, direction: str, seconds: float, how: str) -> float:
+    """The example of the library, which has the disk lent. In the job's unit."""
+    order = "rand" if job.unit == SMALL else ""
+    report = run(
+        sys.executable, "-P", "-m", "pvfront", "vbd", "lend", "xvda", "--", str(BENCH),
+        "--rw", f"{order}{direction}", "--bs", str(job.block), "--iodepth", str(job.depth),
+        "--runtime", str(seconds), "--how", how, environ=host.environ,
+    )  # fmt: skip
+    (found,) = json.loads(report)["jobs"]
+    side = found[direction]
+    rate: float = side["iops"] if job.unit == SMALL else side["bw_bytes"] / MIB
+    return rate
+
+
+def beside_the_socket(
+    host: Host, socket_server: Server, jobs: Jobs, rounds: int, seconds: float
+) -> Iterable[Figure]:
+    """The library, polling and sleeping, beside fio on the socket export."""
+    for client, job, direction in jobs:
+        if client != "fio" or job.depth not in (1, 4, 32):
+            continue
+        rates: dict[str, list[float]] = {"poll": [], "wait": [], OURS: []}
+        for _ in range(rounds):
+            for how in ("poll", "wait"):
+                rates[how].append(direct(host, job, direction, seconds, how))
+            rates[OURS].append(fio(socket_server, job, direction, seconds).rate)
+        rate = {name: statistics.median(found) for name, found in rates.items()}
+        name = f"disk direct {direction} {job.title}"
+        yield more(name, job.unit, rate["poll"], rate[OURS], f"{OURS} socket")
+        yield more(f"{name} asleep", job.unit, rate["wait"], rate[OURS], f"{OURS} socket")
+
+
 CLIENTS = {"fio": fio, "qemu-img": qemu_img}
-
-
-Jobs = Sequence[tuple[str, Job, str]]
-"""client, job, direction"""
 
 
 def compare(servers: Sequence[Server], jobs: Jobs, rounds: int, seconds: float) -> Iterable[Figure]:
@@ -316,6 +366,10 @@ async def bench(
             for figure in compare([mine, *servers], jobs, rounds, seconds):
                 show(figure)
                 figures.append(figure)
+            async with lendable(DISK) as host:
+                for figure in beside_the_socket(host, mine, jobs, rounds, seconds):
+                    show(figure)
+                    figures.append(figure)
     for count in counts:
         for figure in await many(count, 2.0):
             show(figure)

@@ -5,8 +5,8 @@
 
 #include <linux/nbd.h>
 
-#define STEPS 512              /* a turn */
-#define COPY_BYTES (1u << 20)  /* a turn */
+#define STEPS 512               /* a turn */
+#define COPY_BYTES (256u << 10) /* a turn: the backend begins while the rest is copied */
 #define COPY_IOV 64
 
 _Static_assert(PVF_DISK_DEPTH <= PVF_REQUESTS, "every request can be in the engine");

@@ -33,5 +33,7 @@ def test_a_short_round_gives_figures_for_every_peer_and_a_picture(tmp_path: Path
     figures = json.loads((tmp_path / "bench.json").read_text())
     rates = [f for f in figures if f["figure"] == "disk read 4k QD32"]
     assert [f["peer_name"] for f in rates] == ["nbdkit memory", "nbdkit null", "empty server"]
+    direct = [f["peer_name"] for f in figures if f["figure"].startswith("disk direct read")]
+    assert direct == ["pvfront socket"] * 2  # polling, and asleep between events
     assert all(f["ours"] > 0 and f["ratio"] == f["ours"] / f["peer"] for f in figures)
     ET.parse(tmp_path / "bench.svg")
