@@ -148,7 +148,12 @@ class DiskFrontend:
         return self.target.path if self.target.clients is None else ""
 
     def in_flight(self) -> int:
-        return self.target.in_flight()
+        # A socket's client asks the worker, and nobody else knows.
+        taken = 0
+        if self._worker is not None:
+            with contextlib.suppress(OSError, StatsUnreadable):
+                taken = sum(queue.nbd_pending for queue in read_all_stats(self._worker.stats_fd))
+        return max(self.target.in_flight(), taken)
 
     def busy(self) -> str | None:
         return self.target.busy()

@@ -213,9 +213,9 @@ class Vbd:
         keys = {
             "multi-queue-max-queues": str(f.queues),
             "max-ring-page-order": str(f.ring_order),
+            # What a backend before this one offered is not ours to keep.
+            "feature-max-indirect-segments": str(f.indirect) if f.indirect else None,
         }
-        if f.indirect:
-            keys["feature-max-indirect-segments"] = str(f.indirect)
         await self._publish(keys)
         await self._switch(INIT_WAIT)
 
@@ -482,7 +482,7 @@ class Vbd:
             raise FrontendError(f"reading {where}/{key}")
         return number
 
-    async def _publish(self, keys: Mapping[str, str]) -> None:
+    async def _publish(self, keys: Keys) -> None:
         said = {k: self.overrides.get(k, v) for k, v in keys.items()}
         async for txn in self.store.transaction():
             async with txn:

@@ -390,6 +390,7 @@ async def test_a_backend_that_was_killed_comes_back_with_fewer_features() -> Non
             async with await BlkBackend.start(host, indirect=0, ring_order=0, queues=1):
                 await frontend.backend_is(CLOSING)  # the ring is too large for it
                 assert await frontend.read("max-ring-page-order") == "0"
+                assert await frontend.read("feature-max-indirect-segments") is None
                 await frontend.reconnect()
                 assert await frontend.do(READ, 0, whole(0, 1)) == OKAY
         finally:

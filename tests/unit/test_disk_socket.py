@@ -224,6 +224,24 @@ async def test_the_next_client_is_served_when_the_formers_requests_have_left_the
     second.sock.close()
 
 
+async def test_a_client_s_requests_are_in_flight_until_they_are_answered(
+    world: SocketWorld,
+) -> None:
+    """What a suspend waits for before it closes the disk."""
+    disk = world.disk
+    client = await world.client()
+    assert world.backend is not None
+    assert disk.in_flight() == 0
+    world.backend.hold = True
+    handles = [client.request(Nbd.WRITE, 4096 * i, 4096, bytes(4096)) for i in range(3)]
+    await eventually("three requests in flight", lambda: disk.in_flight() == 3)
+    world.backend.release()
+    for _ in handles:
+        await asyncio.to_thread(client.reply)
+    await eventually("none in flight", lambda: disk.in_flight() == 0)
+    client.sock.close()
+
+
 async def test_a_resize_is_seen_by_the_next_client_and_status_says_so(world: SocketWorld) -> None:
     client = await world.client()
     await eventually("served", lambda: world.disk.details()["client"].get("size") == SIZE)
