@@ -53,7 +53,7 @@ from ..worker import (
     WorkerGone,
 )
 from ..xenbus import XenbusDevice
-from . import features, rings
+from . import features, report, rings
 from .features import MAX_INDIRECT_SEGMENTS, DiskGeometry, RingLimits
 from .generation import Opened, opened
 from .rings import Shape
@@ -162,6 +162,7 @@ class DiskFrontend:
         geometry = self.geometry
         found: dict[str, Any] = {
             "label": self.label,
+            "serial": self.name,
             "os_device": self.target.path,
             "link": self.target.link,
             "worker_pid": self._worker.pid if self._worker is not None else None,
@@ -169,38 +170,15 @@ class DiskFrontend:
             "statistics_file": self._statistics_file(),
         }
         if self.shape is not None:
-            found["rings"] = self._rings(self.shape)
+            found["rings"] = report.rings(
+                self.shape, self.budget.grant(self.name), persistent=self._persistent
+            )
         if self.target.clients is not None:
             found["client"] = self.target.clients.details()
         if geometry is not None:
-            found["geometry"] = {
-                "sectors": geometry.sectors,
-                "size": geometry.size,
-                "sector_size": geometry.sector_size,
-                "physical_sector_size": geometry.physical_sector_size,
-                "read_only": geometry.read_only,
-                "removable": geometry.removable,
-                "flush": self._offered.flush,
-                "barrier": self._by_barrier,
-                "discard": geometry.discard and "discard" not in self.off,
-                "discard_granularity": geometry.discard_granularity,
-                "discard_alignment": geometry.discard_alignment,
-            }
-        return found
-
-    def _rings(self, shape: Shape) -> dict[str, Any]:
-        grant = self.budget.grant(self.name)
-        found: dict[str, Any] = {
-            "queues": shape.queues,
-            "slots": shape.slots,
-            "ring_pages": shape.ring_pages,
-            "pool_pages": shape.pool,
-            "segments": shape.segments,
-            "indirect": shape.indirect,
-            "persistent": self._persistent,
-        }
-        if grant is not None:
-            found["granted"] = {"asked": grant.asked, "got": grant.got, "why": grant.why}
+            found["geometry"] = report.geometry(
+                geometry, self._offered, by_barrier=self._by_barrier
+            )
         return found
 
     @property
@@ -291,7 +269,7 @@ class DiskFrontend:
         worker = await self._living_worker()
         self.limits = await self._read_limits(device)
         assert worker.hello is not None
-        most = min(self._most_queues, worker.hello.queues)
+        most = min(self._most_queues, worker.hello.queues) if _is_blkback(device) else 1
         asked = rings.wanted(self.limits, self.settings, most)
         share, why = self.budget.share(self.name)
         trusted = await device.store.read_opt(f"{device.path}/trusted")
@@ -353,6 +331,9 @@ class DiskFrontend:
         assert self.shape is not None
         self.shape = rings.started(self.shape, self.limits, self.settings)
         self.off.clear()
+        if before is not None:
+            for what in report.lost(before, self.geometry):
+                log.warning("%s: the backend came back with less: %s", self.name, what)
         if self._has_socket:
             await self._start_worker()
         else:
@@ -418,7 +399,7 @@ class DiskFrontend:
 
     def _tell_size(self, old: int, new: int) -> None:
         """The event of another size: for the log and for hooks."""
-        event = "resize" if old and new else "insert" if new else "eject"
+        event = report.size_event(old, new)
         log.info(
             "%s: %s: from %d to %d sectors",
             self.name,
@@ -442,7 +423,7 @@ class DiskFrontend:
         geometry, problems = features.parse_geometry(
             keys,
             device_type=await device.store.read_opt(f"{device.path}/device-type"),
-            blkback="/backend/vbd/" in device.backend,
+            blkback=_is_blkback(device),
             may_be_empty=may_be_empty,
         )
         for problem in problems:
@@ -653,3 +634,8 @@ class DiskFrontend:
                 else:
                     log.info("%s: the backend answers again", self.name)
         self._poke()
+
+
+def _is_blkback(device: XenbusDevice) -> bool:
+    """Linux's, whose sector-size can be believed, and whose flush on one ring covers them all."""
+    return "/backend/vbd/" in device.backend

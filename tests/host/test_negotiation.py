@@ -187,6 +187,8 @@ async def test_a_backend_that_comes_back_poorer_gets_what_it_can() -> None:
         assert (after["rings"]["indirect"], after["rings"]["persistent"]) == (False, False)
         assert (after["geometry"]["flush"], after["geometry"]["discard"]) == (False, False)
         assert after["worker_pid"] == before["worker_pid"]
+        for what in ("it has no flush", "it has no discard"):
+            assert f"the backend came back with less: {what}" in it.log()
         keys = await it.keys("")
         assert "ring-ref" in keys
         assert not keys.keys() & {"ring-page-order", "ring-ref0", "ring-ref3"}, "stale"
