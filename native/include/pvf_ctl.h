@@ -169,7 +169,7 @@ struct pvf_ctl_target_gone {
 struct pvf_ctl_feature_off {
 	struct pvf_ctl_hdr hdr;
 	uint32_t feature; /* PVF_BLK_FLUSH, PVF_BLK_BARRIER or PVF_BLK_DISCARD */
-	uint32_t queue;   /* where it turned out first */
+	uint32_t queue;   /* where it turned out; told once for the device */
 };
 
 struct pvf_ctl_stalled {

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
+#include <pthread.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -26,6 +27,51 @@ static int confined(void (*what)(void))
 			_exit(99);
 		what();
 		_exit(0);
+	}
+	CHECK(waitpid(child, &status, 0) == child);
+	return status;
+}
+
+/* A thread that began before the filter, as a queue's does. It waits at the gate, and then does it. */
+static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+static pthread_barrier_t begun;
+
+static void *deed_of_thread(void *arg)
+{
+	pthread_barrier_wait(&begun);
+	pthread_mutex_lock(&gate);
+	deed();
+	pthread_mutex_unlock(&gate);
+	for (;;)
+		pthread_mutex_lock(&gate); /* its own: once more, and for ever */
+	return arg;
+}
+
+/* Runs `what` in a child under the filter, in a thread that is older than that. */
+static int confined_thread(void (*what)(void))
+{
+	pid_t child = fork();
+	pthread_t thread;
+	int status;
+
+	CHECK(child >= 0);
+	if (!child) {
+		struct pvf_confine c = {0};
+		const char *why;
+
+		deed = what;
+		pthread_barrier_init(&begun, NULL, 2);
+		pthread_mutex_lock(&gate);
+		if (pthread_create(&thread, NULL, deed_of_thread, NULL))
+			_exit(98);
+		pthread_barrier_wait(&begun);
+		if (pvf_confine_user(&c, &why) || pvf_confine_calls(&c, &why))
+			_exit(99);
+		for (int i = 0; i < 1000; i++)
+			sched_yield(); /* it sleeps at the gate by now, or comes too late for that */
+		pthread_mutex_unlock(&gate);
+		for (;;)
+			pthread_barrier_wait(&begun); /* of two: for ever */
 	}
 	CHECK(waitpid(child, &status, 0) == child);
 	return status;
@@ -100,6 +146,44 @@ static void port_test(void)
 	dies(bind_port);
 }
 
+static void *end_at_once(void *arg)
+{
+	return arg;
+}
+
+static void make_thread(void)
+{
+	pthread_t thread;
+
+	pthread_create(&thread, NULL, end_at_once, NULL);
+}
+
+static void end_in_order(void)
+{
+	_exit(7);
+}
+
+static void thread_test(void)
+{
+	dies(make_thread);
+}
+
+static void older_thread_test(void)
+{
+	int status = confined_thread(make_socket);
+
+	CHECK(WIFSIGNALED(status));
+	CHECK_EQ(WTERMSIG(status), SIGSYS);
+}
+
+static void gate_test(void)
+{
+	int status = confined_thread(end_in_order);
+
+	CHECK(WIFEXITED(status));
+	CHECK_EQ(WEXITSTATUS(status), 7);
+}
+
 static void fork_test(void)
 {
 	dies(fork_again);
@@ -114,6 +198,9 @@ int main(void)
 		{"mapping executable memory kills a confined process", code_test},
 		{"binding a port kills a confined process", port_test},
 		{"a fork kills a confined process", fork_test},
+		{"making a thread kills a confined process", thread_test},
+		{"a thread that began before is confined as well", older_thread_test},
+		{"threads of a confined process wait for each other's locks", gate_test},
 	};
 
 	return RUN_TESTS(tests);
