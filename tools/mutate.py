@@ -33,7 +33,7 @@ WORK = ROOT / "build" / "mutate"
 TREE = WORK / "tree"  # native/ and meson's files, as they are now
 BUILD = WORK / "build"
 SITE = WORK / "site"  # the installed package, with the Python of now
-COPIED = ("native", "meson.build", "meson_options.txt")
+COPIED = ("native", "examples", "meson.build", "meson_options.txt")
 
 # Of a test that waits for something that never comes: seconds.
 PATIENCE = "8"
