@@ -92,7 +92,7 @@ soak: build setup-lab ## the long counts; the lab's are resumable, results in bu
 xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
 	@$(LAB) shell --guest $(GUEST)
 
-bench-xen: build setup-lab ## pvfront beside the kernel's blkfront, same guest and run: build/bench-xen.json
+bench-xen: build setup-lab ## pvfront beside the kernel's blkfront, same guest and run: build/bench-xen.json, .svg
 	@PYTHONPATH=ci/xen-nested $(BIN)/python bench/xen.py --guest $(GUEST)
 
 fuzz: build setup ## fuzz for a long time: FUZZ=ring|nbd|port|ctl|blkback FUZZ_SECONDS=600 (of each)

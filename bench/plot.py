@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""bench.svg: bars of ours and every peer, a row for each job, and the ratio to the first peer."""
+"""Bars of ours and every peer, a row for each figure: bench.svg and bench-xen.svg."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ COLOURS = ["#1f6fb4", "#e08a1e", "#8b8f94", "#c3c7cb", "#5aa469"]
 BAR, GAP, LEFT, WIDTH, RIGHT, TOP = 11, 14, 250, 420, 160, 60
 
 
-def svg(figures: Sequence[Mapping[str, Any]], ours: str) -> str:
-    """The picture, as text. `figures`: those of bench.json, of which rates with peers are drawn."""
+def svg(figures: Sequence[Mapping[str, Any]], ours: str, where: str) -> str:
+    """The picture, as text. Of `figures`, those with peers are drawn; `where` is for the title."""
     rows: dict[str, list[tuple[str, float]]] = {}
     units: dict[str, str] = {}
     for figure in figures:
@@ -53,6 +53,6 @@ def svg(figures: Sequence[Mapping[str, Any]], ours: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{y}" '
         f'viewBox="0 0 {total} {y}"><style>{style}</style>'
         f'<rect width="{total}" height="{y}" fill="#fff"/>'
-        '<text x="10" y="20" class="title">Disks on the embedded host; each row on its own scale'
+        f'<text x="10" y="20" class="title">Disks {escape(where)}; each row on its own scale'
         "</text>" + "\n".join(out) + "</svg>\n"
     )

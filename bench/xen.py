@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import plot
 from lab import payload
 from lab.guest import KINDS, Guest
 from lab.progress import say
@@ -270,6 +271,9 @@ def main() -> int:
     if figures:
         OUTPUT.parent.mkdir(exist_ok=True)
         OUTPUT.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
+        where = f"in the lab's {options.guest} guest"
+        drawn = plot.svg([asdict(f) for f in figures], "pvfront", where)
+        OUTPUT.with_suffix(".svg").write_text(drawn)
         width = max(len(f.figure) for f in figures)
         for f in figures:
             print(
