@@ -32,7 +32,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 import plot
@@ -47,7 +46,6 @@ from pvfront.host.service import DiskService
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 NULL_SERVER = BUILD / "null_server"
-BENCH = resources.files("pvfront") / "pvfront-disk-bench"
 OURS, PEER, PEER_NULL, ROOF = "pvfront", "nbdkit memory", "nbdkit null", "empty server"
 MIB = 1 << 20
 DISK = 256 * MIB
@@ -260,7 +258,7 @@ def direct(host: Host, job: Job, direction: str, seconds: float, how: str) -> fl
     """The example of the library, which has the disk lent. In the job's unit."""
     order = "rand" if job.unit == SMALL else ""
     report = run(
-        sys.executable, "-P", "-m", "pvfront", "vbd", "lend", "xvda", "--", str(BENCH),
+        sys.executable, "-P", "-m", "pvfront", "vbd", "lend", "xvda", "--", "pvfront-disk-bench",
         "--rw", f"{order}{direction}", "--bs", str(job.block), "--iodepth", str(job.depth),
         "--runtime", str(seconds), "--how", how, environ=host.environ,
     )  # fmt: skip

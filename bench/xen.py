@@ -2,9 +2,10 @@
 """Disks through pvfront beside disks through the kernel's blkfront: build/bench-xen.json.
 
 Same guest, same run, same kind of backing store (RAM in dom0), for each target that the guest has:
-the kernel's nbd device, and ublk where the kernel has that. The two disks are measured in turn,
-round after round, so that drift of the machine falls on both; the figure is the median of the
-rounds. CPU is what the guest's processors spent on anything while the job ran, so interrupts,
+the kernel's nbd device, ublk where the kernel has that, and the library for one program (direct:
+its example polls, in the place of fio; its start is in the CPU figure). The two disks are measured
+in turn, round after round, so that drift of the machine falls on both; the figure is the median of
+the rounds. CPU is what the guest's processors spent on anything while the job ran, so interrupts,
 copies and both of pvfront's processes are in it.
 
 `--profile` measures nothing: it shows where one job's time goes, for both disks, in
@@ -38,6 +39,7 @@ PEER = "kernel blkfront"
 MIB = 256
 SECONDS = 6
 OURS, THEIRS = "/dev/pvfront/xvdb", "/dev/xvdc"
+LENT = "xvdb, lent"  # no device: to a program
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Job:
         return "read" if "read" in self.rw else "write"
 
     def command(self, device: str, seconds: int) -> str:
+        if device == LENT:
+            return (
+                f"pvfront vbd lend xvdb -- pvfront-disk-bench --rw {self.rw} --bs {self.bs} "
+                f"--iodepth {self.depth} --ramp 1 --runtime {seconds} >/tmp/bench.json"
+            )
         return (
             f"fio --name=b --filename={device} --rw={self.rw} --bs={self.bs} "
             f"--iodepth={self.depth} --ioengine=libaio --direct=1 --time_based "
@@ -113,6 +120,7 @@ def targets(guest: Guest) -> list[str]:
     found = ["nbd"]
     if "ublk" in text and guest.run("modprobe -q ublk_drv", check=False).ok:
         found.append("ublk")
+    found.append("direct")
     return found
 
 
@@ -142,6 +150,9 @@ def disks(lab: Lab, guest: Guest) -> Iterator[Pvfront]:
 
 
 def serve(pvf: Pvfront, target: str) -> None:
+    if target == "direct":  # lent anew for each job
+        pvf.stop()
+        return
     pvf.start(f"--target {target} xvdb")
     pvf.wait_served()
 
@@ -151,19 +162,20 @@ def bench(pvf: Pvfront, target: str, jobs: list[Job], rounds: int, seconds: int)
     figures = []
     for job in jobs:
         name = f"{job.title} {target}"
-        samples: dict[str, list[Sample]] = {OURS: [], THEIRS: []}
+        ours = LENT if target == "direct" else OURS
+        samples: dict[str, list[Sample]] = {ours: [], THEIRS: []}
         for _ in range(rounds):
             for device, taken in samples.items():
                 taken.append(measure(pvf.guest, device, job, seconds))
         rate = {d: statistics.median(s.rate for s in ss) for d, ss in samples.items()}
         cpu = {d: statistics.median(s.cpu_per_gib for s in ss) for d, ss in samples.items()}
         figures += [
-            Figure(name, job.unit, rate[OURS], rate[THEIRS], PEER, rate[OURS] / rate[THEIRS]),
-            Figure(f"{name} CPU", "s/GiB", cpu[OURS], cpu[THEIRS], PEER, cpu[THEIRS] / cpu[OURS]),
+            Figure(name, job.unit, rate[ours], rate[THEIRS], PEER, rate[ours] / rate[THEIRS]),
+            Figure(f"{name} CPU", "s/GiB", cpu[ours], cpu[THEIRS], PEER, cpu[THEIRS] / cpu[ours]),
         ]
         say(
-            f"{name}: {rate[OURS]:.0f} {job.unit}, {PEER} {rate[THEIRS]:.0f}: "
-            f"ratio {rate[OURS] / rate[THEIRS]:.2f}; CPU s/GiB {cpu[OURS]:.1f}, "
+            f"{name}: {rate[ours]:.0f} {job.unit}, {PEER} {rate[THEIRS]:.0f}: "
+            f"ratio {rate[ours] / rate[THEIRS]:.2f}; CPU s/GiB {cpu[ours]:.1f}, "
             f"{PEER} {cpu[THEIRS]:.1f}"
         )
     return figures
@@ -235,7 +247,7 @@ def main() -> int:
     parser.add_argument("--guest", default="hvm", choices=KINDS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=SECONDS)
-    parser.add_argument("--target", action="append", help="nbd, ublk; default: all there are")
+    parser.add_argument("--target", action="append", help="nbd, ublk, direct; default: all")
     parser.add_argument("--match", default="", help="only the jobs with this in their title")
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     parser.add_argument("--lab-attach", action="store_true", help="use the lab that runs already")
@@ -257,13 +269,13 @@ def main() -> int:
         with disks(lab, guest) as pvf:
             for target in options.target or targets(guest):
                 serve(pvf, target)
-                if options.profile:
+                if options.profile and target != "direct":
                     PROFILES.mkdir(parents=True, exist_ok=True)
                     for job in jobs:
                         path = PROFILES / f"{target}-{job.title.replace(' ', '-')}.txt"
                         path.write_text(profile(pvf, job, max(options.seconds, 8)))
                         say(f"{path}")
-                else:
+                elif not options.profile:
                     figures += bench(pvf, target, jobs, options.rounds, options.seconds)
     finally:
         if not options.lab_attach:

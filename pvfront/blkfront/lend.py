@@ -25,6 +25,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Collection, Sequence
+from importlib import resources
 from typing import Any, Protocol
 
 from ..errors import PvfrontError
@@ -43,7 +44,7 @@ from .vdev import vdev_name
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "PVFRONT_DISKS"
+VARIABLE = "PVFRONT_LENT"
 """PVF_DISK_VARIABLE of pvfront/disk.h: where a program finds what it was lent."""
 
 
@@ -51,7 +52,7 @@ class Borrower(Protocol):
     """Who uses lent disks."""
 
     async def worker(self, name: str, label: str) -> Worker:
-        """The borrower of disk `label`, once it is there. Raises WorkerGone: it never will be."""
+        """The borrower of disk `label`, once it is there."""
         ...
 
     def left(self, label: str) -> bool:
@@ -224,10 +225,15 @@ class Lender:
         """Starts the program and waits for its end. Raises PvfrontError: it cannot be started."""
         try:
             ends = {label: theirs.fileno() for label, (_, theirs) in self._pairs.items()}
-            lent = ",".join(f"{label}={fd}" for label, fd in ends.items())
+            environ = {
+                **os.environ,
+                VARIABLE: ",".join(f"{label}={fd}" for label, fd in ends.items()),
+                # The example, pvfront-disk-bench, is found by its name.
+                "PATH": f"{os.environ.get('PATH', os.defpath)}:{resources.files('pvfront')}",
+            }
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self.command, env={**os.environ, VARIABLE: lent}, pass_fds=list(ends.values())
+                    *self.command, env=environ, pass_fds=list(ends.values())
                 )
             except OSError as error:
                 self.status = 127 if isinstance(error, FileNotFoundError) else 126
@@ -260,16 +266,17 @@ class Lender:
     # -- Borrower ----------------------------------------------------------------------------------
 
     async def worker(self, name: str, label: str) -> Worker:
+        """Once nobody will come any more this only waits: the loop's goal is about to change."""
         hello = asyncio.create_task(Worker.over(name, self._pairs[label][0].dup()))
         ended = asyncio.create_task(self._ended.wait())
         try:
             await asyncio.wait({hello, ended}, return_when=asyncio.FIRST_COMPLETED)
             if hello.done():
-                return hello.result()
-            raise WorkerGone(f"{self.command[0]} has ended")
-        except WorkerGone:
+                with contextlib.suppress(WorkerGone):
+                    return hello.result()
             self._give_back(label)
-            raise
+            await asyncio.Event().wait()
+            raise WorkerGone(f"{self.command[0]} has given {label} back")
         finally:
             for task in (hello, ended):
                 task.cancel()

@@ -32,7 +32,7 @@
 extern "C" {
 #endif
 
-#define PVF_DISK_VARIABLE "PVFRONT_DISKS" /* environment: the disks that are lent, "xvdb=5,xvdc=6" */
+#define PVF_DISK_VARIABLE "PVFRONT_LENT" /* environment: the disks that are lent, "xvdb=5,xvdc=6" */
 #define PVF_DISK_DEPTH 256            /* requests that are accepted and have not completed */
 #define PVF_DISK_IOV 64               /* entries of a request's vector */
 #define PVF_DISK_MAX_BYTES (32u << 20) /* of one read or write */
