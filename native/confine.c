@@ -17,6 +17,7 @@
 
 #include <linux/capability.h>
 #include <linux/futex.h>
+#include <linux/io_uring.h>
 #include <xen/xen.h>
 #include <xen/sys/evtchn.h>
 
@@ -129,12 +130,30 @@ static const uint64_t ioctls[] = {IOCTL_EVTCHN_NOTIFY, FIONREAD};
 /* port_xen and port_embedded, when they open. */
 static const uint64_t fcntl_commands[] = {F_GETFL, F_SETFL, F_GET_SEALS};
 
+/* What a ublk target needs besides: data by preadv and pwritev, descriptors mapped to be read, and
+ * the io_uring made before. It takes IORING_OP_URING_CMD only (ublk_ring.c): none can be made here. */
+static int allow_uring(scmp_filter_ctx filter)
+{
+	static const int calls[] = {SCMP_SYS(io_uring_enter), SCMP_SYS(preadv), SCMP_SYS(pwritev)};
+	int rc = 0;
+
+	for (size_t i = 0; !rc && i < sizeof(calls) / sizeof(*calls); i++)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, calls[i], 0);
+	if (!rc)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(io_uring_register), 1,
+				      SCMP_A1(SCMP_CMP_EQ, IORING_REGISTER_ENABLE_RINGS, 0));
+	if (!rc)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(mmap), 2,
+				      SCMP_A2(SCMP_CMP_EQ, PROT_READ, 0),
+				      SCMP_A3(SCMP_CMP_EQ, MAP_SHARED, 0));
+	return rc;
+}
+
 int pvf_confine_calls(struct pvf_confine *c, const char **why)
 {
 	scmp_filter_ctx filter = seccomp_init(SCMP_ACT_KILL_PROCESS);
 	int rc = 0;
 
-	(void)c;
 	*why = "seccomp";
 	if (!filter)
 		return -ENOMEM;
@@ -155,6 +174,8 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 	for (size_t i = 0; !rc && i < sizeof(fcntl_commands) / sizeof(*fcntl_commands); i++)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
 				      SCMP_A1(SCMP_CMP_EQ, fcntl_commands[i], 0));
+	if (!rc && c->uring)
+		rc = allow_uring(filter);
 	/* The queues' threads are there already. */
 	if (!rc)
 		rc = seccomp_attr_set(filter, SCMP_FLTATR_CTL_TSYNC, 1);

@@ -24,6 +24,7 @@ struct pvf_confine {
 	const char *root; /* chroot there; NULL: no */
 	uint32_t uid, gid;
 	bool change_user;
+	bool uring; /* a ublk target's calls are allowed too */
 	/* What was refused, for the log; the worker runs without it. */
 	char notes[PVF_TEXT_MAX];
 };

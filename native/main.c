@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
- * pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR]
+ * pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] [--ublk]
  *
  * One device's data path, a thread for each of up to N queues (1). Descriptor 3 is a listening AF_UNIX SOCK_SEQPACKET socket; everything
  * else comes through it (pvf_ctl.h). Status 0: told to exit; 1: could not start; 2: wrong usage.
@@ -24,7 +24,7 @@ static int usage(const char *what)
 {
 	fprintf(stderr,
 		"pvfront-worker: %s\n"
-		"usage: pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR]\n"
+		"usage: pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] [--ublk]\n"
 		"descriptor 3 must be a listening AF_UNIX SOCK_SEQPACKET socket; "
 		"pvfront starts workers, not people\n",
 		what);
@@ -62,6 +62,7 @@ int main(int argc, char **argv)
 		{"uid", required_argument, NULL, 'u'},
 		{"gid", required_argument, NULL, 'g'},
 		{"chroot", required_argument, NULL, 'c'},
+		{"ublk", no_argument, NULL, 'b'},
 		{0},
 	};
 	struct pvf_confine confine = {0};
@@ -92,6 +93,9 @@ int main(int argc, char **argv)
 		case 'c':
 			confine.root = optarg;
 			break;
+		case 'b':
+			confine.uring = true;
+			break;
 		default:
 			return usage("unknown option");
 		}
@@ -110,6 +114,8 @@ int main(int argc, char **argv)
 
 	pvf_confine_start(&confine);
 	rc = pvf_worker_init(&worker, LISTEN_FD, name, queues, &why);
+	if (!rc && confine.uring)
+		rc = pvf_worker_uring(&worker, &why);
 	if (!rc)
 		rc = pvf_confine_user(&confine, &why);
 	/* A new thread is what its maker is: after the privileges are gone, and before the filter, since

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "stats.h"
@@ -51,7 +52,7 @@ int pvf_queue_init(struct pvf_queue *q, uint32_t index, struct pvf_fence *fence,
 	q->fence = fence;
 	q->notes_fd = notes_fd;
 	q->page = page;
-	q->target.fd = q->port.event_fd = -1;
+	q->target.fd = q->port.event_fd = q->ublk.ublk.fd = -1;
 	q->unmask_timer = q->watchdog_timer = q->wake_fd = -1;
 	q->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	if (q->epoll_fd < 0)
@@ -119,6 +120,7 @@ void pvf_queue_free(struct pvf_queue *q)
 		pthread_barrier_destroy(&q->begun);
 	}
 	pvf_queue_detach(q, false);
+	pvf_uring_free(&q->ublk.uring);
 	close_own(q);
 	pthread_mutex_destroy(&q->lock);
 	pthread_mutex_destroy(&q->gate);
@@ -184,8 +186,10 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 static void close_target(struct pvf_queue *q)
 {
 	pvf_target_close(&q->target);
-	if (q->source_ops && q->source_ops->close)
+	if (q->source_ops && q->source_ops->close) {
 		q->source_ops->close(q->source);
+		q->source_ops = NULL;
+	}
 }
 
 static void forget_target(struct pvf_queue *q)
@@ -225,8 +229,10 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 		forget_target(q);
 	if (!q->attached)
 		return;
-	if (q->source_ops)
+	if (q->source_ops) {
 		q->source_ops->restart(q->source);
+		pvf_queue_wake(q); /* what was delivered just now is told by the serving thread */
+	}
 	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
 	pvf_blk_detach(&q->blk);
 	pvf_port_close(&q->port);
@@ -243,9 +249,31 @@ void pvf_queue_park(struct pvf_queue *q)
 	q->port.parked = true;
 }
 
-int pvf_queue_target(struct pvf_queue *q, int fd)
+int pvf_queue_uring(struct pvf_queue *q, const char **why)
 {
+	return pvf_uring_make(&q->ublk.uring, q->epoll_fd, PVF_TAG_URING, why);
+}
+
+static int take_ublk(struct pvf_queue *q, int fd, const char **why)
+{
+	int rc = pvf_uring_open(&q->ublk.uring, &q->ublk.ublk, fd, (uint16_t)q->index, why);
+
+	if (rc)
+		return rc;
+	q->source_ops = &pvf_ublk_ops;
+	q->source = &q->ublk;
+	q->target.gone = q->lost = false;
+	return 0;
+}
+
+int pvf_queue_target(struct pvf_queue *q, int fd, const char **why)
+{
+	struct stat st;
+
 	pvf_queue_drop_target(q);
+	if (!fstat(fd, &st) && S_ISCHR(st.st_mode))
+		return take_ublk(q, fd, why);
+	*why = "the NBD socket cannot be watched";
 	return pvf_target_open(&q->target, fd, q->epoll_fd,
 			       (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET);
 }

@@ -42,6 +42,7 @@
 #include "port.h"
 #include "source.h"
 #include "target.h"
+#include "ublk_ring.h"
 
 enum pvf_queue_tag { /* low half of the epoll data */
 	PVF_TAG_EVENT = 1,
@@ -49,6 +50,7 @@ enum pvf_queue_tag { /* low half of the epoll data */
 	PVF_TAG_UNMASK = 3,
 	PVF_TAG_WATCHDOG = 4,
 	PVF_TAG_WAKE = 5,
+	PVF_TAG_URING = 6,
 };
 
 /* What has happened since the worker last looked. */
@@ -79,6 +81,7 @@ struct pvf_queue {
 	struct pvf_target target; /* the NBD socket; `gone`, `error` and `why` are of any target */
 	const struct pvf_source_ops *source_ops; /* NULL: the NBD socket is served */
 	void *source;
+	struct pvf_ublk_source ublk; /* one such, once it was opened */
 	struct pvf_unread unread;
 	uint32_t sockets;   /* taken so far: part of an NBD socket's epoll data */
 	bool attached;      /* ring and port are there */
@@ -162,8 +165,13 @@ void pvf_queue_detach(struct pvf_queue *queue, bool keep);
  * and its port bound, as long as the process lives. */
 void pvf_queue_park(struct pvf_queue *queue);
 
-/* Takes a new NBD socket. 0 or -errno (the descriptor is the caller's then). */
-int pvf_queue_target(struct pvf_queue *queue, int fd);
+/* Makes the io_uring that a ublk target wants; once, while that is still allowed. 0, or -errno with
+ * `*why`. */
+int pvf_queue_uring(struct pvf_queue *queue, const char **why);
+
+/* Takes a new target: an NBD socket, or a ublk device (a character device). 0, or -errno with `*why`
+ * (the descriptor is the caller's then). */
+int pvf_queue_target(struct pvf_queue *queue, int fd, const char **why);
 void pvf_queue_drop_target(struct pvf_queue *queue);
 bool pvf_queue_has_target(const struct pvf_queue *queue);
 

@@ -261,12 +261,15 @@ void pvf_queue_event(struct pvf_queue *q, uint64_t data, uint32_t events)
 		if (timer_fired(q->watchdog_timer) && q->watching)
 			watchdog(q);
 		break;
+	case PVF_TAG_URING:
+		q->ublk.uring.event = true;
+		break;
 	}
 }
 
 /* Service */
 
-static bool receive(struct pvf_queue *q)
+static bool take_requests(struct pvf_queue *q)
 {
 	struct pvf_target *t = &q->target;
 
@@ -292,17 +295,22 @@ static bool receive(struct pvf_queue *q)
 	return more;
 }
 
-static bool send(struct pvf_queue *q)
+static void check_source(struct pvf_queue *q)
 {
 	const char *why;
 	int error;
 
+	if (q->source_ops && q->source_ops->ended && q->source_ops->ended(q->source, &error, &why))
+		lose(q, error, why);
+}
+
+static bool give_answers(struct pvf_queue *q)
+{
 	if (!q->source_ops)
 		return pvf_target_send(&q->target, &q->blk);
 	bool more = q->source_ops->deliver(q->source, &q->blk);
 
-	if (q->source_ops->ended && q->source_ops->ended(q->source, &error, &why))
-		lose(q, error, why);
+	check_source(q);
 	return more;
 }
 
@@ -330,12 +338,12 @@ static void serve_ring(struct pvf_queue *q)
 	if (q->stopped)
 		return;
 	if (pvf_queue_has_target(q) && q->serving)
-		q->again |= receive(q);
+		q->again |= take_requests(q);
 	/* The backend has its work before the client has its answers: they go on side by side. */
 	if (pvf_ring_push(&blk->ring))
 		notify(q);
 	if (pvf_queue_has_target(q))
-		q->again |= send(q);
+		q->again |= give_answers(q);
 	watch_ring(q);
 	if (q->soon && q->threaded)
 		q->polling = true;
@@ -392,6 +400,10 @@ static void tell(struct pvf_queue *q)
 void pvf_queue_service(struct pvf_queue *q)
 {
 	serve_ring(q);
+	if (!q->attached || !q->serving) { /* the kernel is heard all the same */
+		pvf_uring_turn(&q->ublk.uring, &q->ublk.ublk);
+		check_source(q);
+	}
 	if (q->target.gone && !q->lost && !q->stopped && (q->source_ops || q->target.fd >= 0))
 		target_ended(q);
 	if (q->attached && q->no_new && !q->drained && !q->stopped && is_drained(q)) {

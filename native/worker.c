@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define TAG_LISTEN 16
@@ -302,6 +303,13 @@ static bool stream_socket(int fd)
 	return !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) && type == SOCK_STREAM;
 }
 
+static bool character_device(int fd)
+{
+	struct stat st;
+
+	return !fstat(fd, &st) && S_ISCHR(st.st_mode);
+}
+
 /* 0, or why the sockets of START cannot be taken. */
 static int refuse_sockets(struct pvf_worker *w, uint32_t first, const char **why)
 {
@@ -323,21 +331,21 @@ static int refuse_sockets(struct pvf_worker *w, uint32_t first, const char **why
 	*why = "a new NBD socket needs an empty ring: QUIESCE first";
 	if (busy)
 		return EBUSY;
-	*why = "the NBD descriptor is no stream socket";
+	*why = "the target is neither a stream socket nor a ublk device";
 	for (uint32_t i = 0; i < w->ctl.nfds; i++)
-		if (!stream_socket(w->ctl.fds[i]))
+		if (!stream_socket(w->ctl.fds[i]) && !character_device(w->ctl.fds[i]))
 			return ENOTSOCK;
 	return 0;
 }
 
 /* 0 or errno: then none was taken. */
-static int take_sockets(struct pvf_worker *w, uint32_t first)
+static int take_sockets(struct pvf_worker *w, uint32_t first, const char **why)
 {
 	for (uint32_t i = 0; i < w->ctl.nfds; i++) {
 		struct pvf_queue *q = &w->queue[first + i];
 
 		pvf_queue_lock(q);
-		int rc = pvf_queue_target(q, w->ctl.fds[i]);
+		int rc = pvf_queue_target(q, w->ctl.fds[i], why);
 
 		pvf_queue_unlock(q);
 		if (!rc) {
@@ -376,7 +384,7 @@ static void handle_start(struct pvf_worker *w)
 	if (m->first_queue + w->ctl.nfds > w->attached)
 		return send_error(w, PVF_CTL_START, EINVAL,
 				  "an NBD socket for a queue that is not attached");
-	if (w->ctl.nfds && w->queue->source_ops)
+	if (w->ctl.nfds && w->queue->source_ops && !w->queue->source_ops->close)
 		return send_error(w, PVF_CTL_START, EINVAL,
 				  "requests do not come from a socket here");
 	int error = w->ctl.nfds ? refuse_sockets(w, m->first_queue, &why) : 0;
@@ -394,9 +402,9 @@ static void handle_start(struct pvf_worker *w)
 	if (missing && !(m->options & PVF_START_CLIENTS))
 		return send_error(w, PVF_CTL_START, ENOTCONN,
 				  "there is no NBD socket to keep: pass one");
-	error = take_sockets(w, m->first_queue);
+	error = take_sockets(w, m->first_queue, &why);
 	if (error)
-		return send_error(w, PVF_CTL_START, error, "the NBD socket cannot be watched");
+		return send_error(w, PVF_CTL_START, error, why);
 	for (uint32_t i = 0; i < w->attached; i++) {
 		pvf_queue_lock(&w->queue[i]);
 		w->queue[i].queues = w->attached;
@@ -583,6 +591,17 @@ int pvf_worker_init(struct pvf_worker *w, int listen_fd, const char *name, uint3
 	if (rc)
 		pvf_worker_end(w);
 	return rc;
+}
+
+int pvf_worker_uring(struct pvf_worker *w, const char **why)
+{
+	for (uint32_t i = 0; i < w->queues; i++) {
+		int rc = pvf_queue_uring(&w->queue[i], why);
+
+		if (rc)
+			return rc;
+	}
+	return 0;
 }
 
 int pvf_worker_start(struct pvf_worker *w, const char **why)

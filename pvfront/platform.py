@@ -49,7 +49,7 @@ class Platform(Protocol):
         """Where settings and hooks are."""
 
     @property
-    def default_target(self) -> Literal["nbd", "socket"]:
+    def default_target(self) -> Literal["auto", "socket"]:
         """How a disk is exported unless somebody says otherwise."""
 
     def require(self) -> None:
@@ -74,7 +74,7 @@ class Xen:
     """A guest of Xen: device nodes, the kernel's drivers, /run/pvfront."""
 
     name: Literal["xen"] = "xen"
-    default_target: Literal["nbd"] = "nbd"
+    default_target: Literal["auto"] = "auto"
     roots = sysfs.SYSTEM
 
     @property

@@ -213,12 +213,19 @@ class Worker:
 
     @classmethod
     async def spawn(
-        cls, name: str, run_dir: Path, *, queues: int = 1, change_user: bool = True
+        cls,
+        name: str,
+        run_dir: Path,
+        *,
+        queues: int = 1,
+        change_user: bool = True,
+        ublk: bool = False,
     ) -> Worker:
         """Starts a worker listening at ``run_dir/<name>.sock`` and waits for its HELLO.
 
         `queues`: the most that a connection can have, PVF_MAX_QUEUES at most; each is a thread.
         `change_user`: as root, it becomes the user pvfront's and gets an empty root directory.
+        `ublk`: it can serve a ublk device; it then may use an io_uring.
         """
         path = run_dir / f"{name}.sock"
         program = binary()
@@ -228,6 +235,8 @@ class Worker:
             root = run_dir / "empty"
             root.mkdir(mode=0o555, exist_ok=True)
             argv += ["--uid", str(uid), "--gid", str(gid), "--chroot", str(root)]
+        if ublk:
+            argv.append("--ublk")
         path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(path))

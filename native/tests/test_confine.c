@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -9,8 +12,12 @@
 
 #include "check.h"
 #include "confine.h"
+#include "ublk_ring.h"
 
 static void (*deed)(void);
+static bool uring; /* a ublk target is wanted */
+static struct pvf_uring ring;
+static struct pvf_ublk none = {.fd = -1};
 
 /* Runs `what` in a child under the filter; returns its wait status. */
 static int confined(void (*what)(void))
@@ -20,9 +27,11 @@ static int confined(void (*what)(void))
 
 	CHECK(child >= 0);
 	if (!child) {
-		struct pvf_confine c = {0};
+		struct pvf_confine c = {.uring = uring};
 		const char *why;
 
+		if (uring && pvf_uring_make(&ring, epoll_create1(0), 1, &why))
+			_exit(98);
 		if (pvf_confine_user(&c, &why) || pvf_confine_calls(&c, &why))
 			_exit(99);
 		what();
@@ -110,6 +119,45 @@ static void fork_again(void)
 		_exit(0);
 }
 
+/* What io_uring answers to an operation; it is confined too. */
+static int asked(uint8_t opcode, int fd, const char *path)
+{
+	struct io_uring_cqe *cqe;
+
+	ring.fetch = true; /* as for a new device: that enables it */
+	pvf_uring_turn(&ring, &none);
+	struct io_uring_sqe *sqe = io_uring_get_sqe(&ring.ring);
+
+	io_uring_prep_rw(opcode, sqe, fd, path, 0, 0);
+	if (io_uring_submit_and_get_events(&ring.ring) != 1 || io_uring_peek_cqe(&ring.ring, &cqe))
+		_exit(97);
+	return cqe->res;
+}
+
+static void ask_a_file(void)
+{
+	if (asked(IORING_OP_URING_CMD, 1, NULL) != -EOPNOTSUPP)
+		_exit(1);
+}
+
+static void open_through_ring(void)
+{
+	if (asked(IORING_OP_OPENAT, AT_FDCWD, "/etc/passwd") != -EACCES)
+		_exit(1);
+}
+
+static void make_ring(void)
+{
+	struct io_uring another;
+
+	io_uring_queue_init(1, &another, 0);
+}
+
+static void lift_restrictions(void)
+{
+	io_uring_register_restrictions(&ring.ring, NULL, 0);
+}
+
 static void dies(void (*what)(void))
 {
 	int status = confined(what);
@@ -118,12 +166,29 @@ static void dies(void (*what)(void))
 	CHECK_EQ(WTERMSIG(status), SIGSYS);
 }
 
-static void lives_test(void)
+static void lives(void (*what)(void))
 {
-	int status = confined(nothing);
+	int status = confined(what);
 
 	CHECK(WIFEXITED(status));
 	CHECK_EQ(WEXITSTATUS(status), 0);
+}
+
+static void lives_test(void)
+{
+	lives(nothing);
+}
+
+static void uring_test(void)
+{
+	uring = true;
+	lives(ask_a_file);
+	lives(open_through_ring);
+	dies(make_ring);
+	dies(lift_restrictions);
+	dies(open_file);
+	uring = false;
+	dies(make_ring);
 }
 
 static void socket_test(void)
@@ -201,6 +266,8 @@ int main(void)
 		{"making a thread kills a confined process", thread_test},
 		{"a thread that began before is confined as well", older_thread_test},
 		{"threads of a confined process wait for each other's locks", gate_test},
+		{"a ublk worker's io_uring passes ublk's commands on, and is no way around the filter",
+		 uring_test},
 	};
 
 	return RUN_TESTS(tests);

@@ -163,6 +163,7 @@ class DiskFrontend:
         found: dict[str, Any] = {
             "label": self.label,
             "serial": self.name,
+            "target": self.target.kind,
             "os_device": self.target.path,
             "link": self.target.link,
             "worker_pid": self._worker.pid if self._worker is not None else None,
@@ -218,6 +219,8 @@ class DiskFrontend:
         has_device = await self.target.adopt()
         view = device.view
         serves = hello.state is State.RUNNING and hello.has_target
+        if self.target.stays:
+            self._hold(hello.has_target)
         if self.target.clients is not None:
             self._hold(hello.has_target)
             # Between two clients it serves as well.
@@ -500,7 +503,9 @@ class DiskFrontend:
         # Nobody would bring the requests of a client again, but of one that has none under way the
         # worker can keep the socket, and does only then.
         keep = keep_target or (self.target.clients is not None and self._has_socket)
-        keep = keep and self._trouble is None and worker is not None
+        keep = keep and self._trouble is None
+        # A ublk device stays with its worker whatever became of the ring.
+        keep = (keep or (self.target.stays and self._has_socket)) and worker is not None
         if worker is not None:
             try:
                 await worker.detach(self._generation, keep_target=keep)
@@ -576,6 +581,7 @@ class DiskFrontend:
             self.run_dir,
             queues=self._most_queues,
             change_user=self.platform.name == "xen",
+            ublk=self.target.stays,
         )
 
     @property
@@ -590,6 +596,7 @@ class DiskFrontend:
 
     def _use(self, worker: Worker) -> None:
         self._worker = worker
+        self.target.server_pid = worker.pid
         state = worker.hello.state if worker.hello is not None else State.IDLE
         self._attached = state is not State.IDLE
         self._draining = state is State.TARGET_LOST

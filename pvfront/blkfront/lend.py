@@ -35,11 +35,12 @@ from ..supervisor import Supervisor
 from ..suspend import Suspend
 from ..worker import Event, Exited, Worker, WorkerGone
 from ..xenbus import Bus, XenbusDevice
+from .blockdisk import Feature
 from .features import DiskGeometry
 from .frontend import DiskFrontend
 from .service import Disks, find
 from .settings import FILE, Settings, load
-from .target import Clients, Feature
+from .target import Clients
 from .vdev import vdev_name
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ class LentTarget:
     """`target.Target` for a disk that nobody finds by a name."""
 
     clients: Clients | None = None
+    kind = "lent"
+    stays = False
+    server_pid = 0
     name = path = link = ""
     max_queues = usual_queues = 1
 

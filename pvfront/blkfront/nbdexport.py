@@ -46,8 +46,9 @@ from typing import Any
 from urllib.parse import quote
 
 from ..abi import lib
+from .blockdisk import Feature
 from .features import DiskGeometry
-from .target import Feature, TargetError, hung_up, set_buffers
+from .target import TargetError, hung_up, set_buffers
 
 log = logging.getLogger(__name__)
 
@@ -304,6 +305,10 @@ class _Client:
 
 class SocketTarget:
     """`target.Target` and `target.Clients` on ``run_dir/<label>.nbd``."""
+
+    kind = "socket"
+    stays = False
+    server_pid = 0
 
     def __init__(self, label: str, run_dir: Path) -> None:
         self.label = label

@@ -18,6 +18,7 @@ from ..supervisor import Supervisor
 from ..suspend import Suspend
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
+from . import nbd, ublk, ublkcontrol
 from .features import VIRTUAL_DEVICE
 from .frontend import DiskFrontend
 from .nbdexport import SocketTarget
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 GIVE_BACK_DEADLINE = 10.0
 
-Export = Literal["nbd", "socket"]
+Export = Literal["auto", "nbd", "ublk", "socket"]
 
 
 class Disks:
@@ -44,9 +45,11 @@ class Disks:
         *,
         settings: Settings | None = None,
         expected: int = 0,
+        on_ublk: Collection[int] = (),
     ) -> None:
-        """`export`: what users get, the kernel's nbd device or a socket; None: `on` decides.
+        """`export`: what users get, a kernel's device or a socket; None: `on` decides.
 
+        "auto" is nbd here: `choose` knows better. `on_ublk`: disks that have a ublk device.
         `expected`: how many disks there will be, as far as that is known.
         """
         self.platform = on
@@ -54,6 +57,7 @@ class Disks:
         self.budget = Budget(on.grant_limit, expected=expected)
         self.hooks = Hooks(on.config_dir / "hooks.d")
         self.export: Export = export or on.default_target
+        self._on_ublk = frozenset(on_ublk)
         self.claims = on.claims()
 
     def label(self, devid: int) -> str:
@@ -76,6 +80,8 @@ class Disks:
         target: Target
         if self.export == "socket":
             target = SocketTarget(label, self.platform.run_dir)
+        elif self._has_ublk(device):
+            target = ublk.UblkTarget(device.devid, label)
         else:
             target = NbdTarget(f"pvfront:{device.name}", label)
         return DiskFrontend(
@@ -89,6 +95,20 @@ class Disks:
             on_event=self.hooks.tell,
             stolen=lambda: self._stolen(device.name),
         )
+
+    def _has_ublk(self, device: XenbusDevice) -> bool:
+        """What an earlier supervisor has made stays: somebody may have it open."""
+        wanted = self.export == "ublk"
+        if device.devid in self._on_ublk:
+            found = True
+        elif wanted and any(d.backend == f"pvfront:{device.name}" for d in nbd.devices()):
+            found = False
+        else:
+            return wanted
+        if found is not wanted:
+            kind = "ublk" if found else "nbd"
+            log.warning("%s: it has a %s device already, and keeps it", device.name, kind)
+        return found
 
     def _stolen(self, name: str) -> bool:
         if not self.claims.stolen_back(name):
@@ -148,6 +168,27 @@ def find(name: str, present: Collection[int]) -> int:
     return devid
 
 
+async def choose(export: Export) -> tuple[Export, frozenset[int]]:
+    """What "auto" means on this kernel, and the disks that have a ublk device already.
+
+    Raises PvfrontError if ublk is asked for and cannot be had.
+    """
+
+    def look() -> tuple[str | None, frozenset[int]]:
+        return ublkcontrol.unusable(), ublk.present()
+
+    if export in ("socket", "nbd"):
+        return export, await in_daemon_thread("ublk devices", ublk.present)
+    problem, present = await in_daemon_thread("ublk", look)
+    if problem is None:
+        log.info("disks are exported as ublk devices")
+        return "ublk", present
+    if export == "ublk":
+        raise PvfrontError(f"--target ublk: {problem}", hint="use --target nbd")
+    log.info("disks are exported as nbd devices: %s", problem)
+    return "nbd", present
+
+
 async def serve(
     names: Collection[str],
     *,
@@ -166,6 +207,10 @@ async def serve(
     settings = load(config or on.config_dir / FILE, needed=config is not None)
     settings.override(options or {})
     in_guest = on.name == "xen"
+    on_ublk: frozenset[int] = frozenset()
+    export = export or on.default_target
+    if export != "socket":
+        export, on_ublk = await choose(export)
     store = await on.store()
     try:
         present = await Bus(store, "vbd").ids()
@@ -174,7 +219,11 @@ async def serve(
             (lambda devid: True) if everything else (lambda devid: devid in named)
         )
         disks = Disks(
-            on, export, settings=settings, expected=len(present) if everything else len(named)
+            on,
+            export,
+            settings=settings,
+            expected=len(present) if everything else len(named),
+            on_ublk=on_ublk,
         )
         supervisor = Supervisor(
             store,

@@ -68,19 +68,18 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .. import sysfs, threads
 from ..abi import lib
 from ..errors import PvfrontError
-from . import inuse, nbd
+from . import nbd
+from .blockdisk import BlockDisk, Feature
 from .features import DiskGeometry
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Feature = Literal["flush", "discard"]
 
 _POLL = 0.05  # seconds between two looks at the kernel
 _COMMAND_DEADLINE = 15.0
@@ -123,6 +122,22 @@ class Target(Protocol):
     def clients(self) -> Clients | None:
         """None: the one client is the kernel, which stays."""
         ...
+
+    @property
+    def kind(self) -> str:
+        """What it is: "nbd", "ublk", "socket" or "lent"."""
+        ...
+
+    @property
+    def stays(self) -> bool:
+        """The worker keeps its end, and the unanswered requests, from generation to generation.
+
+        Only a new worker needs `attach`.
+        """
+        ...
+
+    server_pid: int
+    """The worker's; the caller says it before `publish`."""
 
     @property
     def name(self) -> str:
@@ -192,7 +207,7 @@ class NbdSettings:
     socket_buffer: int = 1 << 20  # bytes each way
 
 
-class NbdTarget:
+class NbdTarget(BlockDisk):
     """A kernel nbd device.
 
     `identifier` ("pvfront:vbd-51728") is what a later supervisor finds the device by; `label`
@@ -200,6 +215,9 @@ class NbdTarget:
     """
 
     clients: Clients | None = None
+    kind = prefix = "nbd"
+    stays = False
+    server_pid = 0
 
     def __init__(
         self,
@@ -209,34 +227,10 @@ class NbdTarget:
         settings: NbdSettings | None = None,
         roots: sysfs.Roots = sysfs.SYSTEM,
     ) -> None:
-        self.identifier = identifier
-        self.label = label
+        super().__init__(identifier, label, roots)
         self.settings = settings or NbdSettings()
-        self._roots = roots
-        self._index: int | None = None
-        self._off: set[Feature] = set()
 
     # -- names -----------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        return "" if self._index is None else f"nbd{self._index}"
-
-    @property
-    def path(self) -> str:
-        return "" if self._index is None else str(self._roots.dev / self.name)
-
-    @property
-    def link(self) -> str:
-        return str(self._link)
-
-    @property
-    def _link(self) -> Path:
-        return self._roots.dev / "pvfront" / self.label
-
-    @property
-    def _sys(self) -> Path:
-        return self._roots.sys / "block" / self.name
 
     @property
     def max_queues(self) -> int:
@@ -275,12 +269,7 @@ class NbdTarget:
             linked = self._link.readlink().name
             found = [d for d in found if d.name == linked] or found
         self._index = found[-1].index
-        # What an earlier supervisor took away stays away over the next resize.
-        queue = self._sys / "queue"
-        if sysfs.read(queue / "write_cache") == "write through":
-            self._off.add("flush")
-        if sysfs.read_int(queue / "discard_max_bytes") == 0:
-            self._off.add("discard")
+        self._find_off()
         return True
 
     async def attach(
@@ -403,20 +392,6 @@ class NbdTarget:
         self._apply_off()
         self._make_link()
 
-    async def feature_off(self, feature: Feature) -> None:
-        self._off.add(feature)
-        self._apply_off()
-
-    def busy(self) -> str | None:
-        """A reason of inuse.py, or None. Opens the device exclusively as the last word."""
-        if self._index is None:
-            return None
-        return inuse.in_use(self.name, self._roots)
-
-    def in_flight(self) -> int:
-        text = sysfs.read(self._sys / "inflight") if self._index is not None else None
-        return sum(int(word) for word in (text or "").split() if word.isdigit())
-
     async def close(self, *, drain: float = 10.0) -> None:
         """Raises TargetError if the kernel's end cannot be closed: end the worker, then again.
 
@@ -479,57 +454,6 @@ class NbdTarget:
         sysfs.write(queue / "io_timeout", timeout)
         most = sysfs.read_int(queue / "max_hw_sectors_kb") or self.settings.max_sectors_kb
         sysfs.write(queue / "max_sectors_kb", min(most, self.settings.max_sectors_kb))
-
-    @property
-    def _properties(self) -> Path:
-        return self._roots.run / "udev" / self.name
-
-    def _describe(self, geometry: DiskGeometry) -> bool:
-        """What nbd cannot carry, for udev's rules; False if nothing of it is new."""
-        lines = {
-            "PVFRONT_NAME": self.label,
-            "PVFRONT_SERIAL": self.identifier.partition(":")[2],
-            "PVFRONT_PHYSICAL_BLOCK_SIZE": geometry.physical_sector_size,
-            "PVFRONT_REMOVABLE": int(geometry.removable),
-        }
-        if geometry.discard:
-            lines["PVFRONT_DISCARD_GRANULARITY"] = geometry.discard_granularity
-            lines["PVFRONT_DISCARD_ALIGNMENT"] = geometry.discard_alignment
-        text = "".join(f"{key}={value}\n" for key, value in lines.items())
-        path = self._properties
-        if sysfs.read(path) == text.strip():
-            return False
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.new")
-        new.write_text(text)
-        new.replace(path)
-        return True
-
-    def _apply_off(self) -> None:
-        """Takes features away; again after each resize, which brings discard back."""
-        queue = self._sys / "queue"
-        if "flush" in self._off and sysfs.read(queue / "write_cache") == "write back":
-            sysfs.write(queue / "write_cache", "write through")
-        if "discard" in self._off and sysfs.read_int(queue / "discard_max_bytes"):
-            sysfs.write(queue / "discard_max_bytes", 0)
-
-    def _make_link(self) -> None:
-        """`/dev/pvfront/xvdb` -> `../nbd0`, replaced in one step."""
-        wanted = f"../{self.name}"
-        self._link.parent.mkdir(mode=0o755, exist_ok=True)
-        with contextlib.suppress(OSError):
-            if str(self._link.readlink()) == wanted:
-                return
-        new = self._link.with_name(f".{self.label}.new")
-        new.unlink(missing_ok=True)
-        new.symlink_to(wanted)
-        new.replace(self._link)
-
-    def _remove_link(self) -> None:
-        self._link.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._link.parent.rmdir()
-
 
 def set_buffers(end: socket.socket, size: int) -> None:
     """Both buffers of a socket in bytes; without CAP_NET_ADMIN as far as the system allows."""

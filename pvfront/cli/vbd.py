@@ -46,9 +46,9 @@ def vbd() -> None:
 @click.option(
     "--target",
     "export",
-    type=click.Choice(["nbd", "socket"]),
-    help="What users of a disk get: the kernel's nbd device (in a guest, without it), or an NBD "
-    "server on a socket, NAME.nbd in the run directory.",
+    type=click.Choice(["auto", "nbd", "ublk", "socket"]),
+    help="What users of a disk get: the kernel's ublk or nbd device (auto, without it in a guest: "
+    "ublk where the kernel has it), or an NBD server on a socket, NAME.nbd in the run directory.",
 )
 @click.option(
     "--config",

@@ -143,6 +143,9 @@ class Allocator:
 class OsDevice:
     """A `Target` that hands out sockets and notes what it is told."""
 
+    kind = "nbd"
+    stays = False
+
     def __init__(self) -> None:
         self.name = self.path = ""
         self.clients: Clients | None = None
@@ -153,6 +156,7 @@ class OsDevice:
         self.client: socket.socket | None = None
         self.refuses_close: TargetError | None = None
         self.max_queues = self.usual_queues = 1
+        self.server_pid = 0
 
     async def adopt(self) -> bool:
         return self.exists

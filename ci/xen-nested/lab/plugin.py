@@ -26,7 +26,7 @@ from _pytest.runner import runtestprotocol
 
 from . import paths, payload
 from .errors import CommandFailed, DeadlineExceeded, LabError
-from .guest import KINDS, Guest, Kind, triple_fault
+from .guest import IMAGE, KINDS, Guest, Kind, triple_fault
 from .progress import say
 from .scenario import LOCK_DEADLINE, Lab
 
@@ -48,6 +48,7 @@ MARKERS = (
     "core: runs in every guest type; the rest runs in HVM",
     "pv: runs in PV, whose guests boot fastest, and nowhere else",
     "long: left out but in a soak, or where --every asks for it",
+    "ublk: runs in guests whose kernel has ublk, and nowhere else",
     "embedded: not repeated in the lab, whose time is dear",
 )
 
@@ -116,6 +117,8 @@ def _in_guest(item: pytest.Item, config: pytest.Config) -> bool:
     kind = config.getoption("--guest")
     if item.get_closest_marker("pv"):
         return bool(kind == "pv")
+    if item.get_closest_marker("ublk"):
+        return IMAGE[kind] == "guest612"
     return kind == "hvm" or item.get_closest_marker("core") is not None
 
 

@@ -1,0 +1,198 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+#include "ublk_ring.h"
+
+#include <errno.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define TAG_BITS 16
+#define DESC_BYTES \
+	((PVF_UBLK_DEPTH * sizeof(struct ublksrv_io_desc) + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE * \
+	 PVF_PAGE_SIZE)
+/* Between two queues' descriptors in the device's mapping (ublk_max_cmd_buf_size). */
+#define DESC_STRIDE \
+	((UBLK_MAX_QUEUE_DEPTH * sizeof(struct ublksrv_io_desc) + PVF_PAGE_SIZE - 1) / \
+	 PVF_PAGE_SIZE * PVF_PAGE_SIZE)
+
+int pvf_uring_make(struct pvf_uring *r, int epoll_fd, uint64_t tag, const char **why)
+{
+	struct io_uring_params params = {.flags = IORING_SETUP_R_DISABLED |
+						  IORING_SETUP_SINGLE_ISSUER |
+						  IORING_SETUP_DEFER_TASKRUN};
+	struct io_uring_restriction only = {.opcode = IORING_RESTRICTION_SQE_OP,
+					    .sqe_op = IORING_OP_URING_CMD};
+	struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag};
+
+	*r = (struct pvf_uring){0};
+	*why = "io_uring";
+	int rc = io_uring_queue_init_params(PVF_UBLK_DEPTH, &r->ring, &params);
+
+	if (rc)
+		return rc;
+	*why = "io_uring's restrictions";
+	rc = io_uring_register_restrictions(&r->ring, &only, 1);
+	if (!rc) {
+		*why = "io_uring in epoll";
+		rc = epoll_ctl(epoll_fd, EPOLL_CTL_ADD, r->ring.ring_fd, &event) ? -errno : 0;
+	}
+	if (rc)
+		io_uring_queue_exit(&r->ring);
+	r->made = !rc;
+	return rc;
+}
+
+void pvf_uring_free(struct pvf_uring *r)
+{
+	if (r->made)
+		io_uring_queue_exit(&r->ring);
+	r->made = false;
+}
+
+int pvf_uring_open(struct pvf_uring *r, struct pvf_ublk *u, int fd, uint16_t queue,
+		   const char **why)
+{
+	*why = "this worker was started without io_uring";
+	if (!r->made)
+		return -ENOTSUP;
+	*why = "the ublk device's descriptors cannot be mapped";
+	void *desc = mmap(NULL, DESC_BYTES, PROT_READ, MAP_SHARED, fd,
+			  (off_t)(UBLKSRV_CMD_BUF_OFFSET + queue * DESC_STRIDE));
+
+	if (desc == MAP_FAILED)
+		return -errno;
+	pvf_ublk_init(u, fd, queue, desc);
+	r->epoch++;
+	r->fetch = true;
+	return 0;
+}
+
+void pvf_uring_close(struct pvf_uring *r, struct pvf_ublk *u)
+{
+	if (u->fd < 0)
+		return;
+	munmap((void *)u->desc, DESC_BYTES);
+	close(u->fd);
+	u->fd = -1;
+	u->desc = NULL;
+	u->commits = 0;
+	r->fetch = false;
+	r->epoch++; /* what the kernel still holds is nobody's */
+}
+
+static void command(struct pvf_uring *r, const struct pvf_ublk *u, uint32_t op, uint16_t tag,
+		    int32_t result)
+{
+	/* There is a place: a tag has one command at a time, and every turn submits all. */
+	struct io_uring_sqe *sqe = io_uring_get_sqe(&r->ring);
+
+	PVF_ASSERT(sqe);
+	io_uring_prep_rw(IORING_OP_URING_CMD, sqe, u->fd, NULL, 0, 0);
+	sqe->cmd_op = op;
+	sqe->user_data = r->epoch << TAG_BITS | tag;
+	*(struct ublksrv_io_cmd *)sqe->cmd = (struct ublksrv_io_cmd){
+		.q_id = u->queue, .tag = tag, .result = result};
+}
+
+static void completed(struct pvf_uring *r, struct pvf_ublk *u, const struct io_uring_cqe *cqe)
+{
+	r->outstanding--;
+	if (u->fd < 0 || cqe->user_data >> TAG_BITS != r->epoch)
+		return;
+	if (cqe->res == UBLK_IO_RES_OK)
+		pvf_ublk_fetched(u, (uint32_t)(cqe->user_data & ((1u << TAG_BITS) - 1)));
+	else if (cqe->res == UBLK_IO_RES_ABORT)
+		pvf_ublk_end(u, 0, "the ublk device was stopped");
+	else
+		pvf_ublk_end(u, -cqe->res, "the kernel refused to hand over requests");
+}
+
+void pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
+{
+	struct io_uring_cqe *cqe;
+	unsigned head, seen = 0;
+	int rc = 0;
+
+	if (!r->made || !(r->enabled || r->fetch))
+		return;
+	if (!r->enabled) {
+		rc = io_uring_enable_rings(&r->ring);
+		if (rc) {
+			pvf_ublk_end(u, -rc, "io_uring cannot be enabled");
+			return;
+		}
+		r->enabled = true;
+	}
+	if (u->fd >= 0 && !u->gone) {
+		for (uint16_t tag = 0; r->fetch && tag < PVF_UBLK_DEPTH; tag++)
+			command(r, u, UBLK_U_IO_FETCH_REQ, tag, -1);
+		r->fetch = false;
+		for (uint32_t i = 0; i < u->commits; i++)
+			command(r, u, UBLK_U_IO_COMMIT_AND_FETCH_REQ, u->commit[i].tag,
+				u->commit[i].result);
+		u->commits = 0;
+	}
+	unsigned ready = io_uring_sq_ready(&r->ring);
+
+	if (!ready && !r->event)
+		return;
+	rc = io_uring_submit_and_get_events(&r->ring);
+	r->event = false;
+	if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY &&
+	    rc != -EEXIST) /* EEXIST: not the serving thread; what was put goes with its next turn */
+		pvf_ublk_end(u, -rc, "io_uring failed");
+	r->outstanding += ready - io_uring_sq_ready(&r->ring);
+	io_uring_for_each_cqe (&r->ring, head, cqe) {
+		completed(r, u, cqe);
+		seen++;
+	}
+	io_uring_cq_advance(&r->ring, seen);
+}
+
+/* As a source. Answers first: what they free, and the requests that they bring, are for this turn. */
+
+static bool deliver(void *source, struct pvf_blk *blk)
+{
+	struct pvf_ublk_source *s = source;
+
+	pvf_ublk_deliver(&s->ublk, blk);
+	pvf_uring_turn(&s->uring, &s->ublk);
+	return s->ublk.commits;
+}
+
+static bool intake(void *source, struct pvf_blk *blk, bool no_new)
+{
+	struct pvf_ublk_source *s = source;
+
+	deliver(source, blk);
+	return pvf_ublk_intake(&s->ublk, blk, no_new);
+}
+
+static void restart(void *source)
+{
+	pvf_ublk_restart(&((struct pvf_ublk_source *)source)->ublk);
+}
+
+static bool ended(const void *source, int *error, const char **why)
+{
+	const struct pvf_ublk *u = &((const struct pvf_ublk_source *)source)->ublk;
+
+	*error = u->error;
+	*why = u->why;
+	return u->gone;
+}
+
+static void close_source(void *source)
+{
+	struct pvf_ublk_source *s = source;
+
+	pvf_uring_close(&s->uring, &s->ublk);
+}
+
+const struct pvf_source_ops pvf_ublk_ops = {
+	.intake = intake,
+	.deliver = deliver,
+	.restart = restart,
+	.ended = ended,
+	.close = close_source,
+};
