@@ -7,6 +7,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,25 @@ def test_status_shows_geometry_and_link_for_people(guest: Guest, pvfront: Run) -
     assert fields["geometry read only"].strip() == "no"
     assert fields["link"].strip() == "/dev/pvfront/xvdb"
     assert fields["owner"].strip() == "pvfront"
+
+
+def test_status_tells_times_as_people_do_and_what_a_retry_hides(
+    guest: Guest, pvfront: Run
+) -> None:
+    guest.state(
+        "vbd-51728", phase="reconnecting", reason="", connected_since=0.0, last_trouble_at=1.5,
+        last_trouble="backend Closed never came",
+    )  # fmt: skip
+    lines = dict(line.split(":", 1) for line in pvfront("status", "xvdb")[1].splitlines())
+    moment = datetime.fromisoformat(lines["connected since"].strip())
+    assert moment.timestamp() == 0
+    assert lines["last trouble"].strip() == "backend Closed never came"
+
+
+def test_status_says_why_a_device_is_not_served(guest: Guest, pvfront: Run) -> None:
+    guest.state("refused-vbd", **{"51712": "xvda is in use"})
+    assert json.loads(pvfront("status", "--json", "xvda")[1])["refused"] == "xvda is in use"
+    assert "refused" not in json.loads(pvfront("status", "--json", "xvdb")[1]), "it is served"
 
 
 def test_status_of_a_kernel_device_needs_no_supervisor(guest: Guest, pvfront: Run) -> None:

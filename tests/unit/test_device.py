@@ -471,6 +471,9 @@ async def test_a_failed_attach_is_tried_again_and_said(world: World) -> None:
     await loop.until_phase(Phase.FAILED, timeout=PATIENCE)
     assert loop.reason == "no room for 353 granted pages"
     await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert loop.reason == ""
+    assert loop.last_trouble is not None
+    assert loop.last_trouble[1] == "no room for 353 granted pages", "what a retry hides"
 
 
 async def test_closing_closes_the_os_device_first_so_that_its_users_end(world: World) -> None:

@@ -135,6 +135,23 @@ def test_block_sizes_are_the_disks_and_within_the_protocols_bounds(
     assert (export.minimum, export.preferred, export.maximum) == (minimum, preferred, 32 << 20)
 
 
+def test_what_the_protocol_has_no_field_for_is_told_to_people() -> None:
+    rich = replace(
+        DISK,
+        physical_sector_size=4096,
+        discard=True,
+        discard_granularity=65536,
+        discard_alignment=512,
+        removable=True,
+    )
+    assert Export.of("xvdb", rich).description == (
+        "Xen disk xvdb, served by pvfront; physical sectors of 4096 bytes; "
+        "discards in 65536 bytes from 512 on; removable"
+    )
+    plain = Export.of("xvdb", replace(rich, discard=False, removable=False)).description
+    assert plain.endswith("4096 bytes")
+
+
 def test_export_name_begins_transmission_with_or_without_zeroes() -> None:
     for flags, zeroes in ((1, 124), (3, 0)):
         client = Haggling(flags=flags)
