@@ -30,7 +30,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 WORK = ROOT / "build" / "mutate"
-TREE = WORK / "tree"  # native/ and meson's files, as they are now
+TREE = WORK / "tree"  # what is built, as it is now
 BUILD = WORK / "build"
 SITE = WORK / "site"  # the installed package, with the Python of now
 COPIED = ("native", "examples", "meson.build", "meson_options.txt")
