@@ -9,7 +9,7 @@ GUEST ?= hvm
 K ?=
 FUZZ ?=
 FUZZ_SECONDS ?= 600
-SOURCES := $(shell git ls-files -co --exclude-standard pvfront native meson.build meson_options.txt pyproject.toml 2>/dev/null)
+SOURCES := $(shell git ls-files -co --exclude-standard pvfront native examples meson.build meson_options.txt pyproject.toml 2>/dev/null)
 LAB := PYTHONPATH=ci/xen-nested $(BIN)/python -m lab
 
 .PHONY: help setup setup-lab build demo demo-xen bench bench-xen test test-fast test-xen soak \
