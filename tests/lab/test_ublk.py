@@ -110,7 +110,9 @@ def test_a_worker_killed_with_every_request_held_loses_none(
 def test_partitions_are_found_though_the_kernel_does_not_look(pvf: Pvfront, guest: Guest) -> None:
     backing = pvf.lab.loop_disk(64)
     with pvf.disk(backing):
-        guest.run("printf '2048,65536\\n,\\n' | sfdisk -q --no-reread --no-tell-kernel /dev/pvfront/xvdb")
+        guest.run(
+            "printf '2048,65536\\n,\\n' | sfdisk -q --no-reread --no-tell-kernel /dev/pvfront/xvdb"
+        )
         guest.run("systemctl restart pvfront-vbd", timeout=180)
         wait_until("partitions", lambda: guest.run("test -b /dev/ublkb0p2", check=False).ok, 60)
 
