@@ -15,8 +15,8 @@ from pvfront.host.blkback import Fault
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 STORM = 20_000
-CALM = 200
-"""Four wake-ups at once, then 1, 2, 4 … 1000 ms apart: two hundred would take minutes."""
+CALM = 60
+"""Four wake-ups at once, then 1, 2, 4 … 1000 ms apart: sixty would take most of a minute."""
 
 
 async def stormed(disk: Disk, events: int) -> None:
@@ -32,9 +32,11 @@ async def test_rule_23_a_storm_of_events_wakes_an_idle_worker_a_few_times(disk: 
     before = await disk.stats()
     await disk.fault(Fault.storm())
     await stormed(disk, STORM)
-    now = await disk.stats()
+    now = await disk.counted(
+        "four events for nothing", lambda s: s.events_spurious - before.events_spurious >= 4
+    )
     assert now.wakeups - before.wakeups < CALM
-    assert 4 <= now.events_spurious - before.events_spurious < CALM
+    assert now.events_spurious - before.events_spurious < CALM
     # The disk works in the middle of it, and afterwards.
     for i in range(5):
         data = os.urandom(4096)
