@@ -309,9 +309,14 @@ class Guest(Machine):
         self.close()
 
     def shutdown(self, timeout: float = 120.0) -> None:
-        """`xl shutdown -w`: an orderly end."""
+        """`xl shutdown -w`: an orderly end. Then the domain is gone, and its name is free."""
+        until = time.monotonic() + timeout
         self.dom0.run(["xl", "shutdown", "-w", self.kind], timeout=timeout)
         self.close()
+        while self.running():  # halted, and not yet destroyed by xl's daemon
+            if time.monotonic() > until:
+                raise DeadlineExceeded(f"{self.kind}: halted, but not gone within {timeout:.0f} s")
+            time.sleep(0.5)
 
     def save(self, path: str = "", timeout: float = 180.0) -> str:
         """`xl save`; the domain is gone afterwards. Returns the path in dom0."""
