@@ -41,6 +41,9 @@ BLOCK = 4096
 class Device:
     """A `Target` with `max_queues` sockets, whose other ends are `ends`."""
 
+    kind = "nbd"
+    stays = False
+    server_pid = 0
     name = "nbd0"
     path = "/dev/nbd0"
     link = "/dev/pvfront/xvdb"
