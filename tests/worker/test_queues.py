@@ -169,7 +169,7 @@ def test_start_wants_a_socket_for_each_queue_and_none_for_others() -> None:
     with Host(queues=2) as host:
         host.attach()
         ours, theirs = socket.socketpair()
-        with ours, theirs, Path(os.devnull).open("rb") as null:
+        with ours, theirs, Path(__file__).open("rb") as file:
             fd = theirs.fileno()
             for what, first, fds in [
                 (errno.ENOTCONN, 0, []),
@@ -178,7 +178,7 @@ def test_start_wants_a_socket_for_each_queue_and_none_for_others() -> None:
                 (errno.EINVAL, 1, [fd, fd]),
                 (errno.EINVAL, 3, []),
                 (errno.EINVAL, 2, [fd]),
-                (errno.ENOTSOCK, 0, [fd, null.fileno()]),
+                (errno.ENOTSOCK, 0, [fd, file.fileno()]),
             ]:
                 body = host.start_body(first_queue=first)
                 host.supervisor.send(lib.PVF_CTL_START, body, 1, fds)
