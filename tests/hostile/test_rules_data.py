@@ -15,6 +15,7 @@ from hostileworld import MIB, REQ_PROD, Attach, Disk, World, until
 from nbdclient import EIO, READ, WRITE, NbdError, finished, outcome
 
 from pvfront.abi import lib
+from pvfront.blkfront.settings import DiskSettings
 from pvfront.host.blkback import Fault, Misstep
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -23,7 +24,7 @@ WORD = 0x5EC2E7C0DEFACADE
 CANARY = WORD.to_bytes(8, "little")
 SECRET = CANARY * 512  # a page of it
 PIECE = 11 * 4096
-"""Bytes of one blkif request."""
+"""Bytes of one direct blkif request."""
 
 
 async def test_rule_17_a_short_write_shows_nothing_of_earlier_writes(disk: Disk) -> None:
@@ -136,14 +137,15 @@ async def test_rule_19_a_failed_read_has_an_error_and_no_payload(disk: Disk) -> 
 async def test_rule_20_pages_of_an_unanswered_read_are_not_used_again(disk: Disk) -> None:
     """One piece of a read fails, the other is late: its pages are still the backend's."""
     client = await disk.client()
-    await client.write(0, SECRET * 22)
-    first, second = (0, 87), (88, 175)
+    segments = DiskSettings().max_indirect_segments  # of one ring request: the read takes two
+    await client.write(0, SECRET * 2 * segments)
+    first, second = (0, segments * 8 - 1), (segments * 8, segments * 16 - 1)
     await disk.fault(
         Fault.fail(op="read", sectors=first),
         Fault.stall(op="read", sectors=second),
         Fault.delay(20, op="write"),
     )
-    failing = client.start(READ, 0, 2 * PIECE)
+    failing = client.start(READ, 0, 2 * segments * 4096)
     await disk.fired("stall")
     await disk.fired("fail")
     # Writes wait in the backend, in whatever pages there are, when the late read is done.
