@@ -333,7 +333,8 @@ static int refuse_sockets(struct pvf_worker *w, uint32_t first, const char **why
 		return EBUSY;
 	*why = "the target is neither a stream socket nor a ublk device";
 	for (uint32_t i = 0; i < w->ctl.nfds; i++)
-		if (!stream_socket(w->ctl.fds[i]) && !character_device(w->ctl.fds[i]))
+		if (!stream_socket(w->ctl.fds[i]) &&
+		    !(w->queue->ublk.uring.made && character_device(w->ctl.fds[i])))
 			return ENOTSOCK;
 	return 0;
 }
