@@ -227,6 +227,10 @@ async def test_a_backend_that_was_killed_serves_the_next_client_when_it_is_back(
     await served.backend.kill()
     await served.backend.stop()
     served.backend = await BlkBackend.start(served.host)
+    # A client with requests under way is cut off when the connection ends: not before that.
+    await served.until(
+        "the next connection", lambda s: s["generation"] == 2 and s["phase"] == "connected"
+    )
     await served.run(
         "qemu-io", "-f", "raw", "-c", "write -P 4 0 64k", "-c", "read -P 4 0 64k", served.uri()
     )
