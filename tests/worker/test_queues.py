@@ -322,8 +322,8 @@ def test_nothing_is_received_once_a_request_of_any_queue_is_overdue() -> None:
                 served += 1
                 time.sleep(0.05)
         assert served
-        gone = host.supervisor.wait(lib.PVF_CTL_TARGET_GONE)
-        assert (gone.queue, gone.error) == (1, errno.ETIMEDOUT)
+        # Whichever looked first: queue 0 does at its watchdog's ticks.
+        assert host.supervisor.wait(lib.PVF_CTL_TARGET_GONE).error == errno.ETIMEDOUT
         assert time.monotonic() - began >= lib.PVF_NBD_PATIENCE_SECONDS - 0.5
         assert closed(host.clients[0])
         host.backends[0].release()
