@@ -22,6 +22,8 @@ _DIGITS_MAX = 20
 """Digits of 2^64 - 1. More are refused unread: int() of a long text takes long."""
 
 _SHOWN = 40
+_WRITTEN = 100
+"""Characters of a value in a message, and of what they are written as: one may take ten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,4 +137,6 @@ def _decimal(text: str | None, field: str) -> int:
 def _shown(value: str | None) -> str:
     if value is None:
         return ""
-    return "=" + (ascii(value) if len(value) <= _SHOWN else ascii(value[:_SHOWN]) + "…")
+    text = ascii(value[:_SHOWN])
+    cut = len(value) > _SHOWN or len(text) > _WRITTEN
+    return "=" + text[:_WRITTEN] + "…" * cut

@@ -138,3 +138,10 @@ def test_whatever_a_key_says_the_result_is_in_range(text, lo, hi):
 
 def test_a_problem_without_a_value_names_the_key_alone():
     assert str(Problem("ring-ref", None, "missing")) == "ring-ref: missing"
+
+
+def test_a_line_stays_short_whatever_its_value_is_written_as():
+    line = str(Problem("feature-max-indirect-segments", "\U00010000" * 40, "not a decimal number"))
+    assert line.endswith("…: not a decimal number")
+    assert len(line) < 160
+    assert str(Problem("sectors", "x" * 40, "bad")) == f"sectors='{'x' * 40}': bad"
