@@ -138,8 +138,7 @@ void pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
 		return;
 	rc = io_uring_submit_and_get_events(&r->ring);
 	r->event = false;
-	if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY &&
-	    rc != -EEXIST) /* EEXIST: not the serving thread; what was put goes with its next turn */
+	if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
 		pvf_ublk_end(u, -rc, "io_uring failed");
 	r->outstanding += ready - io_uring_sq_ready(&r->ring);
 	io_uring_for_each_cqe (&r->ring, head, cqe) {
@@ -155,16 +154,17 @@ static bool deliver(void *source, struct pvf_blk *blk)
 {
 	struct pvf_ublk_source *s = source;
 
+	/* Also called by who detaches, which is not the serving thread: commits wait for its turn. */
 	pvf_ublk_deliver(&s->ublk, blk);
-	pvf_uring_turn(&s->uring, &s->ublk);
-	return s->ublk.commits;
+	return s->ublk.commits || (s->uring.enabled && io_uring_sq_ready(&s->uring.ring));
 }
 
 static bool intake(void *source, struct pvf_blk *blk, bool no_new)
 {
 	struct pvf_ublk_source *s = source;
 
-	deliver(source, blk);
+	pvf_ublk_deliver(&s->ublk, blk);
+	pvf_uring_turn(&s->uring, &s->ublk);
 	return pvf_ublk_intake(&s->ublk, blk, no_new);
 }
 
