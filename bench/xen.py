@@ -161,7 +161,7 @@ def bench(pvf: Pvfront, target: str, jobs: list[Job], rounds: int, seconds: int)
     """A figure of the rate and one of the CPU time for each job."""
     figures = []
     for job in jobs:
-        name = f"{job.title} {target}"
+        name = job.title if target == "nbd" else f"{job.title} {target}"
         ours = LENT if target == "direct" else OURS
         samples: dict[str, list[Sample]] = {ours: [], THEIRS: []}
         for _ in range(rounds):
