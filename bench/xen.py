@@ -143,6 +143,8 @@ def disks(lab: Lab, guest: Guest) -> Iterator[Pvfront]:
         yield pvf
     finally:
         pvf.stop()
+        # The kernel has xvdb now, and what udev still reads it does not give up.
+        guest.run("udevadm settle", timeout=120, check=False)
         for name in ("xvdb", "xvdc"):
             guest.block_detach(name)
         ours.remove()
@@ -242,6 +244,13 @@ def profile(pvf: Pvfront, job: Job, seconds: int) -> str:
     return "".join(parts)
 
 
+def save(figures: list[Figure], guest: str) -> None:
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
+    drawn = plot.svg([asdict(f) for f in figures], "pvfront", f"in the lab's {guest} guest")
+    OUTPUT.with_suffix(".svg").write_text(drawn)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--guest", default="hvm", choices=KINDS)
@@ -277,15 +286,11 @@ def main() -> int:
                         say(f"{path}")
                 elif not options.profile:
                     figures += bench(pvf, target, jobs, options.rounds, options.seconds)
+                    save(figures, options.guest)
     finally:
         if not options.lab_attach:
             lab.down()
     if figures:
-        OUTPUT.parent.mkdir(exist_ok=True)
-        OUTPUT.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
-        where = f"in the lab's {options.guest} guest"
-        drawn = plot.svg([asdict(f) for f in figures], "pvfront", where)
-        OUTPUT.with_suffix(".svg").write_text(drawn)
         width = max(len(f.figure) for f in figures)
         for f in figures:
             print(
