@@ -142,11 +142,11 @@ def disks(lab: Lab, guest: Guest) -> Iterator[Pvfront]:
             )
         yield pvf
     finally:
-        pvf.stop()
-        # The kernel has xvdb now, and what udev still reads it does not give up.
-        guest.run("udevadm settle", timeout=120, check=False)
+        pvf.start("xvdb")  # whoever had it last: a disk that is served is given up in order
+        pvf.wait_served()
         for name in ("xvdb", "xvdc"):
             guest.block_detach(name)
+        pvf.stop()
         ours.remove()
         peers.remove()
 
