@@ -8,13 +8,19 @@ rules what the device itself cannot say.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from .. import sysfs
 from . import inuse
 from .features import DiskGeometry
+
+POLL = 0.05  # seconds between two looks at the kernel
 
 Feature = Literal["flush", "discard"]
 
@@ -129,3 +135,30 @@ class BlockDisk:
         self._link.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._link.parent.rmdir()
+
+
+async def within(seconds: float, wanted: Callable[[], bool]) -> bool:
+    """Polls what the kernel has no event for; False if it did not come true in time."""
+    until = time.monotonic() + seconds
+    while not (came := wanted()) and time.monotonic() < until:  # noqa: ASYNC110
+        await asyncio.sleep(POLL)
+    return came
+
+
+def modprobe(module: str, *options: str) -> str | None:
+    """Returns what went wrong, or None."""
+    try:
+        done = subprocess.run(
+            ["modprobe", module, *options],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"modprobe: {error}"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"modprobe {module} ended with {done.returncode}"

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from pyroute2.netlink.generic import AsyncGenericNetlinkSocket, GenericNetlinkSo
 
 from .. import sysfs
 from ..errors import PvfrontError
+from .blockdisk import modprobe
 
 FAMILY = "nbd"
 VERSION = 1
@@ -354,18 +354,4 @@ def load_module() -> str | None:
 
     `max_part` cannot be changed later, and 0 would leave disks without partitions.
     """
-    try:
-        done = subprocess.run(
-            ["modprobe", "nbd", "nbds_max=0", "max_part=16"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"modprobe: {error}"
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"modprobe nbd ended with {done.returncode}"
+    return modprobe("nbd", "nbds_max=0", "max_part=16")

@@ -74,14 +74,13 @@ from .. import sysfs, threads
 from ..abi import lib
 from ..errors import PvfrontError
 from . import nbd
-from .blockdisk import BlockDisk, Feature
+from .blockdisk import POLL, BlockDisk, Feature, within
 from .features import DiskGeometry
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_POLL = 0.05  # seconds between two looks at the kernel
 _COMMAND_DEADLINE = 15.0
 _LAST_CLOSE = 1.0  # seconds for udev to let go of a device that was just closed
 _NO_TIMEOUT = 10 * 365 * 24 * 3600  # seconds; requests wait for us as long as it takes
@@ -355,7 +354,7 @@ class NbdTarget(BlockDisk):
                         f"{'sockets' if queues > 1 else 'socket'} within {deadline:.0f} s",
                         hint="the worker that held the other end must have ended",
                     )
-                await asyncio.sleep(_POLL)
+                await asyncio.sleep(POLL)
 
     async def publish(self, geometry: DiskGeometry) -> None:
         """Raises TargetError if the sector size of a disk in use would change."""
@@ -408,7 +407,7 @@ class NbdTarget(BlockDisk):
 
         with contextlib.suppress(nbd.NbdError):  # not connected any more: nothing to drain
             await _command(refuse_requests, "nbd resize")
-        if not await _within(drain, lambda: self.in_flight() == 0):
+        if not await within(drain, lambda: self.in_flight() == 0):
             log.warning(
                 "%s: %d requests did not end within %.0f s and fail now",
                 self.name,
@@ -420,7 +419,7 @@ class NbdTarget(BlockDisk):
         except nbd.NbdError as error:
             log.warning("%s", error)
         # The device goes once its last opener has gone; nobody needs to wait for that one.
-        if not await _within(_LAST_CLOSE, lambda: not self._sys.exists()):
+        if not await within(_LAST_CLOSE, lambda: not self._sys.exists()):
             log.info("%s: stays until the last program that has it open ends", self.name)
         self._remove_link()
         self._properties.unlink(missing_ok=True)
@@ -472,14 +471,6 @@ def hung_up(end: socket.socket) -> bool:
     poll = select.poll()
     poll.register(end, select.POLLRDHUP)
     return any(events & (select.POLLHUP | select.POLLRDHUP) for _, events in poll.poll(0))
-
-
-async def _within(seconds: float, wanted: Callable[[], bool]) -> bool:
-    """Polls what the kernel has no event for; False if it did not come true in time."""
-    until = time.monotonic() + seconds
-    while not (came := wanted()) and time.monotonic() < until:  # noqa: ASYNC110
-        await asyncio.sleep(_POLL)
-    return came
 
 
 async def _command(work: Callable[[], T], what: str) -> T:

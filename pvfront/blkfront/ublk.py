@@ -39,7 +39,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .. import sysfs, threads
-from .blockdisk import BlockDisk
+from .blockdisk import POLL, BlockDisk, within
 from .features import DiskGeometry
 from .target import Clients, TargetError
 from .ublkcontrol import (
@@ -62,7 +62,6 @@ OWNER_MASK = 0xFFFFFFFF << 32
 IO_TIMEOUT_MS = 2000
 MAX_SECTORS_KB = 1024
 
-_POLL = 0.05  # seconds between two looks at the kernel
 _PARTX_SECONDS = 10.0
 _DEATH = 10.0  # seconds in which the kernel collects a dead worker's requests
 
@@ -198,7 +197,7 @@ class UblkTarget(BlockDisk):
                     f"{deadline:.0f} s",
                     hint="the worker that served it must have ended",
                 )
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(POLL)
 
     def _open(self, index: int) -> int:
         try:
@@ -274,7 +273,7 @@ class UblkTarget(BlockDisk):
             self._remove_link()
             return
         index = self._need_device()
-        drained = await _within(drain, lambda: self.in_flight() == 0)
+        drained = await within(drain, lambda: self.in_flight() == 0)
         if not drained:
             state = await self._state(index)
             if state == LIVE and self._served():
@@ -307,7 +306,7 @@ class UblkTarget(BlockDisk):
         """Waits until the kernel has noticed that the worker has died."""
         until = time.monotonic() + _DEATH
         while await self._state(index) == LIVE and time.monotonic() < until:  # noqa: ASYNC110
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(POLL)
 
     async def _state(self, index: int) -> int:
         def look() -> int:
@@ -367,14 +366,6 @@ def present(roots: sysfs.Roots = sysfs.SYSTEM) -> frozenset[int]:
                 if info.owner & OWNER_MASK == OWNER and info.state != DEAD:
                     found.add(info.owner & ~OWNER_MASK)
     return frozenset(found)
-
-
-async def _within(seconds: float, wanted: Callable[[], bool]) -> bool:
-    """Polls what the kernel has no event for; False if it did not come true in time."""
-    until = time.monotonic() + seconds
-    while not (came := wanted()) and time.monotonic() < until:  # noqa: ASYNC110
-        await asyncio.sleep(_POLL)
-    return came
 
 
 async def _command(work: Callable[[], T], what: str) -> T:

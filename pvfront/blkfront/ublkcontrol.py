@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -32,6 +31,7 @@ from typing import Any, Self
 from .. import sysfs
 from ..errors import PvfrontError
 from ._ublk import ffi, lib
+from .blockdisk import modprobe
 
 CONTROL = "ublk-control"
 COMMAND_SECONDS = 15.0
@@ -210,18 +210,4 @@ def unusable(roots: sysfs.Roots = sysfs.SYSTEM) -> str | None:
 
 def load_module() -> str | None:
     """Returns what went wrong, or None."""
-    try:
-        done = subprocess.run(
-            ["modprobe", "ublk_drv"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"modprobe: {error}"
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"modprobe ublk_drv ended with {done.returncode}"
+    return modprobe("ublk_drv")

@@ -175,7 +175,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     control = type("BoundControl", (Control,), {"kernel": kernel})
     monkeypatch.setattr(ublk, "UblkControl", control)
     monkeypatch.setattr(ublkcontrol, "UblkControl", control)
-    monkeypatch.setattr(ublk, "_POLL", 0.001)
+    monkeypatch.setattr(ublk, "POLL", 0.001)
     monkeypatch.setattr(UblkTarget, "busy", lambda self: None)
     return kernel
 
