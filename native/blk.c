@@ -158,6 +158,17 @@ bool pvf_blk_whole(const struct pvf_blk *blk, uint32_t bytes)
 	return pvf_piece_need(blk, bytes) <= blk->pool.pages - blk->reserve;
 }
 
+uint32_t pvf_blk_part(const struct pvf_blk *blk, uint32_t bytes)
+{
+	uint32_t room = blk->pool.pages - blk->reserve, pages = room;
+
+	if (blk->segments_max > PVF_BLK_DIRECT)
+		pages -= room / (blk->least + 1); /* descriptors; a page or two too many yet */
+	while (pages > 1 && !pvf_blk_whole(blk, pages * PVF_PAGE_SIZE))
+		pages--;
+	return pvf_blk_whole(blk, bytes) ? bytes : pvf_min32(bytes, pages * PVF_PAGE_SIZE);
+}
+
 void pvf_blk_begin(struct pvf_blk *blk, const struct pvf_nbd_request *n)
 {
 	PVF_ASSERT(blk->current == PVF_NONE && !blk->skip && blk->free_requests);

@@ -173,6 +173,9 @@ uint32_t pvf_blk_drain(struct pvf_blk *blk, uint32_t available);
 /* True: a read of `bytes` bytes fits the pool, so that it is answered whole. */
 bool pvf_blk_whole(const struct pvf_blk *blk, uint32_t bytes);
 
+/* The most of `bytes` bytes that is: what a larger request is cut into. */
+uint32_t pvf_blk_part(const struct pvf_blk *blk, uint32_t bytes);
+
 /* What can be sent now, at most `max` entries and several replies; 0: nothing. Then, how much of it
  * was taken. */
 int pvf_blk_reply(struct pvf_blk *blk, struct iovec *iov, int max);

@@ -10,7 +10,7 @@
 
 static inline uint32_t pvf_pages_of(uint32_t bytes)
 {
-	return (bytes + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE;
+	return bytes / PVF_PAGE_SIZE + (bytes % PVF_PAGE_SIZE != 0);
 }
 
 /* Queues of request indices, as rings. */

@@ -109,14 +109,6 @@ static off_t position(const struct pvf_ublk *u, uint16_t tag, uint32_t at)
 		       ((uint64_t)tag << UBLK_TAG_OFF) + at);
 }
 
-/* As much of `bytes` as the pool can hold at once, so that a read is answered whole. */
-static uint32_t part_size(const struct pvf_blk *blk, uint32_t bytes)
-{
-	while (bytes > PVF_PAGE_SIZE && !pvf_blk_whole(blk, bytes))
-		bytes = (bytes / 2 + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE * PVF_PAGE_SIZE;
-	return bytes;
-}
-
 /* Begins the next part of the first that waits. */
 static void begin_part(struct pvf_ublk *u, struct pvf_blk *blk)
 {
@@ -129,7 +121,7 @@ static void begin_part(struct pvf_ublk *u, struct pvf_blk *blk)
 	n.length = t->bytes;
 	if (n.type == NBD_CMD_READ || n.type == NBD_CMD_WRITE) {
 		n.from += t->begun;
-		n.length = part_size(blk, t->bytes - t->begun);
+		n.length = pvf_blk_part(blk, t->bytes - t->begun);
 	}
 	u->part = 0;
 	u->part_at = t->begun;

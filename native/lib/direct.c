@@ -121,14 +121,8 @@ static void begin_part(struct pvf_direct *d, struct pvf_blk *blk)
 		.length = io->bytes - io->begun,
 	};
 
-	if (io->type == NBD_CMD_READ || io->type == NBD_CMD_WRITE) {
-		/* A part is answered whole. `need` counts descriptors too. */
-		uint32_t most = (blk->pool.pages - blk->reserve) * PVF_PAGE_SIZE;
-
-		while (most > PVF_PAGE_SIZE && !pvf_blk_whole(blk, most))
-			most -= PVF_PAGE_SIZE;
-		n.length = pvf_min32(n.length, most);
-	}
+	if (io->type == NBD_CMD_READ || io->type == NBD_CMD_WRITE)
+		n.length = pvf_blk_part(blk, n.length);
 	d->part_io = index;
 	d->part_at = io->begun;
 	d->part = 0;

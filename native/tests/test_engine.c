@@ -234,6 +234,22 @@ static void one_by_one(void)
 	nothing_is_held();
 }
 
+/* The largest part is answered whole, and a page more would not be. */
+static void parts(void)
+{
+	for (uint32_t pages = 2; pages <= 352; pages += 7)
+		for (uint32_t segments = 1; segments <= 256; segments += 5) {
+			setup(pages, segments, 9);
+			uint32_t most = pvf_blk_part(&blk, UINT32_MAX);
+
+			CHECK(most && most % 4096 == 0);
+			CHECK(pvf_blk_whole(&blk, most));
+			CHECK(!pvf_blk_whole(&blk, most + 4096));
+			CHECK_EQ(pvf_blk_part(&blk, 512), 512);
+			CHECK_EQ(pvf_blk_part(&blk, most - 512), most - 512);
+		}
+}
+
 static void trims(uint64_t from, uint32_t length, uint64_t sector, uint64_t sectors)
 {
 	setup(22, 11, 9);
@@ -452,6 +468,7 @@ int main(void)
 		{"without flush a barrier is the flush, and one that fails turns flushes off", barrier},
 		{"an indirect request's descriptors are no later read's data", descriptors},
 		{"requests can be answered one by one, with their time", one_by_one},
+		{"a request's largest part is all that can be answered whole", parts},
 		{"a trim is cut to whole discard granules", granularity},
 		{"the payload of a refused write is thrown away", refused_write},
 		{"rule 8: a turn takes a bounded number of requests", bounded},
