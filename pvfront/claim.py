@@ -16,9 +16,13 @@ loaded, and when told to (/sys/bus/xen/drivers_probe). There is no driver_overri
 - `take` notes in /run/pvfront/NAME.claim whether the kernel had bound the device. It decides
   about the way back: a vif can always be bound again, a vbd only if the kernel had never bound it,
   or it stays dead until it is detached and attached again, or the guest is restarted (the
-  kernel's blkfront keeps state of the first connection; measured on 6.1). A claim that is
-  there already, from a supervisor that died, keeps what it says; one about an earlier device of
-  the same name, told apart by its inode in sysfs, is void.
+  kernel keeps the state of the first connection in its xenbus_device, and blkfront waits for
+  InitWait only in Initialising; measured on 6.1). A claim that is there already, from a
+  supervisor that died, keeps what it says; one about an earlier device of the same name, told
+  apart by its inode in sysfs, is void.
+- The claim on a vbd that the kernel cannot have again outlives our release of it, marked as
+  released: nobody's, never handed to the kernel, and remembered by the next `take`. Bound all the
+  same, such a device sits in Initialising, and the toolstack cannot detach it.
 
 Driver names on the xen bus are the class names: vbd, vif, console.
 """
@@ -29,7 +33,7 @@ import contextlib
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import sysfs
@@ -55,6 +59,7 @@ class Taken:
     name: str
     kernel_had_bound: bool
     os_device: str = ""  # what the kernel called it: "xvdb"
+    released: bool = False
 
 
 def load_module(module: str) -> str | None:
@@ -134,7 +139,12 @@ class Claims:
         self.release_autoprobe()
 
     def probe(self, name: str) -> None:
-        """Lets the kernel have a device, if it has a driver for it and does not have it already."""
+        """Lets the kernel have a device, if it has a driver for it and does not have it already.
+
+        Not a vbd that it had before: it would bind it, and never serve it.
+        """
+        if self._lost(name):
+            return
         if self.driver_of(name) is None and self._device(name).exists():
             sysfs.write(self._bus / "drivers_probe", name)
 
@@ -143,7 +153,7 @@ class Claims:
         others = [
             name
             for name in sysfs.listdir(self._bus / "devices")
-            if self.driver_of(name) is None and not keep(name) and not self._claim(name).exists()
+            if self.driver_of(name) is None and not keep(name) and self._noted(name) is None
         ]
         for name in others:
             self.probe(name)
@@ -166,21 +176,9 @@ class Claims:
         return ""
 
     def taken(self, name: str) -> Taken | None:
-        """The claim on the device, of this or an earlier supervisor."""
-        text = sysfs.read(self._claim(name))
-        if text is None:
-            return None
-        with contextlib.suppress(ValueError):
-            found = json.loads(text)
-            if isinstance(found, dict):
-                if found.get("inode") != self._inode(name):
-                    return None
-                return Taken(
-                    name,
-                    kernel_had_bound=found.get("kernel_had_bound") is not False,
-                    os_device=str(found.get("os_device", "")),
-                )
-        return Taken(name, kernel_had_bound=True)  # damaged: the careful answer
+        """The claim on the device, of this or an earlier supervisor, that was not released."""
+        found = self._noted(name)
+        return None if found is None or found.released else found
 
     def take(self, name: str, *, force: bool = False) -> Taken:
         """Makes the device ours; nothing is bound to it afterwards.
@@ -197,8 +195,11 @@ class Claims:
                 f"{name}: the kernel knows no such device",
                 hint=f"there are: {', '.join(there) or 'none'}",
             )
-        before = self.taken(name)
+        before = self._noted(name)
         if before is not None and self.driver_of(name) is None:
+            if before.released:
+                before = replace(before, released=False)
+                self._note(before)
             return before
         driver = self.driver_of(name)
         if driver is None and klass in MODULES:
@@ -218,7 +219,7 @@ class Claims:
             try:
                 self._unbind(name)
             except PvfrontError:
-                if before is None:
+                if before is None or before.released:
                     self._claim(name).unlink(missing_ok=True)
                 raise
         return claim
@@ -252,7 +253,7 @@ class Claims:
             self.forget(name)
             return f"{name}: released; the device is gone"
         if claim is not None and claim.kernel_had_bound and name.startswith("vbd-"):
-            self.forget(name)
+            self._note(replace(claim, released=True))
             return (
                 f"{name}: released, but the kernel cannot use it again: its driver had it before. "
                 "Detach and attach it (xl block-detach, xl block-attach) or restart the guest; "
@@ -292,10 +293,34 @@ class Claims:
         except OSError:
             return 0
 
+    def _noted(self, name: str) -> Taken | None:
+        """What is noted about the present device of this name."""
+        text = sysfs.read(self._claim(name))
+        if text is None:
+            return None
+        with contextlib.suppress(ValueError):
+            found = json.loads(text)
+            if isinstance(found, dict):
+                if found.get("inode") != self._inode(name):
+                    return None
+                return Taken(
+                    name,
+                    kernel_had_bound=found.get("kernel_had_bound") is not False,
+                    os_device=str(found.get("os_device", "")),
+                    released=found.get("released") is True,
+                )
+        return Taken(name, kernel_had_bound=True)  # damaged: the careful answer
+
+    def _lost(self, name: str) -> bool:
+        """Whether the kernel can never serve the device again: we had it from the kernel."""
+        noted = self._noted(name)
+        return noted is not None and noted.released
+
     def _note(self, claim: Taken) -> None:
         note = {
             "kernel_had_bound": claim.kernel_had_bound,
             "os_device": claim.os_device,
+            "released": claim.released,
             "inode": self._inode(claim.name),
         }
         self._write(self._claim(claim.name), json.dumps(note) + "\n")

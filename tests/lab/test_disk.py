@@ -121,6 +121,25 @@ def test_a_never_bound_disk_goes_to_the_kernel_at_sigterm_with_the_same_data(
     backing.remove()
 
 
+def test_a_disk_that_the_kernel_had_is_detached_however_often_the_service_came_and_went(
+    pvf: Pvfront, guest: Guest, lab: Lab
+) -> None:
+    backing = lab.loop_disk(16)
+    pvf.stop()
+    try:
+        guest.block_attach(backing.spec("xvdb"))
+        wait_until("the kernel's xvdb", lambda: guest.run("test -b /dev/xvdb", check=False).ok)
+        for _ in range(2):
+            pvf.start("xvdb")
+            pvf.wait_served()
+            pvf.stop()
+        guest.block_detach("xvdb")
+        wait_until("its end", lambda: lab.vbd_state(guest, VDEV["xvdb"]) == (None, None))
+    finally:
+        pvf.start("--all")
+    backing.remove()
+
+
 def test_stopping_under_a_mounted_disk_leaves_it_served_until_the_next_start(
     pvf: Pvfront, guest: Guest
 ) -> None:

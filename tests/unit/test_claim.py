@@ -272,6 +272,32 @@ def test_a_vbd_that_the_kernel_had_is_not_bound_and_told_what_helps(
     assert claims.taken("vbd-51728") is None
 
 
+def test_a_vbd_that_the_kernel_had_is_not_bound_after_a_second_service_either(
+    bus: FakeBus, claims: Claims
+) -> None:
+    bus.device("vbd-51728", bound=True, disk="xvdb")
+    claims.take("vbd-51728")
+    claims.give_back("vbd-51728")
+    claims.probe("vbd-51728")
+    assert claims.probe_others(lambda name: False) == []
+    assert claims.take("vbd-51728") == Taken("vbd-51728", kernel_had_bound=True, os_device="xvdb")
+    assert claims.taken("vbd-51728") is not None
+    assert "block-detach" in claims.give_back("vbd-51728")
+    assert not bus.bound("vbd-51728")
+
+
+def test_a_new_vbd_of_the_name_goes_to_the_kernel_whatever_became_of_the_old(
+    bus: FakeBus, claims: Claims
+) -> None:
+    bus.device("vbd-51728", bound=True, disk="xvdb")
+    claims.take("vbd-51728")
+    claims.give_back("vbd-51728")
+    (bus.bus / "devices/vbd-51728").unlink()
+    bus.device("vbd-51728")
+    assert claims.probe_others(lambda name: False) == ["vbd-51728"]
+    assert bus.bound("vbd-51728")
+
+
 def test_a_vif_that_the_kernel_had_is_bound_again(bus: FakeBus, claims: Claims) -> None:
     bus.device("vif-0", bound=True)
     claims.take("vif-0")
