@@ -25,6 +25,7 @@ from pvfront.host.blkback import BlkBackend
 from pvfront.host.blkengine import Features
 from pvfront.host.handles import EmbeddedGrantAllocator
 from pvfront.host.service import DiskService
+from pvfront.host.vbd import MARK
 
 PATIENCE = 30.0
 MIB = 1 << 20
@@ -89,6 +90,9 @@ class Place:
         # Not written by one that has none, and nobody else removes it.
         key = "/local/domain/0/backend/vbd/1/51728/feature-max-indirect-segments"
         await self.host.store.remove(key, missing_ok=True)
+        # One that may take up the rings can be Connected again before anybody has seen it leave.
+        mark = f"/local/domain/0/backend/vbd/1/51728/{MARK}"
+        await self.host.store.remove(mark, missing_ok=True)
         self.backend = await BlkBackend.start(self.host, **asdict(features))
 
 
