@@ -388,7 +388,9 @@ class Transaction(_Operations):
 
     async def __aenter__(self) -> Self:
         store = self._store
-        async with _deadline("transaction_start", "", store.timeout):
+        # Nothing was asked of the store yet: it is ours who keep this one waiting.
+        busy = f"{_TRANSACTIONS} transactions of this connection are open, and none ended"
+        async with _deadline("transaction", "", store.timeout, busy):
             await store._transactions.acquire()
         try:
             reply = await store._call(
@@ -514,15 +516,17 @@ class Watch:
 
 
 @asynccontextmanager
-async def _deadline(op: str, path: str, seconds: float) -> AsyncIterator[None]:
-    """Cancels its block after `seconds` and raises XenstoreTimeout."""
+async def _deadline(
+    op: str, path: str, seconds: float, what: str = "no answer"
+) -> AsyncIterator[None]:
+    """Cancels its block after `seconds` and raises XenstoreTimeout: `what` did not come."""
     try:
         async with asyncio.timeout(seconds):
             yield
     except XenstoreError:
         raise
     except TimeoutError:
-        raise XenstoreTimeout(op, path, seconds) from None
+        raise XenstoreTimeout(op, path, seconds, what) from None
 
 
 def _number(reply: bytes) -> int:

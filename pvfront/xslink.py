@@ -71,10 +71,13 @@ Sink = Callable[[str | None], None]
 
 
 class XenstoreTimeout(XenstoreError, TimeoutError):
-    """The store did not answer in time. A write may still happen later."""
+    """The store did not answer in time. A write may still happen later.
 
-    def __init__(self, op: str, path: str, seconds: float) -> None:
-        super().__init__(errno.ETIMEDOUT, op, path, f"no answer within {seconds:g} s")
+    `what`: what did not come, if it was nothing of the store's.
+    """
+
+    def __init__(self, op: str, path: str, seconds: float, what: str = "no answer") -> None:
+        super().__init__(errno.ETIMEDOUT, op, path, f"{what} within {seconds:g} s")
 
 
 class XenstoreLost(XenstoreError):

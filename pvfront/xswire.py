@@ -99,7 +99,8 @@ class XenstoreError(PvfrontError, OSError):
         name = errno.errorcode.get(code, str(code))
         if detail is None:
             detail = f"{name} ({os.strerror(code)})"
-        text = f"xenstore: {op} {printable(path)}: {detail}"
+        what = f"{op} {printable(path)}" if path else op
+        text = f"xenstore: {what}: {detail}"
         PvfrontError.__init__(self, text, hint=hint)
         # OSError takes its fields from the arguments of __new__, which are not these.
         self.errno = code

@@ -14,7 +14,7 @@ import pytest
 from storeworld import HOME, store, world
 
 from pvfront.errors import ClosedError
-from pvfront.xenstore import Permission, XenstoreError
+from pvfront.xenstore import Permission, XenstoreError, XenstoreTimeout
 
 
 async def test_a_transaction_is_seen_by_others_only_when_it_has_committed(store, world):
@@ -121,6 +121,23 @@ async def test_all_operations_work_in_a_transaction(store):
             assert await txn.read_opt("data/old") is None
             assert len(await txn.get_permissions("data/dir")) == 2
     assert await store.directory("data") == ["dir"]
+
+
+async def test_a_transaction_that_waits_for_others_of_ours_does_not_blame_the_store(store):
+    async for first in store.transaction():
+        async with first:
+            async for second in store.transaction():
+                async with second:
+                    usual, store.timeout = store.timeout, 0.05
+                    with pytest.raises(XenstoreTimeout) as caught:
+                        async for third in store.transaction():
+                            async with third:
+                                raise AssertionError("never entered")
+                    store.timeout = usual
+    assert str(caught.value) == (
+        "xenstore: transaction: 2 transactions of this connection are open, "
+        "and none ended within 0.05 s"
+    )
 
 
 async def test_a_finished_transaction_cannot_be_used(store):
