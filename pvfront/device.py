@@ -21,7 +21,9 @@ Theory of operation
 Timers
     Each wait for the backend has a deadline (`Deadlines`), and what did not come is named. A
     failed walk is tried again after `RETRY_FIRST` seconds, doubling up to `RETRY_LAST`; a change of
-    the backend's state ends the pause at once.
+    the backend's state ends the pause at once. A connection that ended before it had lasted as long
+    as that pause was a failed walk as well: a backend that breaks a rule in each of them must not
+    keep us busy for ever.
 
 Limits
     A backend that never answers makes the device `failed`, with the reason in status, and is
@@ -280,18 +282,23 @@ class DeviceLoop:
                     await self._enter(Phase.RECONNECTING if again else Phase.CONNECTING)
                     if not await self._unless_goal_changes(self._connect()):
                         continue
-                    pause = RETRY_FIRST
                     self.reconnects += again
                     await self._enter(Phase.CONNECTED)
+                began = time.monotonic()
                 if await self._serve():
                     return
                 self._published = False
+                if self.goal is not Goal.CONNECTED or self._poisoned:
+                    continue
+                if time.monotonic() - began >= pause:
+                    pause = RETRY_FIRST
+                    continue
             except DeviceGone:
                 raise
             except (PvfrontError, OSError) as error:
                 await self._enter(Phase.FAILED, str(error))
-                await self._pause(pause)
-                pause = min(pause * 2, RETRY_LAST)
+            await self._pause(pause)
+            pause = min(pause * 2, RETRY_LAST)
 
     async def _unless_goal_changes(self, step: Coroutine[Any, Any, None]) -> bool:
         """Runs `step`; False if it was cancelled because the goal is no longer CONNECTED."""
@@ -314,16 +321,20 @@ class DeviceLoop:
 
     async def _pause(self, seconds: float) -> None:
         """Waits `seconds`, or until something changes that makes a new try worth while."""
-        before, backend = self.goal, self.device.view.backend
+        before = self._worth_a_try()
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self._poked.clear()
-            if self.goal is not before or self.device.view.backend is not backend:
+            if self._worth_a_try() != before:
                 return
             if not self.device.view.present and not self.device.view.moved:
                 raise DeviceGone(f"{self.device.name}: removed")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poked.wait(), left)
+
+    def _worth_a_try(self) -> tuple[object, ...]:
+        view = self.device.view
+        return self.goal, view.backend, view.online, view.moved, self._poisoned
 
     # -- the walk --------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
@@ -29,7 +28,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from memstore import Client, MemStore, Refused
+from memstore import MemStore, Refused
+from memwire import connect
 from vclock import Clock, VirtualLoop
 
 from pvfront import device as device_module
@@ -37,15 +37,11 @@ from pvfront import xenbus as xenbus_module
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
 from pvfront.xenbus import XenbusDevice
-from pvfront.xenstore import Xenstore
-from pvfront.xslink import Link
-from pvfront.xswire import Op
 
 FRONT = "/local/domain/5/device/vbd/51728"
 BACK = "/local/domain/0/backend/vbd/5/51728"
 MOVED = "/local/domain/0/backend/vbd/9/51728"
 OURS, THEIRS = "n5,r0", "n0,r5"
-HEADER = struct.Struct("=IIII")
 
 SETTLED = 150.0
 """Seconds: longer than all deadlines of one walk and the longest pause together."""
@@ -59,29 +55,6 @@ STATES = st.one_of(
 
 NODES = [FRONT, BACK, f"{FRONT}/state", f"{FRONT}/backend", f"{BACK}/state"]
 ERRORS = [PvfrontError("it cannot"), OSError(28, "No space left"), TimeoutError("late")]
-
-
-class Wire:
-    """The guest's connection to a store in the same process."""
-
-    payload_max = 4096
-    in_flight = 64
-    refused: frozenset[Op] = frozenset()
-
-    def __init__(self, link: Link, store: MemStore) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._client = Client(store, 5, lambda data: self._later(link.feed, data))
-        link.transport = self
-
-    def _later(self, call: Callable[..., object], *args: object) -> None:
-        self._loop.call_soon(call, *args)
-
-    def send(self, frame: bytes, req_id: int) -> None:
-        op, _, tx_id, _ = HEADER.unpack_from(frame)
-        self._later(self._client.handle, op, req_id, tx_id, frame[HEADER.size :])
-
-    async def close(self) -> None:
-        self._client.close()
 
 
 class Disk:
@@ -196,14 +169,9 @@ class Walk(RuleBasedStateMachine):
         self.device: XenbusDevice | None = None
         self.walk: DeviceLoop | None = None
         self.task: asyncio.Task[None] | None = None
-        self.store = self.loop.run_until_complete(self.connect())
+        self.store = self.loop.run_until_complete(connect(self.mem, domid=5))
         self.visited: list[Phase] = []
         self.leaving = False  # parking begins while it still says connected
-
-    async def connect(self) -> Xenstore:
-        link = Link("memory")
-        Wire(link, self.mem)
-        return Xenstore("memory", 10.0, link, device=False)
 
     # -- the world ---------------------------------------------------------------------------
 
