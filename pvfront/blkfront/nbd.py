@@ -36,12 +36,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST, genlmsg, nla
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.generic import AsyncGenericNetlinkSocket, GenericNetlinkSocket
-
 from .. import sysfs
 from ..errors import PvfrontError
+from ..netlink import (
+    NLM_F_ACK,
+    NLM_F_REQUEST,
+    AsyncGenericNetlinkSocket,
+    GenericNetlinkSocket,
+    NetlinkError,
+    genlmsg,
+    nla,
+)
 from .blockdisk import modprobe
 
 FAMILY = "nbd"
