@@ -94,7 +94,8 @@ xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
 	@$(LAB) shell --guest $(GUEST)
 
 bench-xen: build setup-lab ## pvfront beside the kernel's blkfront, same guest and run: build/bench-xen.json, .svg
-	@PYTHONPATH=ci/xen-nested $(BIN)/python bench/xen.py --guest $(GUEST)
+	@PYTHONPATH=ci/xen-nested $(BIN)/python bench/xen.py \
+		$(if $(filter-out file,$(origin GUEST)),--guest $(GUEST))
 
 fuzz: build setup ## fuzz for a long time: FUZZ=ring|nbd|port|ctl|blkback FUZZ_SECONDS=600 (of each)
 	@$(BIN)/python tools/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ)
