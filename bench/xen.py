@@ -43,6 +43,7 @@ PROFILES = Path("build/bench-xen")
 PEER = "kernel blkfront"
 MIB = 256
 SECONDS = 6
+PROFILED = 16  # seconds; some go by before perf has begun
 OURS, THEIRS = "/dev/pvfront/xvdb", "/dev/xvdc"
 LENT = "xvdb, lent"  # no device: to a program
 USUAL: Mapping[Kind, list[str]] = {"hvm": ["nbd", "direct"], "pvh612": ["ublk"]}
@@ -113,7 +114,7 @@ COUNTED = {"CPU": "s/GiB", "switches": "per request", "interrupts": "per request
 
 def measure(guest: Guest, device: str, job: Job, seconds: int) -> Sample:
     """One fio job; raises if fio reports an error."""
-    counters = "awk '/^cpu /{print $2+$3+$4+$7+$8+$9} /^(ctxt|intr) /{print $2}' /proc/stat | xargs"
+    counters = "awk '/^cpu /{print $2+$3+$4+$7+$8} /^(ctxt|intr) /{print $2}' /proc/stat | xargs"
     script = (
         f"a=$({counters}); {job.command(device, seconds)} && b=$({counters}); echo $a $b; "
         "cat /tmp/bench.json"
@@ -232,7 +233,7 @@ def profile(pvf: Pvfront, job: Job, seconds: int) -> str:
         begin = totals(pvf)
         look = f"{interrupts} >/tmp/i0"
         script = (
-            f"{look}; (sleep 2; perf record -q -a -g -F 499 -o /tmp/perf.data sleep {seconds - 4} "
+            f"{look}; (sleep 2; perf record -q -a -g -F 499 -o /tmp/perf.data sleep {seconds // 2} "
             f"2>/dev/null) & {job.command(device, seconds)}; wait; {interrupts} >/tmp/i1; "
             f"cat /tmp/bench.json"
         )
@@ -299,7 +300,7 @@ def one_life(
                 elif target != "direct":
                     PROFILES.mkdir(parents=True, exist_ok=True)
                     path = PROFILES / f"{target}-{job.title.replace(' ', '-')}.txt"
-                    path.write_text(profile(pvf, job, max(options.seconds, 8)))
+                    path.write_text(profile(pvf, job, max(options.seconds, PROFILED)))
                     say(f"{path}")
                 done.add(title(target, job))
 

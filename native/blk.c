@@ -186,6 +186,7 @@ void pvf_blk_begin(struct pvf_blk *blk, const struct pvf_nbd_request *n)
 	memcpy(r->handle, n->handle, sizeof(r->handle));
 	r->began = blk->now;
 	blk->pending++;
+	blk->begun++;
 	if (r->error) {
 		blk->stats.rejected++;
 		blk->skip = n->type == NBD_CMD_WRITE ? n->length : 0;

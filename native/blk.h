@@ -108,6 +108,7 @@ struct pvf_blk {
 	uint32_t stream_error;   /* a reply under way cannot be finished: end the connection */
 	uint32_t in_flight;      /* pieces in the ring */
 	uint32_t pending;        /* requests accepted and not answered */
+	uint32_t begun;          /* requests accepted, ever: wraps */
 	uint32_t segments_max;   /* pages of one piece */
 	uint32_t least;          /* of which it takes fewer only when it wants fewer */
 	uint32_t reserve;        /* pages that reads leave to writes */

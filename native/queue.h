@@ -37,6 +37,7 @@
 
 #include <pthread.h>
 
+#include "batch.h"
 #include "blk.h"
 #include "fence.h"
 #include "port.h"
@@ -83,6 +84,7 @@ struct pvf_queue {
 	void *source;
 	struct pvf_ublk_source ublk; /* one such, once it was opened */
 	struct pvf_unread unread;
+	struct pvf_batch batch;
 	uint32_t sockets;   /* taken so far: part of an NBD socket's epoll data */
 	bool attached;      /* ring and port are there */
 	bool serving;       /* intake is wanted */

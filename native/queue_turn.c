@@ -118,6 +118,7 @@ static void watch_ring(struct pvf_queue *q)
 	pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
 }
 
+/* With a recent `blk->now`: in a guest, reading the clock may be a system call. */
 static void drain(struct pvf_queue *q)
 {
 	struct pvf_blk *blk = &q->blk;
@@ -136,11 +137,9 @@ static void drain(struct pvf_queue *q)
 		q->owed = true;
 	if (q->poll_until)
 		blk->stats.polled++;
-	uint64_t now = pvf_now_ns();
-
-	q->soon = now - q->progress_at <= blk->geo.poll_us * PVF_US;
+	q->soon = blk->now - q->progress_at <= blk->geo.poll_us * PVF_US;
 	q->poll_until = 0;
-	q->progress_at = now;
+	q->progress_at = blk->now;
 	q->unseen = false;
 	if (q->stalled) {
 		q->stalled = false;
@@ -165,6 +164,7 @@ static void watchdog(struct pvf_queue *q)
 		return;
 	uint64_t now = pvf_now_ns(), silent = now - q->progress_at;
 
+	blk->now = now;
 	if (!blk->in_flight) {
 		if (now < q->patience) {
 			q->watching = true;
@@ -252,6 +252,7 @@ void pvf_queue_event(struct pvf_queue *q, uint64_t data, uint32_t events)
 	case PVF_TAG_UNMASK:
 		/* Delayed for its spuriousness: look at the ring again, then unmask. */
 		if (timer_fired(q->unmask_timer) && q->delayed && !q->stopped) {
+			q->blk.now = pvf_now_ns();
 			drain(q);
 			if (!q->stopped)
 				unmask(q);
@@ -465,17 +466,60 @@ bool pvf_queue_linger(struct pvf_queue *q)
 	return again;
 }
 
-bool pvf_queue_turn(struct pvf_queue *q, int timeout)
+/* Never a system call, but coarse: some milliseconds. */
+static uint64_t coarse_ms(void)
 {
-	struct epoll_event events[8];
-	int n = epoll_wait(q->epoll_fd, events, 8, timeout);
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
+	return (uint64_t)ts.tv_sec * 1000 + (uint64_t)ts.tv_nsec / PVF_MS;
+}
+
+static bool client_calls(const struct epoll_event *events, int n)
+{
+	for (int i = 0; i < n; i++) {
+		uint32_t tag = (uint32_t)events[i].data.u64;
+
+		if (tag == PVF_TAG_TARGET || tag == PVF_TAG_URING)
+			return true;
+	}
+	return false;
+}
+
+#define EVENTS 8
+
+/* As epoll_wait(), of EVENTS. */
+static int wait_for(const struct pvf_queue *q, struct epoll_event *events, int timeout)
+{
+	int n = epoll_wait(q->epoll_fd, events, EVENTS, timeout);
 
 	PVF_ASSERT(n >= 0 || errno == EINTR);
+	return n < 0 ? 0 : n;
+}
+
+bool pvf_queue_turn(struct pvf_queue *q, int timeout)
+{
+	struct epoll_event events[2 * EVENTS];
+	int n = wait_for(q, events, timeout);
+	bool give_way = timeout < 0 && client_calls(events, n) && pvf_batch_wait(&q->batch);
+	uint64_t waited = 0;
+
+	if (give_way) {
+		uint64_t began = coarse_ms();
+
+		sched_yield();
+		waited = coarse_ms() - began;
+		n += wait_for(q, events + n, 0); /* or they would wake us for what is taken now */
+	}
 	pvf_queue_lock(q);
+	uint32_t begun = q->blk.begun;
+
 	q->blk.stats.wakeups++;
 	for (int i = 0; i < n; i++)
 		pvf_queue_event(q, events[i].data.u64, events[i].events);
 	pvf_queue_service(q);
+	if (give_way)
+		pvf_batch_found(&q->batch, q->blk.begun - begun, waited);
 	pvf_queue_publish(q);
 	bool again = q->again;
 

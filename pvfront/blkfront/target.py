@@ -453,6 +453,20 @@ class NbdTarget(BlockDisk):
         sysfs.write(queue / "io_timeout", timeout)
         most = sysfs.read_int(queue / "max_hw_sectors_kb") or self.settings.max_sectors_kb
         sysfs.write(queue / "max_sectors_kb", min(most, self.settings.max_sectors_kb))
+        self._no_elevator()
+
+    def _no_elevator(self) -> None:
+        """Requests go to the worker from who submits them, unsorted: the backend knows the medium.
+
+        The usual elevator of a device with one queue has a kernel thread that preempts who submits
+        send each request, and the worker is woken for each. Without, a burst is received and
+        notified at once (docs/performance.md). A rule of udev's may set another.
+        """
+        try:
+            sysfs.write(self._sys / "queue" / "scheduler", "none")
+        except PvfrontError as error:
+            log.warning("%s: slower than it might be: %s", self.name, error)
+
 
 def set_buffers(end: socket.socket, size: int) -> None:
     """Both buffers of a socket in bytes; without CAP_NET_ADMIN as far as the system allows."""

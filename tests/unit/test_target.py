@@ -41,6 +41,7 @@ class FakeDevice:
         self.put("queue/io_timeout", 30000)
         self.put("queue/max_sectors_kb", 128)
         self.put("queue/max_hw_sectors_kb", 32768)
+        self.put("queue/scheduler", "[mq-deadline] none")
         self.put("queue/write_cache", "write back" if flags & 4 else "write through")
         self.put("queue/discard_max_bytes", 0)
 
@@ -227,6 +228,7 @@ async def test_the_queue_is_set_up_before_the_first_request(kernel: FakeKernel) 
     kernel.worker(await disk_target.attach(DISK))
     assert device(kernel).get("queue/io_timeout") == "3000"
     assert device(kernel).get("queue/max_sectors_kb") == "512"
+    assert device(kernel).get("queue/scheduler") == "none"
 
 
 async def test_the_two_ends_are_connected(kernel: FakeKernel) -> None:
