@@ -155,7 +155,7 @@ static bool deliver(void *source, struct pvf_blk *blk)
 	struct pvf_ublk_source *s = source;
 
 	/* Also called by who detaches, which is not the serving thread: commits wait for its turn. */
-	pvf_ublk_deliver(&s->ublk, blk);
+	pvf_parts_deliver(&s->ublk.parts, blk);
 	return s->ublk.commits || (s->uring.enabled && io_uring_sq_ready(&s->uring.ring));
 }
 
@@ -163,14 +163,14 @@ static bool intake(void *source, struct pvf_blk *blk, bool no_new)
 {
 	struct pvf_ublk_source *s = source;
 
-	pvf_ublk_deliver(&s->ublk, blk);
+	pvf_parts_deliver(&s->ublk.parts, blk);
 	pvf_uring_turn(&s->uring, &s->ublk);
-	return pvf_ublk_intake(&s->ublk, blk, no_new);
+	return !s->ublk.gone && pvf_parts_intake(&s->ublk.parts, blk, no_new);
 }
 
 static void restart(void *source)
 {
-	pvf_ublk_restart(&((struct pvf_ublk_source *)source)->ublk);
+	pvf_parts_restart(&((struct pvf_ublk_source *)source)->ublk.parts);
 }
 
 static bool ended(const void *source, int *error, const char **why)

@@ -16,7 +16,7 @@
  *
  *   What a service of the program has to tell the supervisor goes by `alarm` to the control thread.
  *
- *   A generation that ends hands what is unfinished back to direct.c, which begins it again with the
+ *   A generation that ends hands what is unfinished back to parts.c, which begins it again with the
  *   next one. A supervisor starts that only after its backend's Connected: the fence. The end of
  *   the control connection is the end of the disk: nobody could reconnect it, nor put it away before
  *   a suspend.
@@ -118,17 +118,17 @@ static void enter(struct pvf_disk *d, uint32_t state)
 
 static bool intake(void *source, struct pvf_blk *blk, bool no_new)
 {
-	return pvf_direct_intake(source, blk, no_new);
+	return pvf_parts_intake(source, blk, no_new);
 }
 
 static bool deliver(void *source, struct pvf_blk *blk)
 {
-	return pvf_direct_deliver(source, blk);
+	return pvf_parts_deliver(source, blk);
 }
 
 static void restart(void *source)
 {
-	pvf_direct_restart(source);
+	pvf_parts_restart(source);
 }
 
 static const struct pvf_source_ops source_ops = {
@@ -144,7 +144,7 @@ static void gone(struct pvf_disk *d)
 	if (d->worker.ctl.fd >= 0)
 		shutdown(d->worker.ctl.fd, SHUT_RDWR);
 	pvf_ctl_drop(&d->worker.ctl);
-	pvf_direct_fail(&d->direct, ENODEV);
+	pvf_parts_fail(&d->direct.parts, ENODEV);
 	enter(d, PVF_DISK_GONE);
 	kick(d);
 }
@@ -262,7 +262,7 @@ static int prepare(struct pvf_disk *d)
 	/* The timers stay the control thread's; the event channel will be the program's. */
 	w->queue->epoll_fd = d->user_epoll;
 	w->queue->source_ops = &source_ops;
-	w->queue->source = &d->direct;
+	w->queue->source = &d->direct.parts;
 	return rc;
 }
 
@@ -462,20 +462,13 @@ static int ask(struct pvf_disk *d, uint16_t type, const struct iovec *iov, int c
 	       uint64_t offset, uint32_t flags, uint64_t cookie)
 {
 	bool fua = flags & PVF_DISK_FUA;
-	struct pvf_io *io;
 	int rc;
 
 	pthread_mutex_lock(&d->lock);
 	rc = check(d, type, bytes, offset, fua);
-	if (!rc) {
-		io = pvf_direct_ask(&d->direct, type, offset, (uint32_t)bytes, iov, (uint16_t)count);
-		if (io) {
-			io->cookie = cookie;
-			io->flags = fua ? PVF_NBD_FLAG_FUA : 0;
-		} else {
-			rc = -EAGAIN;
-		}
-	}
+	if (!rc && !pvf_direct_ask(&d->direct, type, fua ? PVF_NBD_FLAG_FUA : 0, offset,
+				   (uint32_t)bytes, iov, (uint16_t)count, cookie))
+		rc = -EAGAIN;
 	pthread_mutex_unlock(&d->lock);
 	return rc;
 }

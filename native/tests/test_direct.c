@@ -99,12 +99,10 @@ static void ask(uint32_t number)
 		memset(lane->data, 0xee, lane->length);
 	if (lane->type == NBD_CMD_READ || lane->type == NBD_CMD_WRITE)
 		iovs = cut(lane, iov);
-	struct pvf_io *io = pvf_direct_ask(&direct, lane->type, lane->from, lane->length, iov, iovs);
+	bool fua = lane->type == NBD_CMD_WRITE && !below(&seed, 4);
 
-	CHECK(io);
-	io->cookie = number;
-	if (lane->type == NBD_CMD_WRITE && !below(&seed, 4))
-		io->flags = PVF_NBD_FLAG_FUA;
+	CHECK(pvf_direct_ask(&direct, lane->type, fua ? PVF_NBD_FLAG_FUA : 0, lane->from,
+			     lane->length, iov, iovs, number));
 }
 
 static void take(void)
@@ -137,16 +135,16 @@ static void take(void)
 
 static bool idle(void)
 {
-	return !blk.in_flight && !direct.waiting_count && !blk.reply_count && !blk.flush_count &&
+	return !blk.in_flight && !direct.parts.waiting_count && !blk.reply_count && !blk.flush_count &&
 	       blk.current == PVF_NONE;
 }
 
 static void serve(void)
 {
-	pvf_direct_intake(&direct, &blk, false);
+	pvf_parts_intake(&direct.parts, &blk, false);
 	if (pvf_ring_push(&blk.ring))
 		backend.notified++;
-	pvf_direct_deliver(&direct, &blk);
+	pvf_parts_deliver(&direct.parts, &blk);
 }
 
 static void turn(int error_chance)
@@ -239,9 +237,9 @@ static void connection_lost(void)
 		backend_take(&backend);
 		while (backend.held && below(&seed, 2))
 			backend_answer(&backend, below(&seed, backend.held), BLKIF_RSP_OKAY);
-		pvf_direct_deliver(&direct, &blk);
+		pvf_parts_deliver(&direct.parts, &blk);
 		pvf_blk_drop_target(&blk);
-		pvf_direct_restart(&direct);
+		pvf_parts_restart(&direct.parts);
 		pvf_blk_detach(&blk);
 		connect(times % 2 ? 4096 : 16384, times % 3 ? 64 : 256, times % 2 ? 11 : 32,
 			PVF_BLK_FLUSH | PVF_BLK_DISCARD);
@@ -258,7 +256,7 @@ static void disk_gone(void)
 		ask(i);
 	serve();
 	pvf_blk_drop_target(&blk);
-	pvf_direct_fail(&direct, ENODEV);
+	pvf_parts_fail(&direct.parts, ENODEV);
 	CHECK_EQ(pvf_direct_take(&direct, done, PVF_DISK_DEPTH), LANES);
 	for (uint32_t i = 0; i < LANES; i++)
 		CHECK_EQ(done[i].result, -ENODEV);
@@ -273,8 +271,8 @@ static void full(void)
 
 	setup(4096, 352, 11, 1);
 	for (uint32_t i = 0; i < PVF_DISK_DEPTH; i++)
-		CHECK(pvf_direct_ask(&direct, NBD_CMD_READ, 0, 512, &iov, 1));
-	CHECK(!pvf_direct_ask(&direct, NBD_CMD_READ, 0, 512, &iov, 1));
+		CHECK(pvf_direct_ask(&direct, NBD_CMD_READ, 0, 0, 512, &iov, 1, 0));
+	CHECK(!pvf_direct_ask(&direct, NBD_CMD_READ, 0, 0, 512, &iov, 1, 0));
 	while (!direct.done_count) {
 		serve();
 		backend_take(&backend);
@@ -282,9 +280,9 @@ static void full(void)
 			backend_answer(&backend, 0, BLKIF_RSP_OKAY);
 		pvf_blk_drain(&blk, pvf_ring_poll(&blk.ring, &blk.fault));
 	}
-	CHECK(!pvf_direct_ask(&direct, NBD_CMD_READ, 0, 512, &iov, 1)); /* its result is not taken */
+	CHECK(!pvf_direct_ask(&direct, NBD_CMD_READ, 0, 0, 512, &iov, 1, 0)); /* its result is not taken */
 	CHECK_EQ(pvf_direct_take(&direct, &done, 1), 1);
-	CHECK(pvf_direct_ask(&direct, NBD_CMD_READ, 0, 512, &iov, 1));
+	CHECK(pvf_direct_ask(&direct, NBD_CMD_READ, 0, 0, 512, &iov, 1, 0));
 }
 
 static void shrunk(void)
@@ -295,7 +293,7 @@ static void shrunk(void)
 
 	setup(4096, 64, 11, 1);
 	blk.geo.sectors = 8; /* a resize after the request was asked for */
-	CHECK(pvf_direct_ask(&direct, NBD_CMD_WRITE, 8 * 512, 512, &iov, 1));
+	CHECK(pvf_direct_ask(&direct, NBD_CMD_WRITE, 0, 8 * 512, 512, &iov, 1, 0));
 	serve();
 	CHECK_EQ(pvf_direct_take(&direct, &done, 1), 1);
 	CHECK_EQ(done.result, -PVF_NBD_ENOSPC);

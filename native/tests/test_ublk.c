@@ -80,6 +80,15 @@ static void write_at(uint32_t tag, uint64_t sector, uint32_t sectors)
 	hand_over(tag, UBLK_IO_OP_WRITE, sector, sectors);
 }
 
+static uint32_t ours(void)
+{
+	uint32_t n = 0;
+
+	for (uint32_t tag = 0; tag < PVF_UBLK_DEPTH; tag++)
+		n += ublk.ours[tag];
+	return n;
+}
+
 static void take_commits(void)
 {
 	for (uint32_t i = 0; i < ublk.commits; i++) {
@@ -95,9 +104,9 @@ static void take_commits(void)
 /* One turn of everybody. */
 static void turn(bool answer)
 {
-	pvf_ublk_deliver(&ublk, &blk);
+	pvf_parts_deliver(&ublk.parts, &blk);
 	take_commits();
-	pvf_ublk_intake(&ublk, &blk, false);
+	pvf_parts_intake(&ublk.parts, &blk, false);
 	pvf_ring_push(&blk.ring);
 	backend_take(&backend);
 	while (answer && backend.held)
@@ -133,7 +142,7 @@ static void copies_both_ways(void)
 	hand_over(1, UBLK_IO_OP_READ, 0, 300);
 	finish(1);
 	check_read(1, 0, 300);
-	CHECK_EQ(ublk.ours, 0);
+	CHECK_EQ(ours(), 0);
 }
 
 static void splits_what_the_pool_cannot_hold(void)
@@ -192,11 +201,11 @@ static void begins_again_with_the_next_connection(void)
 	turn(false);
 	pvf_blk_drop_target(&blk);
 	pvf_blk_detach(&blk);
-	pvf_ublk_restart(&ublk);
-	CHECK_EQ(ublk.ours, 3);
-	CHECK_EQ(ublk.waiting_count, 3);
-	CHECK_EQ(ublk.waiting[0], 7); /* in the order in which they came */
-	CHECK_EQ(ublk.waiting[1], 3);
+	pvf_parts_restart(&ublk.parts);
+	CHECK_EQ(ours(), 3);
+	CHECK_EQ(ublk.parts.waiting_count, 3);
+	CHECK_EQ(ublk.parts.waiting[0], 7); /* in the order in which they came */
+	CHECK_EQ(ublk.parts.waiting[1], 3);
 	connect_backend(352, 11);
 	finish(7);
 	finish(3);
@@ -204,14 +213,14 @@ static void begins_again_with_the_next_connection(void)
 	check_read(7, 0, PVF_UBLK_MAX_IO / 512);
 	check_read(5, 5000, 8);
 	CHECK(!memcmp(disk, model, DISK));
-	CHECK_EQ(ublk.ours, 0);
+	CHECK_EQ(ours(), 0);
 }
 
 static void begins_nothing_while_draining(void)
 {
 	setup(352, 11, 6);
 	hand_over(0, UBLK_IO_OP_READ, 0, 8);
-	CHECK(!pvf_ublk_intake(&ublk, &blk, true));
+	CHECK(!pvf_parts_intake(&ublk.parts, &blk, true));
 	CHECK_EQ(blk.pending, 0);
 	finish(0);
 	check_read(0, 0, 8);
@@ -232,7 +241,7 @@ static void a_device_without_data_ends_the_target(void)
 {
 	setup(352, 11, 8);
 	hand_over(0, UBLK_IO_OP_WRITE, 0, 8); /* nothing was put into the memfd */
-	pvf_ublk_intake(&ublk, &blk, false);
+	pvf_parts_intake(&ublk.parts, &blk, false);
 	CHECK(ublk.gone && ublk.error == EIO);
 }
 
@@ -276,7 +285,7 @@ static void any_order(void)
 			if (below(&seed, 400) == 0) {
 				pvf_blk_drop_target(&blk);
 				pvf_blk_detach(&blk);
-				pvf_ublk_restart(&ublk);
+				pvf_parts_restart(&ublk.parts);
 				connect_backend(pages, 11);
 			}
 			turn(step >= 2500 || below(&seed, 3));
@@ -285,7 +294,7 @@ static void any_order(void)
 			CHECK(!lane[tag].busy || finished[tag]);
 		CHECK(begun > 500);
 		CHECK(!memcmp(disk, model, DISK));
-		CHECK_EQ(ublk.ours, 0);
+		CHECK_EQ(ours(), 0);
 	}
 }
 
