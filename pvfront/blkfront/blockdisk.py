@@ -31,6 +31,8 @@ class BlockDisk:
     prefix: ClassVar[str]
     """Of the kernel's name: "nbd" of nbd0."""
 
+    resize_waits = False
+
     def __init__(self, identifier: str, label: str, roots: sysfs.Roots) -> None:
         self.identifier = identifier
         self.label = label
@@ -71,6 +73,12 @@ class BlockDisk:
         if self._index is None:
             return None
         return inuse.in_use(self.name, self._roots)
+
+    def open_anywhere(self) -> str | None:
+        """As `busy`, and who merely has it open counts too."""
+        if self._index is None:
+            return None
+        return self.busy() or inuse.opened_by(self.name, self._roots)
 
     def in_flight(self) -> int:
         text = sysfs.read(self._sys / "inflight") if self._index is not None else None

@@ -26,6 +26,7 @@ Theory of operation
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -65,6 +66,7 @@ log = logging.getLogger(__name__)
 STALL_SECONDS = 10
 # A quiesce that only collects a worker's last words, not a backend's.
 SETTLE = 2.0
+RESIZE_POLL = 2.0  # seconds between two looks whether a disk that is to be resized is in use
 
 
 class DiskFrontend:
@@ -110,6 +112,7 @@ class DiskFrontend:
         self._broken = False
         self._trouble: str | None = None
         self._poke: Callable[[], None] = lambda: None
+        self._look_again: asyncio.TimerHandle | None = None
         self._stolen = stolen
         self._tell_event = on_event
         self._wanted_off: list[str] = []
@@ -125,7 +128,7 @@ class DiskFrontend:
 
     @property
     def pending(self) -> bool:
-        return bool(self._wanted_off) or self._news or self._next_client
+        return bool(self._wanted_off) or self._news or self._next_client or self.target.resize_waits
 
     @property
     def generation(self) -> int:
@@ -176,6 +179,8 @@ class DiskFrontend:
             )
         if self.target.clients is not None:
             found["client"] = self.target.clients.details()
+        if self.target.resize_waits:
+            found["resize_waits_for_last_close"] = True
         if geometry is not None:
             found["geometry"] = report.geometry(
                 geometry, self._offered, by_barrier=self._by_barrier
@@ -246,7 +251,7 @@ class DiskFrontend:
         self.limits = await self._read_limits(device)
         self._adopt_shape(worker)
         self._hold(hello.has_target)
-        await self.target.publish(self._offered)
+        await self._publish()
         log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
         return True
 
@@ -341,9 +346,18 @@ class DiskFrontend:
             await self._start_worker()
         else:
             await self._start_socket()
-        await self.target.publish(self._offered)
+        await self._publish()
         if before is not None and before.sectors != self.geometry.sectors:
             self._tell_size(before.size, self.geometry.size)
+
+    async def _publish(self) -> None:
+        await self.target.publish(self._offered)
+        if self._look_again is not None:
+            self._look_again.cancel()
+            self._look_again = None
+        if self.target.resize_waits:  # nobody tells when a disk's last user has closed it
+            loop = asyncio.get_running_loop()
+            self._look_again = loop.call_later(RESIZE_POLL, lambda: self._poke())
 
     async def _start_socket(self) -> None:
         """START with new sockets of the target, or with none if no client waits."""
@@ -454,8 +468,10 @@ class DiskFrontend:
             self.geometry = geometry
             if geometry.sectors:
                 await self._start_worker()
-            await self.target.publish(self._offered)
+            await self._publish()
             self._tell_size(before.size, geometry.size)
+        elif self.target.resize_waits:
+            await self._publish()
         if self._next_client:
             await self._start_socket()
         self._news = False

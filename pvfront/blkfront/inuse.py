@@ -3,7 +3,7 @@
 
 The scan explains; the kernel decides: `in_use` ends with an open(O_EXCL), which fails with EBUSY
 for whatever claims the disk or one of its partitions, known to us or not. A program that merely
-has the device open (a database on a raw disk) is no claim and is not found.
+has the device open (a database on a raw disk) is no claim and is not found; `opened_by` finds it.
 
 A mount is found by the device number in /proc/self/mountinfo. File systems with anonymous device
 numbers (btrfs) are found by their mount source, which names one of their devices; the others
@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,6 +115,27 @@ def claim_probe(
     if answer:
         return answer[0]
     return Use(name, f"not answering: an open did not end within {deadline:.0f} s")
+
+
+def opened_by(name: str, roots: sysfs.Roots = sysfs.SYSTEM) -> str | None:
+    """The programs that have the disk or a partition open, which is no claim; None if none has.
+
+    Those of other PID namespaces are found as far as they are seen from here.
+    """
+    numbers = {
+        sysfs.read(roots.block(device) / "dev") for device in (name, *partitions(name, roots))
+    }
+    found = set()
+    for entry in roots.proc.glob("[0-9]*/fd/*"):
+        try:
+            status = entry.stat()
+        except OSError:
+            continue  # it went just now
+        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        if stat.S_ISBLK(status.st_mode) and number in numbers:
+            process = entry.parents[1]
+            found.add(f"{sysfs.read(process / 'comm')} ({process.name})")
+    return f"{name} is open in {', '.join(sorted(found))}" if found else None
 
 
 @dataclass(frozen=True, slots=True)

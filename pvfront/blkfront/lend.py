@@ -70,7 +70,7 @@ class LentTarget:
 
     clients: Clients | None = None
     kind = "lent"
-    stays = False
+    stays = resize_waits = False
     server_pid = 0
     name = path = link = ""
     max_queues = usual_queues = 1

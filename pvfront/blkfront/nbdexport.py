@@ -307,7 +307,7 @@ class SocketTarget:
     """`target.Target` and `target.Clients` on ``run_dir/<label>.nbd``."""
 
     kind = "socket"
-    stays = False
+    stays = resize_waits = False
     server_pid = 0
 
     def __init__(self, label: str, run_dir: Path) -> None:

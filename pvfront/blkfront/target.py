@@ -139,6 +139,11 @@ class Target(Protocol):
     """The worker's; the caller says it before `publish`."""
 
     @property
+    def resize_waits(self) -> bool:
+        """Users still see the size of before: `publish` again when they have closed the disk."""
+        ...
+
+    @property
     def name(self) -> str:
         """The kernel's name ("nbd0"); "" while there is no device."""
         ...

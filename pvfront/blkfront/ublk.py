@@ -16,10 +16,15 @@ there is nothing that a user could read from.
   recovery. If every slot was on its way the kernel notices only when a request's timer
   expires: `queue/io_timeout` bounds that.
 - It carries what NBD cannot: the physical sector size, discard granularity and alignment.
-- Its size is for life. A resize of a disk that nobody has open makes a new device; of one in use,
-  it is said and waits (`details`). A read past the end of a disk that shrank fails in the worker.
+- Its size is for life. A resize of a disk that nobody has open makes a new device; as long as
+  somebody has, be it without a claim, it is said and waits (`resize_waits`): what he has open would
+  fail. A read past the end of a disk that shrank fails in the worker.
 - The kernel does not look for partitions of a disk whose server has no CAP_SYS_ADMIN, as our
-  workers have none. `publish` does it with partx(8), which adds them one by one.
+  workers have none, and refuses BLKRRPART too. They could have it: for one fetch io_uring would
+  take the credentials of before (IORING_REGISTER_PERSONALITY). But START_DEV then reads the table
+  while it holds the device's mutex, which the kernel wants to collect a dead worker's requests: a
+  worker that dies at that moment hangs both for ever. So `publish` does it with partx(8), and
+  udev's rule whenever a program that wrote to the disk has closed it.
 - STOP_DEV waits for requests that the worker has. `close` lets it answer them first; where it does
   not, TargetError asks the caller to end the worker and to close again.
 - Only one queue, whatever the backend offers: a device keeps the number of its queues, and a
@@ -36,7 +41,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .. import sysfs, threads
 from .blockdisk import POLL, BlockDisk, within
@@ -82,13 +87,6 @@ class UblkTarget(BlockDisk):
         super().__init__(f"pvfront:vbd-{vdev}", label, roots)
         self.owner = OWNER | vdev
         self.server_pid = 0
-        self._resize_waits = False
-
-    # -- names -----------------------------------------------------------------------------
-
-    def details(self) -> dict[str, Any]:
-        """What status shows besides."""
-        return {"resize_waits_for_last_close": True} if self._resize_waits else {}
 
     # -- life ------------------------------------------------------------------------------
 
@@ -158,7 +156,7 @@ class UblkTarget(BlockDisk):
 
         self._index, fd = await _command(make, "ublk add")
         self._off.clear()
-        self._resize_waits = False
+        self.resize_waits = False
         return fd
 
     async def _recover(self, index: int, deadline: float) -> bool:
@@ -226,21 +224,21 @@ class UblkTarget(BlockDisk):
         if new:
             self._tune()
             await self._partitions()
+        self._make_link()
         sectors = sysfs.read_int(self._sys / "size")
         block = sysfs.read_int(self._sys / "queue" / "logical_block_size")
         if sectors != geometry.sectors or block != geometry.sector_size:
             await self._other_size(geometry, sectors or 0, block or 0)
             return
-        self._resize_waits = False
+        self.resize_waits = False
         if not geometry.flush:
             self._off.add("flush")
         if not geometry.discard:
             self._off.add("discard")
         self._apply_off()
-        self._make_link()
 
     async def _other_size(self, geometry: DiskGeometry, sectors: int, block: int) -> None:
-        why = await asyncio.to_thread(self.busy)
+        why = await asyncio.to_thread(self.open_anywhere)
         if why is not None:
             if block != geometry.sector_size:
                 raise TargetError(
@@ -248,15 +246,16 @@ class UblkTarget(BlockDisk):
                     f"{geometry.sector_size} bytes while connected",
                     hint=f"release {self.label} and serve it again",
                 )
-            log.warning(
-                "%s: %d sectors, now %d; ublk cannot resize a disk in use (%s): users see the new "
-                "size when they have closed it",
-                self.name,
-                sectors,
-                geometry.sectors,
-                why,
-            )
-            self._resize_waits = True
+            if not self.resize_waits:
+                log.warning(
+                    "%s: %d sectors, now %d; ublk cannot resize a disk in use (%s): users see the "
+                    "new size when they have closed it",
+                    self.name,
+                    sectors,
+                    geometry.sectors,
+                    why,
+                )
+            self.resize_waits = True
             return
         log.info(
             "%s: %d sectors, now %d: making the device anew", self.name, sectors, geometry.sectors
@@ -295,7 +294,7 @@ class UblkTarget(BlockDisk):
         self._properties.unlink(missing_ok=True)
         self._index = None
         self._off.clear()
-        self._resize_waits = False
+        self.resize_waits = False
 
     # -- steps -----------------------------------------------------------------------------
 

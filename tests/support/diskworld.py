@@ -144,7 +144,7 @@ class OsDevice:
     """A `Target` that hands out sockets and notes what it is told."""
 
     kind = "nbd"
-    stays = False
+    stays = resize_waits = False
 
     def __init__(self) -> None:
         self.name = self.path = ""

@@ -289,6 +289,27 @@ async def test_a_resize_restarts_the_worker_and_publishes(
     assert world.host.disk[SECTORS * 512 :][:6] == b"beyond"
 
 
+async def test_a_resize_that_waits_is_shown_and_tried_until_users_have_closed_the_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RESIZE_POLL", 0.01)
+    disk = await world.running()
+    pokes: list[int] = []
+    disk.on_poke(lambda: pokes.append(1))
+    world.target.resize_waits = True
+    world.device.keys["sectors"] = str(2 * SECTORS)
+    for looks in range(1, 4):
+        await disk.update(world.device)
+        assert disk.pending
+        assert disk.details()["resize_waits_for_last_close"] is True
+        await eventually("another look", lambda looks=looks: len(pokes) >= looks)
+    world.target.resize_waits = False
+    await disk.update(world.device)
+    assert world.target.calls == ["attach", *["publish"] * 4]
+    assert not disk.pending
+    assert "resize_waits_for_last_close" not in disk.details()
+
+
 async def test_an_update_that_changes_nothing_does_nothing(world: World) -> None:
     disk = await world.running()
     await disk.update(world.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,30 @@ def test_a_disk_that_does_not_answer_an_open_counts_as_used(
     answer.set()
     assert use is not None
     assert "not answering" in str(use)
+
+
+def test_who_merely_has_a_partition_open_is_found_by_its_descriptor(
+    system: FakeSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    descriptors = system.roots.proc / "4711" / "fd"
+    descriptors.mkdir(parents=True)
+    (descriptors.parent / "comm").write_text("postgres\n")
+    for number in range(3):
+        (descriptors / str(number)).touch()
+    kinds = {"1": (stat.S_IFBLK, 202, 17), "2": (stat.S_IFCHR, 202, 17)}
+
+    honest = Path.stat
+
+    def status(path: Path, **how: Any) -> os.stat_result:
+        if path.parent != descriptors or path.name not in kinds:
+            return honest(path, **how)
+        mode, major, minor = kinds[path.name]
+        return os.stat_result([mode, *[0] * 9], {"st_rdev": os.makedev(major, minor)})
+
+    monkeypatch.setattr(Path, "stat", status)
+    assert inuse.opened_by("xvdb", system.roots) == "xvdb is open in postgres (4711)"
+    kinds.clear()
+    assert inuse.opened_by("xvdb", system.roots) is None
 
 
 def test_in_use_says_each_reason_once_and_what_helps() -> None:

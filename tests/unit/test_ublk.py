@@ -176,7 +176,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     monkeypatch.setattr(ublk, "UblkControl", control)
     monkeypatch.setattr(ublkcontrol, "UblkControl", control)
     monkeypatch.setattr(ublk, "POLL", 0.001)
-    monkeypatch.setattr(UblkTarget, "busy", lambda self: None)
+    monkeypatch.setattr(UblkTarget, "open_anywhere", lambda self: None)
     return kernel
 
 
@@ -299,22 +299,38 @@ async def test_a_disk_that_nobody_has_open_is_made_anew_with_its_new_size(kernel
     assert kernel.devices == {}
     await serve(made, larger)
     assert kernel.get(0, "size") == "262144"
-    assert made.details() == {}
+    assert not made.resize_waits
 
 
-async def test_a_resize_of_a_disk_in_use_is_said_and_waits(
+async def test_a_resize_of_an_open_disk_is_said_once_and_waits_for_its_close(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = target(kernel)
     await serve(made)
-    monkeypatch.setattr(UblkTarget, "busy", lambda self: "ublkb0 is mounted at /srv")
+    users = ["ublkb0 is open in fio (4711)"]
+    monkeypatch.setattr(UblkTarget, "open_anywhere", lambda self: users[0] if users else None)
+    larger = replace(DISK, sectors=262144)
     with caplog.at_level(logging.WARNING):
-        await made.publish(replace(DISK, sectors=262144))
+        await made.publish(larger)
+        await made.publish(larger)
     assert kernel.devices[0].info.state == LIVE
-    assert made.details() == {"resize_waits_for_last_close": True}
-    assert "mounted at /srv" in caplog.text
+    assert made.resize_waits
+    assert caplog.text.count("open in fio") == 1
+    users.clear()
+    await made.publish(larger)
+    assert kernel.devices == {}
+    assert not made.resize_waits
+
+
+async def test_a_size_that_comes_back_waits_for_nobody(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = target(kernel)
+    await serve(made)
+    monkeypatch.setattr(UblkTarget, "open_anywhere", lambda self: "ublkb0 is mounted at /srv")
+    await made.publish(replace(DISK, sectors=262144))
     await made.publish(DISK)
-    assert made.details() == {}
+    assert not made.resize_waits
 
 
 async def test_another_sector_size_of_a_disk_in_use_is_refused(
@@ -322,7 +338,7 @@ async def test_another_sector_size_of_a_disk_in_use_is_refused(
 ) -> None:
     made = target(kernel)
     await serve(made)
-    monkeypatch.setattr(UblkTarget, "busy", lambda self: "ublkb0 is mounted at /srv")
+    monkeypatch.setattr(UblkTarget, "open_anywhere", lambda self: "ublkb0 is mounted at /srv")
     with pytest.raises(TargetError, match="sector size changed from 512 to 4096"):
         await made.publish(replace(DISK, sector_size=4096))
 
