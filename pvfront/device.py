@@ -27,7 +27,8 @@ Timers
 
 Limits
     A backend that never answers makes the device `failed`, with the reason in status, and is
-    asked again for ever; a clear end after a crash loop is the supervisor's policy, not here.
+    asked again for ever. A worker that dies again and again is started no more (startlimit.py):
+    the device is `failed` for good, and in the end its users get errors.
 """
 
 from __future__ import annotations
@@ -37,32 +38,21 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
-from . import states
 from .errors import PvfrontError
-from .states import Step, XenbusState, next_step
+from .frontend import Frontend
+from .startlimit import Deaths
+from .states import XenbusState
+from .trace import Kind, Note, nothing
+from .walk import Deadlines, Walk
 from .xenbus import DeviceGone, HandshakeTimeout, View, XenbusDevice
 
 log = logging.getLogger(__name__)
 
-MOST_STEPS = 40  # of one walk; from any states to Connected takes 12
 RETRY_FIRST = 0.5
 RETRY_LAST = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Seconds that the other end gets for each step."""
-
-    init_wait: float = 30.0  # hotplug scripts in the backend's domain run before it
-    connected: float = 30.0
-    closing: float = 10.0
-    drain: float = 30.0
-    detach: float = 8.0  # the toolstack's own patience with a detach is 10 s
-    busy_poll: float = 1.0
 
 
 class Goal(enum.Enum):
@@ -85,100 +75,6 @@ class Phase(enum.Enum):
     FAILED = "failed"
 
 
-class Refused(PvfrontError):
-    """The backend went to Closing or Closed instead of Connected."""
-
-
-class Frontend(Protocol):
-    """The half of a device that knows its class: what a disk, a net or a console does.
-
-    Methods are called by one task only, never two at a time; `busy`, `in_flight` and `details`
-    by anyone.
-    """
-
-    @property
-    def trouble(self) -> str | None:
-        """None while the data path works; else the reason why this generation is over."""
-        ...
-
-    @property
-    def pending(self) -> bool:
-        """Whether `update` has something to do although the backend wrote nothing."""
-        ...
-
-    @property
-    def generation(self) -> int:
-        """Grows with each attach, also over restarts of the supervisor."""
-        ...
-
-    @property
-    def os_path(self) -> str:
-        """The OS device ("/dev/nbd0"); "" while there is none."""
-        ...
-
-    def details(self) -> dict[str, Any]:
-        """What status shows beyond the states."""
-        ...
-
-    def in_flight(self) -> int:
-        """Requests of the OS device's users that are not answered."""
-        ...
-
-    def on_poke(self, poke: Callable[[], None]) -> None:
-        """`poke` is to be called whenever `trouble` or something else here has changed."""
-
-    def stale_key(self, key: str) -> bool:
-        """Whether `key` in the frontend's directory is left over from a connection."""
-        ...
-
-    async def adopt(self, device: XenbusDevice) -> bool:
-        """True if a living worker already serves this connection and was taken over."""
-        ...
-
-    async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
-        """Begins a generation: opens ports and grants; returns the keys to publish."""
-        ...
-
-    async def start(self, device: XenbusDevice) -> None:
-        """The backend is Connected: read its features, start the data path."""
-        ...
-
-    async def update(self, device: XenbusDevice) -> None:
-        """The backend wrote Connected once more (a resize), or the worker had something."""
-        ...
-
-    async def quiesce(self, timeout: float) -> bool:
-        """Stops intake and waits for the ring to empty; False if it did not."""
-        ...
-
-    async def detach(self, *, keep_target: bool) -> None:
-        """Closes everything this generation holds. Never raises; idempotent."""
-        ...
-
-    def busy(self) -> str | None:
-        """Why the OS device cannot be taken away from its users now; None if it can."""
-        ...
-
-    async def close(self) -> None:
-        """Closes the OS device. Never raises; idempotent."""
-        ...
-
-    async def end(self) -> None:
-        """Ends the worker, which holds nothing any more. Never raises; idempotent."""
-        ...
-
-    async def poisoned(self) -> None:
-        """The domain slept while attached: lets go of everything but the event channel.
-
-        A port that was bound during a suspend must never be unbound (docs/suspend.md).
-        """
-        ...
-
-    def stolen(self) -> bool:
-        """Whether the kernel's own frontend has bound the device again; undoes that."""
-        ...
-
-
 class DeviceLoop:
     """Serves one device until its goal is CLOSED or the device is gone."""
 
@@ -190,8 +86,9 @@ class DeviceLoop:
         deadlines: Deadlines | None = None,
         on_change: Callable[[DeviceLoop], None] | None = None,
         may_bind: Callable[[], Awaitable[None]] | None = None,
+        note: Note = nothing,
     ) -> None:
-        """`may_bind` returns when ports may be bound: not while the domain is put to sleep."""
+        """`may_bind`: see `Walk`. `note` gets the device's timeline (trace.py)."""
         self.device = device
         self.frontend = frontend
         self.deadlines = deadlines or Deadlines()
@@ -201,15 +98,18 @@ class DeviceLoop:
         self.last_trouble: tuple[float, str] | None = None  # when (time.time()), and what
         self.reconnects = 0
         self.connected_since: float | None = None
-        self._attached = False  # the frontend holds ports and grants
-        self._published = False  # the keys in the store are those of what is held
-        self._poisoned = False
-        self._in_vain: Step | None = None  # the wait that ended without what was waited for
+        self.walk = Walk(device, frontend, self.deadlines, may_bind=may_bind, note=note)
         self._on_change = on_change
-        self._may_bind = may_bind
+        self._note = note
+        self._deaths = Deaths(frontend.start_limits)
+        self.gave_up_at: float | None = None  # time.time(); see `_give_up`
+        self._patient_until: float | None = None
+        self._verdict = ""
         self._poked = asyncio.Event()
         self._phase_changed = asyncio.Condition()
         frontend.on_poke(self.poke)
+        frontend.on_note(self._noted)
+        device.on_view = self._viewed
 
     # -- for the outside ------------------------------------------------------------------
 
@@ -224,7 +124,7 @@ class DeviceLoop:
 
     def poison(self) -> None:
         """The domain slept without having asked us: see `Frontend.poisoned`."""
-        self._poisoned = True
+        self.walk.poisoned = True
         self.poke()
 
     async def until_phase(self, *phases: Phase, timeout: float) -> None:
@@ -246,6 +146,7 @@ class DeviceLoop:
 
     async def run(self) -> None:
         """Returns when the device was closed, or is gone."""
+        self._viewed(None, self.device.view)
         follow = asyncio.create_task(self._follow_views(), name=f"{self.device.name} views")
         try:
             await self._run()
@@ -264,7 +165,7 @@ class DeviceLoop:
     async def _run(self) -> None:
         pause = RETRY_FIRST
         if await self.frontend.adopt(self.device):
-            self._attached = self._published = True
+            self.walk.attached = self.walk.published = True
             await self._enter(Phase.CONNECTED, "adopted")
         while True:
             match self.goal:
@@ -274,21 +175,25 @@ class DeviceLoop:
                 case Goal.PARKED:
                     await self._park()
                     continue
+                case Goal.CONNECTED if self._deaths.verdict is not None:
+                    if await self._give_up(self._deaths.verdict):
+                        return
+                    continue
                 case Goal.CONNECTED:
                     pass
             try:
                 if self.phase is not Phase.CONNECTED:
                     again = self.frontend.generation > 0
                     await self._enter(Phase.RECONNECTING if again else Phase.CONNECTING)
-                    if not await self._unless_goal_changes(self._connect()):
+                    if not await self._unless_goal_changes(self.walk.connect()):
                         continue
                     self.reconnects += again
                     await self._enter(Phase.CONNECTED)
                 began = time.monotonic()
                 if await self._serve():
                     return
-                self._published = False
-                if self.goal is not Goal.CONNECTED or self._poisoned:
+                self.walk.published = False
+                if self.goal is not Goal.CONNECTED or self.walk.poisoned:
                     continue
                 if time.monotonic() - began >= pause:
                     pause = RETRY_FIRST
@@ -297,7 +202,8 @@ class DeviceLoop:
                 raise
             except (PvfrontError, OSError) as error:
                 await self._enter(Phase.FAILED, str(error))
-            await self._pause(pause)
+            if self._deaths.verdict is None:
+                await self._pause(pause)
             pause = min(pause * 2, RETRY_LAST)
 
     async def _unless_goal_changes(self, step: Coroutine[Any, Any, None]) -> bool:
@@ -334,131 +240,54 @@ class DeviceLoop:
 
     def _worth_a_try(self) -> tuple[object, ...]:
         view = self.device.view
-        return self.goal, view.backend, view.online, view.moved, self._poisoned
+        return self.goal, view.backend, view.online, view.moved, self.walk.poisoned
 
-    # -- the walk --------------------------------------------------------------------------
+    # -- a crash loop ------------------------------------------------------------------------
 
-    async def _connect(self) -> None:
-        view = await self.device.refresh()
-        if view.moved or self._poisoned:
-            await self._moved()
-        await asyncio.to_thread(self.frontend.stolen)
-        await self._walk(states.Goal.CONNECTED)
+    async def _give_up(self, why: str) -> bool:
+        """Lets go of the backend and starts no worker any more, because they only die.
 
-    async def _disconnect(self, *, drained: bool) -> None:
-        """Walks to Closed and lets go of everything towards the backend, whatever it does.
-
-        Raises HandshakeTimeout if the backend is stuck; nothing is held then either, because an
-        unplug must not wait for a backend that does not answer (rule 28).
+        Users' requests wait, for a supervisor of another version perhaps; when nobody has helped
+        in time the OS device is closed, and they fail. True: the device was detached for good;
+        False: the goal has changed.
         """
-        try:
-            await self._walk(states.Goal.CLOSED, drained=drained)
-        except (DeviceGone, HandshakeTimeout, Refused) as error:
-            await self._let_go(keep_target=drained)
-            if (await self.device.refresh()).present:
-                # A toolstack must not find a frontend that still claims to be connected.
-                await self.device.write_state(XenbusState.CLOSED)
-            if not isinstance(error, DeviceGone):
-                raise
-
-    async def _walk(self, goal: states.Goal, *, drained: bool = False) -> None:
-        """Does one step of the table (states.py) after another until `goal` is reached.
-
-        `drained`: nothing is in flight, so the OS device can keep its socket.
-        """
-        device = self.device
-        for _ in range(MOST_STEPS):
-            view = await device.refresh()
-            if not view.present:
+        device, frontend = self.device, self.frontend
+        if self.gave_up_at is None:
+            patience = frontend.start_limits.dead_conn_timeout
+            self.gave_up_at, self._patient_until = time.time(), time.monotonic() + patience
+            self._verdict = f"{why}; requests fail {patience:g} s later unless it is served again"
+        await self._enter(Phase.FAILED, self._verdict)
+        with contextlib.suppress(PvfrontError, OSError):
+            await self.walk.disconnect(drained=False)
+        while self.goal is Goal.CONNECTED:
+            self._poked.clear()
+            if device.view.moved:
+                with contextlib.suppress(PvfrontError, OSError):
+                    await device.reopen()
+            view, left = device.view, None
+            if not view.present and not view.moved:
                 raise DeviceGone(f"{device.name}: removed")
-            decision = next_step(
-                view.frontend,
-                view.backend,
-                online=view.online,
-                goal=goal,
-                published=self._published,
-            )
-            log.debug("%s: %s: %s", device.name, decision.step.name, decision.reason)
-            match decision.step:
-                case Step.WRITE_CLOSING:
-                    await device.write_state(XenbusState.CLOSING)
-                case Step.WRITE_CLOSED:
-                    await device.write_state(XenbusState.CLOSED)
-                case Step.RESTART:
-                    await self._let_go(keep_target=drained)
-                    await device.write_state(XenbusState.INITIALISING)
-                case Step.ALLOCATE_AND_PUBLISH:
-                    await self._let_go(keep_target=drained)
-                    if self._may_bind is not None:
-                        await self._may_bind()
-                    self._attached = True
-                    keys = await self.frontend.attach(device)
-                    await device.publish(dict(keys), XenbusState.INITIALISED)
-                    self._published = True
-                case Step.CONNECT:
-                    await self.frontend.start(device)
-                    await device.write_state(XenbusState.CONNECTED)
-                case Step.PAUSE_THEN_WRITE_CLOSING:
-                    self._published = False
-                    raise Refused(f"{device.name}: {decision.reason}" + await self._backend_error())
-                case Step.DONE:
-                    if goal is states.Goal.CLOSED:
-                        await self._let_go(keep_target=drained)
-                    return
-                case Step.DETACHED:
-                    await self._let_go(keep_target=drained)
-                    raise DeviceGone(f"{device.name}: {decision.reason}")
-                case step:
-                    await self._wait(step, view)
-        raise Refused(f"{device.name}: the backend changes its state without end")
+            if self._patient_until is not None:
+                left = self._patient_until - time.monotonic()
+                if left < 0.001:  # what a clock can resolve, in any case
+                    self._patient_until = None
+                    await frontend.close()
+                    await frontend.end()
+                    self._verdict = f"{why}; given up: its users have got I/O errors"
+                    await self._enter(Phase.FAILED, self._verdict)
+                    continue
+            if view.backend in (XenbusState.CLOSING, XenbusState.CLOSED) and not view.online:
+                if await asyncio.to_thread(frontend.busy) is None:
+                    # The backend answers a write, and ours was Closed before it was Closing.
+                    await device.write_state(XenbusState.CLOSED, again=True)
+                    await self._detach(drained=False)
+                    return True
+                left = min(left or self.deadlines.busy_poll, self.deadlines.busy_poll)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._poked.wait(), left)
+        return False
 
-    async def _wait(self, step: Step, view: View) -> None:
-        wait = self.deadlines
-        seconds, what = {
-            Step.WAIT_INIT_WAIT: (wait.init_wait, "backend InitWait"),
-            Step.WAIT_CONNECTED: (wait.connected, "backend Connected"),
-            Step.WAIT_BACKEND_CLOSING: (wait.closing, "backend Closing"),
-            Step.WAIT_BACKEND_CLOSED: (wait.closing, "backend Closed"),
-        }[step]
-        if step is self._in_vain or (
-            step is Step.WAIT_INIT_WAIT and view.backend is XenbusState.CLOSED
-        ):
-            # The backend reacts to the write, not to the value: it may have missed the first.
-            await self.device.write_state(view.frontend, again=True)
-        self._in_vain = step
-        await self.device.until(
-            lambda v: v.backend is not view.backend or v.online is not view.online,
-            what=what,
-            timeout=seconds,
-        )
-        self._in_vain = None
-
-    async def _let_go(self, *, keep_target: bool) -> None:
-        """Frees what the generation held, and removes its keys. After the backend has let go."""
-        self._published = False
-        if self._attached:
-            await self.frontend.detach(keep_target=keep_target)
-            self._attached = False
-        if self.device.view.present:
-            await self.device.remove_keys(self.frontend.stale_key)
-
-    async def _moved(self) -> None:
-        """The domain is another one than at the attach: nothing of before may be unbound."""
-        self._poisoned = False
-        self._published = False
-        if self._attached:
-            await self.frontend.poisoned()
-            self._attached = False
-        await self.device.reopen()
-
-    async def _backend_error(self) -> str:
-        """What xenbus_dev_error left in the store, as a clause; '' if nothing."""
-        with contextlib.suppress(OSError):
-            head, _, tail = self.device.backend.partition("/backend/")
-            text = await self.device.store.read_opt(f"{head}/error/backend/{tail}/error")
-            if text:
-                return f" (the backend says {text[:200]!r})"
-        return ""
+    # -- connected -------------------------------------------------------------------------
 
     async def _serve(self) -> bool:
         """Stays Connected. True: the device was detached for good; False: walk again."""
@@ -471,8 +300,8 @@ class DeviceLoop:
             view = device.view
             # A toolstack that wrote state 1 has built this device anew, which is what a restore
             # looks like from inside: the port may have been bound while the domain slept.
-            if view.moved or self._poisoned or view.frontend is XenbusState.INITIALISING:
-                self._poisoned = True
+            if view.moved or self.walk.poisoned or view.frontend is XenbusState.INITIALISING:
+                self.walk.poisoned = True
                 why = "the domain was suspended and resumed without us"
                 await self._enter(Phase.RECONNECTING, why)
                 return False
@@ -525,22 +354,24 @@ class DeviceLoop:
                 await self._enter(Phase.CONNECTED, "detach withdrawn")
                 return False
         await self._enter(Phase.CLOSING, "detached by the toolstack")
-        drained = await self.frontend.quiesce(self.deadlines.detach)
+        await self._detach(drained=await self.frontend.quiesce(self.deadlines.detach))
+        return True
+
+    async def _detach(self, *, drained: bool) -> None:
         await self.frontend.close()
         with contextlib.suppress(PvfrontError):
-            await self._disconnect(drained=drained)
+            await self.walk.disconnect(drained=drained)
         await self.frontend.end()
         await self._enter(Phase.CLOSED, "detached by the toolstack")
-        return True
 
     async def _park(self) -> None:
         """Lets go of everything towards the backend; waits for another goal."""
         try:
-            if self._attached:
+            if self.walk.attached:
                 drained = False
                 if self.frontend.trouble is None:
                     drained = await self.frontend.quiesce(self.deadlines.drain)
-                await self._disconnect(drained=drained)
+                await self.walk.disconnect(drained=drained)
         except DeviceGone:
             raise
         except (PvfrontError, OSError) as error:
@@ -563,14 +394,14 @@ class DeviceLoop:
     async def _close(self) -> None:
         await self._enter(Phase.CLOSING)
         drained = False
-        if self._attached and self.frontend.trouble is None:
+        if self.walk.attached and self.frontend.trouble is None:
             await self.frontend.close()
             drained = await self.frontend.quiesce(self.deadlines.drain)
         else:
             await self.frontend.close()
         reason = ""
         try:
-            await self._disconnect(drained=drained)
+            await self.walk.disconnect(drained=drained)
         except (PvfrontError, OSError) as error:
             reason = str(error)
             log.warning("%s: %s", self.device.name, error)
@@ -580,7 +411,7 @@ class DeviceLoop:
     async def _gone(self, why: str) -> None:
         await self._enter(Phase.CLOSING, why)
         await self.frontend.detach(keep_target=False)
-        self._attached = False
+        self.walk.attached = False
         await self.frontend.close()
         await self.frontend.end()
         await self._enter(Phase.CLOSED, why)
@@ -603,7 +434,26 @@ class DeviceLoop:
         async with self._phase_changed:
             self.phase, self.reason = phase, reason
             self._phase_changed.notify_all()
+        text = f"{phase.value}: {reason}" if reason else phase.value
+        self._note(Kind.PHASE, text, phase=phase.value)
         self._tell()
+
+    def _noted(self, kind: Kind, text: str, /, **facts: Any) -> None:
+        if kind is Kind.DIED:
+            self._deaths.died(time.monotonic(), text)
+        self._note(kind, text, **facts)
+
+    def _viewed(self, before: View | None, now: View) -> None:
+        """Notes what has changed of both ends."""
+        if before is None or before.present != now.present or before.moved != now.moved:
+            what = "it names another backend" if now.moved else "there"
+            self._note(Kind.NODES, what if now.present or now.moved else "not there")
+        if now.present and (before is None or before.online != now.online):
+            self._note(Kind.NODES, "online" if now.online else "offline")
+        if before is None or before.backend is not now.backend:
+            self._note(Kind.BACKEND, now.backend.label, state=int(now.backend))
+        if before is None or before.frontend is not now.frontend:
+            self._note(Kind.FRONTEND, now.frontend.label, state=int(now.frontend))
 
     def _tell(self) -> None:
         """Something that status shows has changed."""

@@ -12,28 +12,31 @@ Theory of operation
     must not tear a file system from under its users. *Death* (SIGKILL, a crash): every worker goes
     on, and the next supervisor adopts them all.
 
-    Questions come through ``/run/pvfront/supervisor-<class>.sock``: one JSON object a line, one
-    JSON answer a line; the CLI is its client.
+    Questions come through ``/run/pvfront/supervisor-<class>.sock`` (questions.py); the CLI is its
+    client. What needs no answer stands in files: states (statefile.py), the timeline (trace.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
 from .claim import CannotTake
-from .device import DeviceLoop, Frontend, Goal, Phase
+from .device import DeviceLoop, Goal, Phase
 from .errors import PvfrontError
+from .frontend import Frontend
+from .questions import answering
+from .statefile import save_state, state_of, write_json
 from .states import XenbusState
 from .suspend import Suspend, SuspendParticipant
+from .trace import SERVICE, Kind, Trace
 from .xenbus import Bus, XenbusDevice
 from .xenstore import Xenstore
 
@@ -178,6 +181,7 @@ class Supervisor:
         self.run_dir = run_dir
         self.served: dict[int, Served] = {}
         self.refused: dict[int, str] = {}
+        self._trace: Trace  # of the service; from `run` on
         self._stop = asyncio.Event()
         self._failure: PvfrontError | None = None
         self._suspend = suspend(self._participants) if suspend is not None else None
@@ -198,7 +202,14 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
             loop.add_signal_handler(number, self.stop)
-        async with self._answering():  # first: a second supervisor must not change anything
+        # First: a second supervisor must not change anything.
+        async with answering(
+            self.run_dir / f"supervisor-{self.klass.klass}.sock",
+            self.klass.klass,
+            {"list": self._do_list, "release": self._do_release},
+        ):
+            self._trace = Trace(self.run_dir, f"{SERVICE}{self.klass.klass}")
+            self._trace.note(Kind.SERVICE, f"begins: pid {os.getpid()}", pid=os.getpid())
             self._show_refused()
             if self.hot_plug:
                 self.klass.hold_hot_plug()
@@ -209,6 +220,8 @@ class Supervisor:
             finally:
                 self.refused.clear()
                 self._show_refused()
+                self._trace.note(Kind.SERVICE, f"ends: pid {os.getpid()}", pid=os.getpid())
+                self._trace.close()
                 if self.hot_plug:
                     self.klass.release_hot_plug()
         return 1 if self._failure else 0
@@ -400,13 +413,16 @@ class Supervisor:
         if self.refused.pop(devid, None) is not None:
             self._show_refused()
         self._seen_ids.add(devid)
+        frontend, trace = self.klass.frontend(device), Trace(self.run_dir, device.name)
+        trace.generation = lambda: frontend.generation
         loop = DeviceLoop(
             device,
-            self.klass.frontend(device),
+            frontend,
             on_change=self._phase_changed,
             may_bind=self._suspend.may_bind if self._suspend is not None else None,
+            note=trace.note,
         )
-        task = asyncio.create_task(self._serve(devid, loop), name=f"serve {name}")
+        task = asyncio.create_task(self._serve(devid, loop, trace), name=f"serve {name}")
         self.served[devid] = Served(loop, task)
 
     async def _take(self, device: XenbusDevice, *, patient: bool) -> None:
@@ -432,11 +448,11 @@ class Supervisor:
         path = self.run_dir / f"refused-{self.klass.klass}.json"
         with contextlib.suppress(OSError):
             if self.refused:
-                _write_json(path, {str(devid): why for devid, why in sorted(self.refused.items())})
+                write_json(path, {str(devid): why for devid, why in sorted(self.refused.items())})
             else:
                 path.unlink(missing_ok=True)
 
-    async def _serve(self, devid: int, loop: DeviceLoop) -> None:
+    async def _serve(self, devid: int, loop: DeviceLoop, trace: Trace) -> None:
         try:
             await loop.run()
         except asyncio.CancelledError:
@@ -446,6 +462,7 @@ class Supervisor:
             raise
         finally:
             await loop.device.close()
+            trace.close()
         if _is_gone(loop):
             self.klass.forget(loop.device.name)
         # The id may be back already, attached again before the list was read once more.
@@ -486,58 +503,15 @@ class Supervisor:
         while True:
             now = suspend.status()
             if now != shown:
-                _write_json(self.run_dir / "suspend.json", now)
+                write_json(self.run_dir / "suspend.json", now)
+                if now["stage"] != shown.get("stage"):
+                    self._trace.note(Kind.SUSPEND, str(now["stage"]), armed=now["armed"])
+                if now["last_refusal"] and now["last_refusal"] != shown.get("last_refusal"):
+                    self._trace.note(Kind.SUSPEND, f"refused: {now['last_refusal']}")
                 shown = now
             await suspend.until(lambda s: s.status() != shown, _NEVER)  # noqa: B023 - awaited
 
     # -- questions -------------------------------------------------------------------------
-
-    @contextlib.asynccontextmanager
-    async def _answering(self) -> Any:
-        path = self.run_dir / f"supervisor-{self.klass.klass}.sock"
-        if path.exists():
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(str(path))
-                raise PvfrontError(
-                    f"another supervisor already serves {self.klass.klass} devices ({path})",
-                    hint="`pvfront list` shows what it serves",
-                )
-            path.unlink(missing_ok=True)
-        server = await asyncio.start_unix_server(self._answer, str(path))
-        path.chmod(0o600)
-        try:
-            yield
-        finally:
-            server.close()
-            path.unlink(missing_ok=True)
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            line = await asyncio.wait_for(reader.readline(), 10)
-            try:
-                answer = await self._do(_parse(line))
-            except (PvfrontError, OSError) as error:
-                answer = {
-                    "ok": False,
-                    "error": str(error),
-                    "hint": getattr(error, "hint", None),
-                }
-            writer.write(json.dumps(answer).encode() + b"\n")
-            await writer.drain()
-        except (TimeoutError, OSError, ValueError):
-            pass  # the asker has gone, or never asked
-        finally:
-            writer.close()
-
-    async def _do(self, request: dict[str, Any]) -> dict[str, Any]:
-        verbs: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-            "list": self._do_list,
-            "release": self._do_release,
-        }
-        verb = verbs.get(str(request.get("verb")))
-        if verb is None:
-            raise PvfrontError(f"unknown request; known are: {', '.join(verbs)}")
-        return await verb(request)
 
     async def _do_list(self, _: dict[str, Any]) -> dict[str, Any]:
         devices = [state_of(s.loop) for s in self.served.values() if not s.task.done()]
@@ -560,51 +534,3 @@ class Supervisor:
             raise PvfrontError(text)
         self.served.pop(devid, None)
         return {"ok": True, "text": text}
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        request = json.loads(line)
-    except (ValueError, RecursionError):
-        request = None
-    if not isinstance(request, dict):
-        raise PvfrontError("the request is no JSON object on one line")
-    return request
-
-
-def state_of(loop: DeviceLoop) -> dict[str, Any]:
-    """A device as ``list``, ``status`` and the state file show it."""
-    view = loop.device.view
-    return {
-        "name": loop.device.name,
-        "class": loop.device.klass,
-        "id": loop.device.devid,
-        "backend": loop.device.backend,
-        "backend_id": loop.device.backend_id,
-        "phase": loop.phase.value,
-        "reason": loop.reason,
-        "generation": loop.frontend.generation,
-        "reconnects": loop.reconnects,
-        "connected_since": loop.connected_since,
-        "last_trouble_at": loop.last_trouble[0] if loop.last_trouble else None,
-        "last_trouble": loop.last_trouble[1] if loop.last_trouble else "",
-        "frontend_state": view.frontend.label,
-        "backend_state": view.backend.label,
-        **loop.frontend.details(),
-    }
-
-
-def save_state(run_dir: Path, loop: DeviceLoop) -> None:
-    """Writes ``/run/pvfront/<name>.json``, whole or not at all; removes it once closed."""
-    path = run_dir / f"{loop.device.name}.json"
-    if loop.phase is Phase.CLOSED:
-        path.unlink(missing_ok=True)
-        return
-    _write_json(path, state_of(loop))
-
-
-def _write_json(path: Path, value: object) -> None:
-    """Replaces a file in one step: whoever reads it finds the old text or the new."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(value, indent=1) + "\n")
-    new.replace(path)

@@ -88,6 +88,7 @@ class XenbusDevice:
         self.backend = backend
         self.backend_id = backend_id
         self.view = View(XenbusState.UNKNOWN, XenbusState.UNKNOWN, False, False)
+        self.on_view: Callable[[View, View], None] = lambda before, now: None
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -153,14 +154,16 @@ class XenbusDevice:
         moved = where is not None and where.rstrip("/") != self.backend
         present = frontend is not None and backend is not None and where is not None and not moved
         async with self._changed:
+            before = self.view
             self.view = View(
                 frontend=parse_state(frontend),
                 backend=parse_state(backend),
                 online=online == "1",
                 present=present,
                 moved=moved,
-                serial=self.view.serial + 1,
+                serial=before.serial + 1,
             )
+            self.on_view(before, self.view)
             self._changed.notify_all()
         return self.view
 

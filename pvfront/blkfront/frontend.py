@@ -39,7 +39,9 @@ from ..budget import Budget, Grant
 from ..errors import PvfrontError
 from ..parking import CannotPark, park
 from ..platform import Platform
+from ..startlimit import Limits
 from ..states import XenbusState
+from ..trace import Kind, Note, nothing
 from ..worker import (
     Broken,
     Drained,
@@ -113,6 +115,7 @@ class DiskFrontend:
         self._trouble: str | None = None
         self._poke: Callable[[], None] = lambda: None
         self._look_again: asyncio.TimerHandle | None = None
+        self._note: Note = nothing
         self._stolen = stolen
         self._tell_event = on_event
         self._wanted_off: list[str] = []
@@ -134,8 +137,15 @@ class DiskFrontend:
     def generation(self) -> int:
         return self._generation
 
+    @property
+    def start_limits(self) -> Limits:
+        return self.settings.start_limits
+
     def on_poke(self, poke: Callable[[], None]) -> None:
         self._poke = poke
+
+    def on_note(self, note: Note) -> None:
+        self._note = note
 
     def stale_key(self, key: str) -> bool:
         # Without virtual-device the kernel's blkfront refuses the device (blkfront_probe). Were it
@@ -219,6 +229,7 @@ class DiskFrontend:
         self._use(worker)
         hello = worker.hello
         assert hello is not None
+        self._note(Kind.WORKER, f"found, {hello.state.name}: pid {worker.pid}", pid=worker.pid)
         self._generation = hello.generation
         self._held = hello.generation, hello.attached
         has_device = await self.target.adopt()
@@ -310,6 +321,14 @@ class DiskFrontend:
             self._held = self._generation, len(made.queues)
             # The worker holds all of it now. Ours are closed without unbinding or freeing anything.
         self._note_shape(asked, made, why)
+        ports = [queue.port for queue in made.queues]
+        self._note(
+            Kind.ATTACHED,
+            f"{made.shape}, event channels {', '.join(map(str, ports))}",
+            ports=ports,
+            pages=made.shape.pages,
+            pid=worker.pid,
+        )
         return features.queue_keys(
             [(queue.port, queue.ring_refs) for queue in made.queues],
             persistent=self.settings.feature_persistent,
@@ -528,10 +547,13 @@ class DiskFrontend:
             except (WorkerGone, WorkerError) as error:
                 # A worker that cannot say that it has let go is ended: the kernel lets go for it.
                 log.warning("%s; ending the worker", error)
+                self._note(Kind.WORKER, f"killed: {error}", pid=worker.pid)
                 worker.kill()
                 await worker.ended(SETTLE)
                 self._forget()
                 keep = False
+        if self._attached:
+            self._note(Kind.DETACHED, "event channels and granted pages are let go of")
         self._attached = self._draining = False
         self.budget.release(self.name)
         self._hold(keep and self._has_socket)
@@ -553,6 +575,7 @@ class DiskFrontend:
         if self._worker is not None:
             self._worker.on_event = lambda event: None
             await self._worker.exit()
+            self._note(Kind.WORKER, f"ended: pid {self._worker.pid}", pid=self._worker.pid)
             self._forget()
         self.budget.leave(self.name)
         (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
@@ -579,6 +602,8 @@ class DiskFrontend:
             (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
         else:
             log.warning("%s: %d event channel(s) parked in process %d", self.name, ports, parker)
+            what = f"killed: pid {worker.pid}; its {ports} ports are kept by process {parker}"
+            self._note(Kind.WORKER, what, pid=worker.pid, parker=parker, ports=ports)
             worker.kill()
             await worker.ended(SETTLE)
         self._forget()
@@ -588,7 +613,13 @@ class DiskFrontend:
     async def _living_worker(self) -> Worker:
         if self._worker is None or not self._worker.alive:
             self._hold(False)
-            self._use(await self._spawn())
+            try:
+                self._use(await self._spawn())
+            except WorkerGone as error:
+                self._note(Kind.DIED, str(error).removeprefix(f"{self.name}: "))
+                raise
+            pid = self._need_worker().pid
+            self._note(Kind.WORKER, f"started: pid {pid}", pid=pid)
         return self._need_worker()
 
     async def _spawn(self) -> Worker:
@@ -629,17 +660,23 @@ class DiskFrontend:
             case Broken():
                 self._broken = True
                 self._trouble = str(event)
+                self._note(
+                    Kind.BROKEN, str(event), rule=event.rule, field=event.field, value=event.value
+                )
             case TargetGone() if self.target.clients is not None:
                 level = logging.WARNING if event.error else logging.INFO
                 log.log(level, "%s: %s", self.name, event)
+                self._note(Kind.TARGET, str(event))
                 self._draining = True
                 self._hold(False)
             case TargetGone():
+                self._note(Kind.TARGET, str(event))
                 self._hold(False)
                 self._trouble = str(event)
             case Drained():
                 self._draining = False
             case Exited():
+                self._note(Kind.DIED, event.text)
                 self._hold(False)
                 self._trouble = event.text
                 self._forget()
@@ -654,8 +691,11 @@ class DiskFrontend:
                         event.seconds,
                         event.in_flight,
                     )
+                    what = f"no answer for {event.seconds} s, {event.in_flight} requests wait"
                 else:
                     log.info("%s: the backend answers again", self.name)
+                    what = "the backend answers again"
+                self._note(Kind.STALL, what, seconds=event.seconds, in_flight=event.in_flight)
         self._poke()
 
 

@@ -31,6 +31,7 @@ from typing import Any, Protocol
 from ..errors import PvfrontError
 from ..parking import CannotPark, park
 from ..platform import Platform, platform
+from ..startlimit import Limits
 from ..supervisor import Supervisor
 from ..suspend import Suspend
 from ..worker import Event, Exited, Worker, WorkerGone
@@ -105,6 +106,11 @@ class LentFrontend(DiskFrontend):
     def __init__(self, *args: Any, borrower: Borrower, **more: Any) -> None:
         super().__init__(*args, **more)
         self._borrower = borrower
+
+    @property
+    def start_limits(self) -> Limits:
+        """Programs end, one after another; that is no crash loop."""
+        return Limits(start_limit_burst=0)
 
     def details(self) -> dict[str, Any]:
         return {**super().details(), "os_device": self.busy() or "not lent any more"}

@@ -6,7 +6,8 @@
     [disk xvdc]                 for one, on top of that
     max_indirect_segments = 32
 
-The names are those of the parameters of the kernel's drivers (xen-blkfront). A missing file is an
+The names are those of the parameters of the kernel's drivers (xen-blkfront), and of a crash loop
+those of systemd and of nbd (startlimit.py). A missing file is an
 empty one; anything in it that is not understood is an error with file, line and key, because a
 setting that is silently not applied is worse than none.
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 from ..abi import lib
 from ..errors import PvfrontError
+from ..startlimit import Limits
 from .features import DIRECT_SEGMENTS, MAX_INDIRECT_SEGMENTS, MAX_RING_PAGE_ORDER
 from .vdev import parse_name, vdev_name
 
@@ -48,6 +50,13 @@ class DiskSettings:
     max_queues: int = 0  # 0: what suits the target (target.py, `usual_queues`)
     feature_persistent: bool = True
     poll_us: int = 0  # look for a response for so long before sleeping
+    start_limit_burst: int = Limits.start_limit_burst
+    start_limit_interval: int = int(Limits.start_limit_interval)  # seconds
+    dead_conn_timeout: int = int(Limits.dead_conn_timeout)  # seconds
+
+    @property
+    def start_limits(self) -> Limits:
+        return Limits(self.start_limit_burst, self.start_limit_interval, self.dead_conn_timeout)
 
 
 NAMES = tuple(field.name for field in fields(DiskSettings))
@@ -76,6 +85,9 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_queues": _number(0, lib.PVF_MAX_QUEUES),
     "feature_persistent": _switch,
     "poll_us": _number(0, lib.PVF_POLL_MAX_US),
+    "start_limit_burst": _number(0, 1000),
+    "start_limit_interval": _number(1, 86400),
+    "dead_conn_timeout": _number(0, 999999999),
 }
 
 

@@ -16,6 +16,7 @@ from .output import complain
 from .release import release
 from .status import status
 from .store import store
+from .trace import trace
 from .vbd import vbd
 
 
@@ -25,7 +26,7 @@ def cli() -> None:
     """Xen PV devices of this guest, served in user space."""
 
 
-for command in (list_command, release, status, store, vbd):
+for command in (list_command, release, status, store, trace, vbd):
     cli.add_command(command)
 
 

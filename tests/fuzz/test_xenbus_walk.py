@@ -33,9 +33,12 @@ from memwire import connect
 from vclock import Clock, VirtualLoop
 
 from pvfront import device as device_module
+from pvfront import walk as walk_module
 from pvfront import xenbus as xenbus_module
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
+from pvfront.startlimit import Limits
+from pvfront.trace import Note
 from pvfront.xenbus import XenbusDevice
 
 FRONT = "/local/domain/5/device/vbd/51728"
@@ -77,8 +80,13 @@ class Disk:
         if what in self.fails:
             raise self.fails.pop(what)
 
+    start_limits = Limits()
+
     def on_poke(self, poke: Callable[[], None]) -> None:
         self.poke = poke
+
+    def on_note(self, note: Note) -> None:
+        self.note = note
 
     def details(self) -> dict[str, Any]:
         return {}
@@ -160,7 +168,7 @@ class Walk(RuleBasedStateMachine):
         self.loop = VirtualLoop()
         clock = Clock(self.loop)
         self.patches = contextlib.ExitStack()
-        for module in (device_module, xenbus_module):
+        for module in (device_module, walk_module, xenbus_module):
             self.patches.enter_context(mock.patch.object(module, "time", clock))
         self.mem = Store()
         self.mem.on_change = self.changed  # type: ignore[method-assign]

@@ -20,8 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from memstore import MemStore, Refused, SocketServer
 
-from pvfront.device import Deadlines, DeviceLoop, Goal, Phase
+from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
+from pvfront.startlimit import Limits
+from pvfront.trace import Note
+from pvfront.walk import Deadlines
 from pvfront.xenbus import XenbusDevice
 from pvfront.xenstore import Xenstore
 
@@ -48,8 +51,13 @@ class Disk:
         self.drains = True
         self.poke: Callable[[], None] = lambda: None
 
+    start_limits = Limits()
+
     def on_poke(self, poke: Callable[[], None]) -> None:
         self.poke = poke
+
+    def on_note(self, note: Note) -> None:
+        self.note = note
 
     def details(self) -> dict[str, Any]:
         return {}

@@ -23,7 +23,9 @@ from pvfront import supervisor as module
 from pvfront.claim import CannotTake
 from pvfront.device import Phase
 from pvfront.errors import PvfrontError
+from pvfront.startlimit import Limits
 from pvfront.supervisor import Supervisor
+from pvfront.trace import Note
 from pvfront.xenbus import XenbusDevice
 from pvfront.xenstore import Xenstore
 
@@ -54,8 +56,13 @@ class Disk:
         self.calls: list[str] = []
         self.hangs = False
 
+    start_limits = Limits()
+
     def on_poke(self, poke: Callable[[], None]) -> None:
         self.poke = poke
+
+    def on_note(self, note: Note) -> None:
+        self.note = note
 
     def details(self) -> dict[str, Any]:
         return {"os_device": self.os_path}
@@ -322,7 +329,7 @@ async def test_a_named_device_that_is_refused_is_an_error_and_the_others_are_giv
         await asyncio.wait_for(world.run, PATIENCE)
     assert world.klass.count("give back", B) == 1
     assert world.supervisor.served[B].loop.phase is Phase.CLOSED
-    assert not list(world.run_dir.iterdir())
+    assert [path.name for path in world.run_dir.iterdir()] == ["trace"]
 
 
 async def test_named_devices_are_served_and_others_left_alone(world: World) -> None:
@@ -507,7 +514,7 @@ async def test_a_stop_drains_closes_and_gives_back(world: World) -> None:
         assert world.mem.value(f"{front(devid)}/state") == b"6"
         assert world.klass.count("give back", devid) == 1
     assert world.klass.calls[-1] == ("release", "")
-    assert not list(world.run_dir.iterdir())
+    assert [path.name for path in world.run_dir.iterdir()] == ["trace"]
 
 
 async def test_a_stop_says_nothing_of_what_was_detached_before(

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What a class of devices must do for the loop that serves it (device.py): disk, net, console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from .startlimit import Limits
+from .trace import Note
+from .xenbus import XenbusDevice
+
+
+class Frontend(Protocol):
+    """The half of a device that knows its class: what a disk, a net or a console does.
+
+    Methods are called by one task only, never two at a time; `busy`, `in_flight` and `details`
+    by anyone.
+    """
+
+    @property
+    def trouble(self) -> str | None:
+        """None while the data path works; else the reason why this generation is over."""
+        ...
+
+    @property
+    def pending(self) -> bool:
+        """Whether `update` has something to do although the backend wrote nothing."""
+        ...
+
+    @property
+    def start_limits(self) -> Limits:
+        """When workers have died often enough. Asked once."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """Grows with each attach, also over restarts of the supervisor."""
+        ...
+
+    @property
+    def os_path(self) -> str:
+        """The OS device ("/dev/nbd0"); "" while there is none."""
+        ...
+
+    def details(self) -> dict[str, Any]:
+        """What status shows beyond the states."""
+        ...
+
+    def in_flight(self) -> int:
+        """Requests of the OS device's users that are not answered."""
+        ...
+
+    def on_poke(self, poke: Callable[[], None]) -> None:
+        """`poke` is to be called whenever `trouble` or something else here has changed."""
+
+    def on_note(self, note: Note) -> None:
+        """`note` is to be told what becomes of the worker, for the timeline (trace.py).
+
+        Each death of one that nobody asked to end is a Kind.DIED: they are counted.
+        """
+
+    def stale_key(self, key: str) -> bool:
+        """Whether `key` in the frontend's directory is left over from a connection."""
+        ...
+
+    async def adopt(self, device: XenbusDevice) -> bool:
+        """True if a living worker already serves this connection and was taken over."""
+        ...
+
+    async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
+        """Begins a generation: opens ports and grants; returns the keys to publish."""
+        ...
+
+    async def start(self, device: XenbusDevice) -> None:
+        """The backend is Connected: read its features, start the data path."""
+        ...
+
+    async def update(self, device: XenbusDevice) -> None:
+        """The backend wrote Connected once more (a resize), or the worker had something."""
+        ...
+
+    async def quiesce(self, timeout: float) -> bool:
+        """Stops intake and waits for the ring to empty; False if it did not."""
+        ...
+
+    async def detach(self, *, keep_target: bool) -> None:
+        """Closes everything this generation holds. Never raises; idempotent."""
+        ...
+
+    def busy(self) -> str | None:
+        """Why the OS device cannot be taken away from its users now; None if it can."""
+        ...
+
+    async def close(self) -> None:
+        """Closes the OS device. Never raises; idempotent."""
+        ...
+
+    async def end(self) -> None:
+        """Ends the worker, which holds nothing any more. Never raises; idempotent."""
+        ...
+
+    async def poisoned(self) -> None:
+        """The domain slept while attached: lets go of everything but the event channel.
+
+        A port that was bound during a suspend must never be unbound (docs/suspend.md).
+        """
+        ...
+
+    def stolen(self) -> bool:
+        """Whether the kernel's own frontend has bound the device again; undoes that."""
+        ...

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Questions to a supervisor: one JSON object a line, one JSON answer a line, on a Unix socket.
+
+The socket is also what makes a supervisor the only one of its class. `inventory.py` asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import PvfrontError
+
+Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+_ASKING = 10.0  # seconds for a question
+
+
+@contextlib.asynccontextmanager
+async def answering(path: Path, klass: str, verbs: Mapping[str, Verb]) -> AsyncIterator[None]:
+    """Answers at `path` meanwhile. Raises PvfrontError if another supervisor does so already."""
+    _clear(path, klass)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _answer(verbs, reader, writer)
+
+    server = await asyncio.start_unix_server(answer, str(path))
+    _only_for_root(path)
+    try:
+        yield
+    finally:
+        server.close()
+        _remove(path)
+
+
+def _clear(path: Path, klass: str) -> None:
+    """Removes what a dead supervisor has left."""
+    if path.exists():
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))
+            raise PvfrontError(
+                f"another supervisor already serves {klass} devices ({path})",
+                hint="`pvfront list` shows what it serves",
+            )
+    _remove(path)
+
+
+def _only_for_root(path: Path) -> None:
+    path.chmod(0o600)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+async def _answer(
+    verbs: Mapping[str, Verb], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    try:
+        line = await asyncio.wait_for(reader.readline(), _ASKING)
+        try:
+            request = _parse(line)
+            verb = verbs.get(str(request.get("verb")))
+            if verb is None:
+                raise PvfrontError(f"unknown request; known are: {', '.join(verbs)}")
+            answer = await verb(request)
+        except (PvfrontError, OSError) as error:
+            answer = {
+                "ok": False,
+                "error": str(error),
+                "hint": getattr(error, "hint", None),
+            }
+        writer.write(json.dumps(answer).encode() + b"\n")
+        await writer.drain()
+    except (TimeoutError, OSError, ValueError):
+        pass  # the asker has gone, or never asked
+    finally:
+        writer.close()
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, dict):
+        raise PvfrontError("the request is no JSON object on one line")
+    return request
