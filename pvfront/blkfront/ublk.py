@@ -66,6 +66,7 @@ OWNER = 0x70766672 << 32  # "pvfr", and the vbd's number below it
 OWNER_MASK = 0xFFFFFFFF << 32
 IO_TIMEOUT_MS = 2000
 MAX_SECTORS_KB = 1024
+LAST_CLOSE = 1.0  # seconds for udev to let go of a disk before it counts as a user
 
 _PARTX_SECONDS = 10.0
 _DEATH = 10.0  # seconds in which the kernel collects a dead worker's requests
@@ -238,7 +239,11 @@ class UblkTarget(BlockDisk):
         self._apply_off()
 
     async def _other_size(self, geometry: DiskGeometry, sectors: int, block: int) -> None:
-        why = await asyncio.to_thread(self.open_anywhere)
+        until = time.monotonic() + (0 if self.resize_waits else LAST_CLOSE)
+        while (why := await asyncio.to_thread(self.open_anywhere)) is not None:
+            if time.monotonic() > until:
+                break
+            await asyncio.sleep(POLL)
         if why is not None:
             if block != geometry.sector_size:
                 raise TargetError(

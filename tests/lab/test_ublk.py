@@ -121,6 +121,20 @@ def test_partitions_are_there_when_the_disk_is_served_again(
         assert _is_block(guest, "/dev/ublkb0p2")
 
 
+@pytest.mark.long
+def test_a_volume_group_on_it_comes_up_by_itself(pvf: Pvfront, lab: Lab, guest: Guest) -> None:
+    with pvf.disk(lab.loop_disk(16)) as backing:
+        guest.run(
+            f"pvcreate -q -y {NODE} && vgcreate -q lab_ublk {NODE} "
+            "&& lvcreate -q -y -n volume -l 100%FREE lab_ublk && vgchange -q -an lab_ublk",
+            timeout=120,
+        )
+        pvf.detach()
+        guest.block_attach(backing.spec("xvdb"))
+        wait_until("its volume", lambda: _is_block(guest, "/dev/lab_ublk/volume"))
+        guest.run("vgremove -q -f -y lab_ublk", timeout=120)
+
+
 def test_a_worker_killed_with_every_request_held_loses_none(
     pvf: Pvfront, lab: Lab, guest: Guest
 ) -> None:

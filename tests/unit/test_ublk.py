@@ -176,6 +176,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     monkeypatch.setattr(ublk, "UblkControl", control)
     monkeypatch.setattr(ublkcontrol, "UblkControl", control)
     monkeypatch.setattr(ublk, "POLL", 0.001)
+    monkeypatch.setattr(ublk, "LAST_CLOSE", 0.01)
     monkeypatch.setattr(UblkTarget, "open_anywhere", lambda self: None)
     return kernel
 
