@@ -93,6 +93,7 @@ def test_it_carries_what_nbd_cannot_and_flushes_what_must_be_on_the_disk(
         assert _requests(pvf, "flush") >= before + 16
 
 
+@pytest.mark.long
 def test_partitions_come_and_go_with_their_table_though_the_kernel_never_reads_it(
     pvf: Pvfront, lab: Lab, guest: Guest
 ) -> None:
@@ -227,6 +228,7 @@ def test_discards_between_writes_reach_the_disk(pvf: Pvfront, lab: Lab, guest: G
         assert pvf.sha256() == backing.sha256() == zeroes
 
 
+@pytest.mark.long
 def test_a_resize_waits_for_the_last_close_of_a_disk_in_use(
     pvf: Pvfront, lab: Lab, guest: Guest
 ) -> None:
