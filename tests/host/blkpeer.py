@@ -12,10 +12,11 @@ import asyncio
 import contextlib
 import mmap
 import struct
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+
+from waiting import PATIENCE
 
 from pvfront.host import Host
 from pvfront.host.blkback import BlkBackend
@@ -23,7 +24,6 @@ from pvfront.host.handles import EmbeddedEventChannels, EmbeddedGrantAllocator
 
 PAGE = 4096
 SECTOR = 512
-DEADLINE = 20.0
 VBD = 51728
 SPEC = "format=raw,vdev=xvdb,access=rw,target=memory:8M"
 
@@ -134,7 +134,7 @@ class Frontend:
         found: str | None = ""
         async with self.store.watch(f"{self.back}/state") as watch:
             try:
-                async with asyncio.timeout(DEADLINE):
+                async with asyncio.timeout(PATIENCE):
                     async for _ in watch:
                         found = await self.read("state")
                         if found in wanted:
@@ -236,7 +236,7 @@ class Frontend:
     def push(self, queue: int = 0) -> None:
         self.rings[queue].push()
 
-    async def response(self, *, queue: int = 0, timeout: float = DEADLINE) -> tuple[int, int, int]:
+    async def response(self, *, queue: int = 0, timeout: float = PATIENCE) -> tuple[int, int, int]:
         """The next response: id, operation, status. Raises TimeoutError."""
         ring = self.rings[queue]
         async with asyncio.timeout(timeout):
@@ -279,15 +279,6 @@ def whole(page: int, pages: int) -> list[Segment]:
 def pattern(seed: int, pages: int) -> bytes:
     """Pages of which each 8 bytes are different."""
     return b"".join(((seed << 32) + i).to_bytes(8, "little") for i in range(pages * PAGE // 8))
-
-
-async def eventually(what: str, condition: Any) -> Any:
-    """Awaits `condition()` until it is true; fails naming what never came."""
-    end = time.monotonic() + DEADLINE
-    while not (found := await condition()):
-        assert time.monotonic() < end, f"within {DEADLINE:.0f} s this never came: {what}"
-        await asyncio.sleep(0.005)
-    return found
 
 
 @asynccontextmanager

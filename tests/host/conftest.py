@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "guest")]
-pytest.register_assert_rewrite("hubclient", "test_event_channels", "test_grants")
+pytest.register_assert_rewrite("blkpeer", "hubclient", "test_event_channels", "test_grants")
 
-from hubclient import HUB, PATIENCE, answers, dump, eventually  # noqa: E402
+from hubclient import HUB, answers, dump  # noqa: E402
+from waiting import PATIENCE, wait_for  # noqa: E402
 
 from pvfront.host.handles import EmbeddedGrantMapper  # noqa: E402
 from pvfront.platform import platform  # noqa: E402
+
+EMPTY = {"ok": True, "ports": [], "grants": [], "deferred": 0}
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +32,12 @@ def hub_process(tmp_path_factory):
     with (directory / "log").open("w") as log:
         process = subprocess.Popen([*HUB, str(directory)], stderr=log)
     try:
-        eventually(lambda: answers(directory) or process.poll() is not None, "the hub")
+        wait_for("the hub", lambda: answers(directory) or process.poll() is not None)
         yield directory, process
         assert process.poll() is None, (directory / "log").read_text()
-        empty = {"ok": True, "ports": [], "grants": [], "deferred": 0}
-        eventually(lambda: dump(directory) == empty, f"nothing is left: {dump(directory)}")
+        wait_for(
+            "nothing is left", lambda: dump(directory) == EMPTY, why=lambda: dump(directory)
+        )
     finally:
         process.terminate()
         assert process.wait(PATIENCE) == 0, (directory / "log").read_text()
@@ -44,6 +48,7 @@ def hub_process(tmp_path_factory):
 def hub(hub_process, monkeypatch):
     """The directory of a hub, which $PVFRONT_HOST names."""
     directory, _ = hub_process
+    wait_for("the end of what the last test held", lambda: dump(directory) == EMPTY)
     monkeypatch.setenv("PVFRONT_HOST", str(directory))
     return directory
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""A client of the hub that sends what it likes, and how to wait for what the hub does."""
+"""A client of the hub that sends what it likes."""
 
 import json
 import os
 import socket
 import sys
-import time
 
-PATIENCE = 20.0
+from waiting import PATIENCE
+
 HUB = [sys.executable, "-P", "-m", "pvfront.host.hub"]
 
 
@@ -49,15 +49,6 @@ class Client:
 
     def __exit__(self, *exc):
         self.close()
-
-
-def eventually(condition, what):
-    """Waits until `condition` gives something true, and returns it."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.01)
-    return found
 
 
 def answers(directory):

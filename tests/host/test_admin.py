@@ -7,10 +7,10 @@ import asyncio
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
-from test_negotiation import MIB, PATIENCE, POOR, RICH, Place, place
+from test_negotiation import MIB, POOR, RICH, Place, place
+from waiting import PATIENCE, eventually
 
 from pvfront.host.service import DiskService
 
@@ -39,10 +39,9 @@ def write_hook(it: Place) -> Path:
 
 
 async def come(path: Path, lines: list[str], it: Place) -> None:
-    end = time.monotonic() + PATIENCE
-    while (there := content(path)) != lines:
-        assert time.monotonic() < end, f"never came: {lines}; there is {there}\n{it.log()}"
-        await asyncio.sleep(0.05)
+    await eventually(
+        f"{lines}", lambda: content(path) == lines, why=lambda: f"{content(path)}\n{it.log()}"
+    )
 
 
 def content(path: Path) -> list[str]:
@@ -77,7 +76,7 @@ async def test_a_resize_in_both_directions_is_an_event_with_a_hook() -> None:
             ],
             it,
         )
-        assert "hook tell: said by the hook" in it.log()
+        await it.says("hook tell: said by the hook")
         assert (await it.status())["generation"] == 1
         said = await it.run("qemu-io", "-f", "raw", "-c", f"read {20 * MIB} 4k", it.uri, status=1)
         assert "read failed" in said
@@ -107,7 +106,7 @@ async def test_what_is_no_disk_is_refused_with_its_reason_in_log_status_and_exit
             refused = await pvfront(it, "vbd", "serve", "xvdb", status=1)
             assert f"it is a {kind}, not a disk; pvfront serves disks" in refused
             it.service = await DiskService.start(it.host)
-            assert f"xvdb: not served: it is a {kind}, not a disk" in it.log()
+            await it.says(f"xvdb: not served: it is a {kind}, not a disk")
             shown = json.loads(await pvfront(it, "status", "--json", "xvdb"))
             assert shown["refused"] == f"it is a {kind}, not a disk; pvfront serves disks"
             assert shown["owner"] == "none"
@@ -159,7 +158,8 @@ async def test_status_shows_counters_for_people() -> None:
         assert "read" in operations
         assert operations["write"][0] == "0"
         assert "P99" in lines[0]
-        found = await it.status()
-        assert found["statistics"]["write"]["requests"] >= 3
+        found = await it.until(
+            "the writes counted", lambda s: s["statistics"]["write"]["requests"] >= 3
+        )
         assert [queue["queue"] for queue in found["statistics_queues"]] == [0]
         assert sum(found["statistics_queues"][0]["write"]["latency"]) >= 3

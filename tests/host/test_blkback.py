@@ -5,18 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-from pvfront.errors import PvfrontError
-from pvfront.host import Host
-from pvfront.host.blkback import BlkBackend, BlkBackendError, Fault
-from pvfront.host.params import Source, parse_params, parse_size
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from blkpeer import (
     BARRIER,
     CLOSED,
@@ -38,10 +29,15 @@ from blkpeer import (
     WRITE,
     Frontend,
     disk,
-    eventually,
     pattern,
     whole,
 )
+from waiting import PATIENCE, eventually
+
+from pvfront.errors import PvfrontError
+from pvfront.host import Host
+from pvfront.host.blkback import BlkBackend, BlkBackendError, Fault
+from pvfront.host.params import Source, parse_params, parse_size
 
 LATE = (
     "feature-flush-cache", "feature-discard", "discard-granularity", "discard-alignment",
@@ -215,6 +211,7 @@ async def test_a_disk_that_is_not_there_is_an_error_in_the_store() -> None:
 async def test_a_disk_that_is_not_there_is_looked_for_once_in_each_walk(tmp_path: Path) -> None:
     image = tmp_path / "disk"
     async with disk(f"vdev=xvdb,target={image}") as (_, backend, frontend):
+        await frontend.backend_is(CLOSING)
         for state, answer in ((CLOSING, CLOSING), (CLOSED, CLOSED), (INITIALISING, INIT_WAIT)):
             await frontend.say(state)
             await frontend.backend_is(answer)
@@ -236,7 +233,7 @@ async def test_a_resize_rewrites_the_size_and_the_state() -> None:
         async with host.store.watch(f"{frontend.back}/state") as watch:
             await anext(watch)
             await backend.resize(16 << 20)
-            await asyncio.wait_for(anext(watch), 20)
+            await asyncio.wait_for(anext(watch), PATIENCE)
         assert await frontend.read("state") == str(CONNECTED)
         assert await frontend.read("sectors") == str(16 * 2048)
         assert await frontend.do(READ, 8 * 2048, whole(0, 1)) == OKAY
@@ -301,16 +298,12 @@ async def test_the_toolstack_takes_a_disk_away_and_brings_another() -> None:
         await frontend.say(CLOSED)
         await detach
         assert await frontend.read("state") is None
-        await eventually("no disk", lambda: _no_vbds(backend))
+        await eventually("no disk", lambda: _none(backend))
         frontend.drop()
         frontend._open()
         await host.attach_disk(1, SPEC)
         await frontend.connect()
         assert await frontend.read_back(0, 1) == bytes(PAGE)
-
-
-async def _no_vbds(backend: BlkBackend) -> bool:
-    return not await backend.vbds()
 
 
 async def test_a_device_that_is_closed_while_offline_goes_and_its_nodes_stay() -> None:
@@ -334,7 +327,7 @@ async def test_nodes_that_go_are_the_end_of_the_device() -> None:
     async with disk() as (host, backend, frontend):
         await frontend.connect()
         await host.store.remove(frontend.back)
-        await eventually("no disk", lambda: _no_vbds(backend))
+        await eventually("no disk", lambda: _none(backend))
         assert await frontend.read("state") is None
 
 

@@ -9,20 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from pvfront.host.blkback import BlkBackendError, Fault, Misstep
-from pvfront.host.blkprocess import socket_path
-from pvfront.host.faults import KINDS, OPERATIONS, STEPS, FaultError
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from blkpeer import (
     BARRIER,
     CLOSED,
@@ -40,10 +29,16 @@ from blkpeer import (
     RSP_PROD,
     WRITE,
     disk,
-    eventually,
     pattern,
     whole,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from waiting import PATIENCE, eventually
+
+from pvfront.host.blkback import BlkBackendError, Fault, Misstep
+from pvfront.host.blkprocess import socket_path
+from pvfront.host.faults import KINDS, OPERATIONS, STEPS, FaultError
 
 WORD = 0x5AA5_1234_5678_9ABC
 
@@ -284,7 +279,7 @@ async def test_events_are_lost_and_storm() -> None:
         await backend.fault(Fault.storm(1000))
         began = time.monotonic()
         for _ in range(20):
-            frontend.events.unmask(*await asyncio.wait_for(frontend.events.wait(), 20))
+            frontend.events.unmask(*await asyncio.wait_for(frontend.events.wait(), PATIENCE))
         assert time.monotonic() - began >= 0.01
         assert (await backend.stats())["fired_storm"] >= 20
 
@@ -429,7 +424,7 @@ async def test_keys_change_all_the_time() -> None:
         await backend.flicker({"sectors": ["1", "2", "3"]}, every_ms=1)
         seen = set()
         async with host.store.watch(f"{frontend.back}/sectors") as watch:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE):
                 async for _ in watch:
                     seen.add(await frontend.read("sectors"))
                     if seen >= {"1", "2", "3"}:
@@ -456,8 +451,14 @@ async def test_the_backend_vanishes_in_the_middle_of_the_handshake() -> None:
     async with disk() as (_, backend, frontend):
         await backend.misstep(Misstep.vanish(at="connect", back_after_ms=50))
         await frontend.backend_is(INIT_WAIT)
+        # It may be back before anybody looks: what shows that it was away is what it left behind.
+        await frontend.store.write(f"{frontend.back}/mark", "1")
         await frontend.publish()
-        await frontend.backend_is(None)
+
+        async def vanished() -> bool:
+            return await frontend.read("mark") is None
+
+        await eventually("the backend without its nodes", vanished)
         await backend.misstep()
         await frontend.backend_is(CONNECTED)
         assert await frontend.do(READ, 0, whole(0, 1)) == OKAY

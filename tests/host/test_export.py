@@ -16,17 +16,16 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE, eventually
 
 from pvfront.host import Host
 from pvfront.host.blkback import BlkBackend
 
-PATIENCE = 30.0
 MIB = 1 << 20
 
 
@@ -97,13 +96,15 @@ class Served:
 
     async def until(self, what: str, holds: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         """Waits for something that status shows."""
-        end = time.monotonic() + PATIENCE
-        while True:
+        found: dict[str, Any] = {}
+
+        async def look() -> Any:
+            nonlocal found
             found = await self.shown()
-            if holds(found):
-                return found
-            assert time.monotonic() < end, f"this never came: {what}\n{self.log.read_text()}"
-            await asyncio.sleep(0.1)
+            return holds(found)
+
+        await eventually(what, look, why=self.log.read_text)
+        return found
 
 
 @pytest.fixture
@@ -147,10 +148,12 @@ async def test_list_and_status_show_the_socket_and_what_was_negotiated(served: S
     assert device["frontend_state"] == device["backend_state"] == "Connected (4)"
     assert device["os_device"] == served.uri()
     await served.run("qemu-io", "-f", "raw", "-c", "write -P 1 0 1M", served.uri())
-    shown = await served.until("the client gone", lambda s: not s["client"]["connected"])
+    await served.until("the client gone", lambda s: not s["client"]["connected"])
+    shown = await served.until(
+        "the write counted", lambda s: s["statistics"]["write"]["bytes"] == MIB
+    )
     assert shown["link"] == str(served.run_dir / "xvdb.nbd")
     assert shown["geometry"]["size"] == 64 * MIB
-    assert shown["statistics"]["write"]["bytes"] == MIB
     assert shown["generation"] == 1
 
 
@@ -188,14 +191,13 @@ async def test_a_disk_attached_later_is_served_and_a_detach_completes(served: Se
     assert await served.stop() == 0
     await served.serve("--all")
     vdev = await served.host.attach_disk(1, "format=raw, vdev=xvdc, access=r, target=memory:1M")
-    end = time.monotonic() + PATIENCE
-    while not (served.run_dir / "xvdc.nbd").exists():
-        assert time.monotonic() < end, served.log.read_text()
-        await asyncio.sleep(0.05)
+    socket = served.run_dir / "xvdc.nbd"
+    await eventually("the disk's socket", socket.exists, why=served.log.read_text)
     found = json.loads(await served.run("nbdinfo", "--json", served.uri("xvdc")))
     assert found["exports"][0]["is_read_only"] is True
-    await served.host.detach_disk(1, vdev)
-    assert not (served.run_dir / "xvdc.nbd").exists()
+    await served.host.detach_disk(1, vdev, timeout=PATIENCE)
+    # The toolstack does not wait for what the supervisor does after the Closed.
+    await eventually("no socket of the disk", lambda: not socket.exists())
 
 
 async def test_a_restarted_supervisor_adopts_and_the_client_notices_nothing(
@@ -229,7 +231,7 @@ async def test_a_backend_that_was_killed_serves_the_next_client_when_it_is_back(
     served.backend = await BlkBackend.start(served.host)
     # A client with requests under way is cut off when the connection ends: not before that.
     await served.until(
-        "the next connection", lambda s: s["generation"] == 2 and s["phase"] == "connected"
+        "the next connection", lambda s: s["generation"] > 1 and s["phase"] == "connected"
     )
     await served.run(
         "qemu-io", "-f", "raw", "-c", "write -P 4 0 64k", "-c", "read -P 4 0 64k", served.uri()

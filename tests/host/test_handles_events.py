@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_event_channels import *  # noqa: F403
 from test_event_channels import taken
+from waiting import PATIENCE
 
 from pvfront.errors import ClosedError, DeviceUnavailable
 from pvfront.evtchn import EventOverflow
@@ -103,7 +104,7 @@ async def test_a_wake_up_for_nothing_reports_no_port(channels, backend):
     far = backend.bind_interdomain(1, port)
     end = backend._ends[far]
     os.eventfd_write(end.other, 1)
-    assert select.select([channels.pollable()], [], [], 20)[0]
+    assert select.select([channels.pollable()], [], [], PATIENCE)[0]
     assert channels.read() == []
     assert not select.select([channels.pollable()], [], [], 0)[0], "an empty wake-up stays"
 
@@ -200,13 +201,12 @@ async def test_events_of_both_directions_at_full_speed_lose_nothing(channels, ba
 
     async def player(mine, port, index):
         while counts[index] < 10_000:
-            assert await mine.wait() == [port]
+            assert await taken(mine, PATIENCE) == [port]
             counts[index] += 1
             mine.unmask(port)
             mine.notify(port)
 
-    async with asyncio.timeout(60):
-        players = asyncio.gather(player(channels, near, 0), player(backend, far, 1))
-        backend.notify(far)
-        await players
+    players = asyncio.gather(player(channels, near, 0), player(backend, far, 1))
+    backend.notify(far)
+    await players
     assert list(counts) == [10_000, 10_000]

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hubclient import dump, eventually
+from hubclient import dump
 from test_grants import *  # noqa: F403
+from waiting import wait_for
 
 from pvfront.errors import ClosedError
 from pvfront.gntalloc import GrantsExhausted
@@ -28,8 +29,7 @@ del test_own_grants_are_refused_where_they_would_crash_the_kernel  # noqa: F821
 
 @pytest.fixture(autouse=True)
 def named(hub):
-    """Every test here runs with $PVFRONT_HOST, and begins when the last one's pages are gone."""
-    eventually(lambda: dump(hub)["deferred"] == 0, "the end of the last test's pages")
+    """Every test here runs with $PVFRONT_HOST."""
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_page_that_is_still_mapped_stays_valid_until_it_is_unmapped(allocator,
     again.unmap()
     assert dump(hub)["deferred"] == 2
     mapping.unmap()
-    eventually(lambda: dump(hub)["deferred"] == 0, "the end of the deferred grants")
+    wait_for("the end of the deferred grants", lambda: dump(hub)["deferred"] == 0)
     with pytest.raises(GrantMapError, match="EINVAL"):
         backend.map(1, pool.grefs)
 
@@ -97,7 +97,7 @@ def test_a_mapper_that_is_killed_lets_go_of_its_pages(allocator, hub):
         pool.free()
         assert dump(hub)["deferred"] == 3
         peer.send_signal(signal.SIGKILL)
-        eventually(lambda: dump(hub)["deferred"] == 0, "the dead mapper's pages")
+        wait_for("the dead mapper's pages", lambda: dump(hub)["deferred"] == 0)
 
 
 def test_a_mapping_survives_the_close_of_its_mapper(allocator, hub):
@@ -113,7 +113,7 @@ def test_a_mapping_survives_the_close_of_its_mapper(allocator, hub):
     pool.free()
     assert dump(hub)["deferred"] == 1
     mapping.unmap()
-    eventually(lambda: dump(hub)["deferred"] == 0, "the end of the mapping")
+    wait_for("the end of the mapping", lambda: dump(hub)["deferred"] == 0)
 
 
 def test_a_mapping_in_use_is_not_unmapped(allocator, backend):
@@ -195,7 +195,7 @@ def test_pages_that_were_handed_over_live_as_long_as_their_new_owner(backend, hu
         assert mapping.memory[4096:4101] == b"hello"
     os.close(arena)
     os.close(fd)
-    eventually(lambda: not dump(hub)["grants"], "the end of the pool")
+    wait_for("the end of the pool", lambda: not dump(hub)["grants"])
     with pytest.raises(GrantMapError):
         backend.map(1, pool.grefs)
 

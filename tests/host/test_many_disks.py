@@ -8,10 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,12 +21,12 @@ pytest.register_assert_rewrite("nbdclient")
 
 from hubclient import dump  # noqa: E402
 from nbdclient import Client  # noqa: E402
+from waiting import PATIENCE, eventually  # noqa: E402
 
 DISKS = 64
 SIZE = 1 << 20
 BLOCK = 64 << 10
 GRANTS = 32000  # nearly all references that a domain of the embedded host has
-PATIENCE = 60.0
 
 
 def name_of(number: int) -> str:
@@ -48,18 +45,10 @@ def count(directory: str) -> int:
     return sum(1 for _ in Path(directory).iterdir())
 
 
-async def until(what: str, holds: Callable[[], Any], why: Callable[[], object] = str) -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (found := holds()):
-        assert time.monotonic() < end, f"within {PATIENCE:g} s this never came: {what}\n{why()}"
-        await asyncio.sleep(0.02)
-    return found
-
-
 async def use(service: DiskService, number: int, everybody: asyncio.Barrier) -> None:
     """Fills the disk, and reads it back once all others have been filled too."""
     path = service.socket(name_of(number))
-    await until(f"the socket of {name_of(number)}", path.exists, service.log.read_text)
+    await eventually(f"the socket of {name_of(number)}", path.exists, why=service.log.read_text)
     client = await Client.connect(path)
     try:
         assert client.size == SIZE
@@ -95,7 +84,7 @@ async def one_round(host: Host, service: DiskService, disks: int) -> None:
             await host.detach_disk(1, vdev, timeout=PATIENCE)
 
     await asyncio.gather(*map(detach, vdevs))
-    await until("every worker's end", lambda: not list(filter(alive, workers)), lambda: workers)
+    await eventually("every worker's end", lambda: not any(map(alive, workers)))
 
 
 async def test_64_disks_come_work_and_go_and_leave_nothing() -> None:
@@ -114,25 +103,29 @@ async def test_64_disks_come_work_and_go_and_leave_nothing() -> None:
                         f"/proc/{pid}/fd" for pid in (service.pid, backend.pid, *host.pids)
                     ]
                     await one_round(host, service, 1)  # what is opened once is open now
-                    await until("the end of one disk", lambda: dump(directory) == empty)
+                    await eventually("the end of one disk", lambda: dump(directory) == empty)
                     before = {path: count(path) for path in of_disks}
                     await one_round(host, service, DISKS)
-                    await until(
+                    await eventually(
                         "neither port nor grant",
                         lambda: dump(directory) == empty,
-                        lambda: dump(directory),
+                        why=lambda: dump(directory),
                     )
-                    await until(
+                    await eventually(
                         "no descriptor and no thread more than before",
                         lambda: all(count(path) <= before[path] for path in of_disks),
-                        lambda: [(path, before[path], count(path)) for path in of_disks],
+                        why=lambda: [(path, before[path], count(path)) for path in of_disks],
                     )
-                    assert await backend.vbds() == []
+
+                    async def none() -> bool:
+                        return not await backend.vbds()
+
+                    await eventually("no disk of the backend's", none)
                     run = directory / "run"
-                    await until(
+                    await eventually(
                         "no file of a disk",
                         lambda: not [*run.glob("vbd-*"), *run.glob("xvd*")],
-                        lambda: (list(run.iterdir()), service.log.read_text()),
+                        why=lambda: (list(run.iterdir()), service.log.read_text()),
                     )
                     for path in ("/local/domain/1/device/vbd", "/local/domain/0/backend/vbd/1"):
                         assert await host.store.read_opt(path) is None

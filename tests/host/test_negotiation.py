@@ -12,13 +12,13 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE, eventually
 
 from pvfront.host import Host
 from pvfront.host.blkback import BlkBackend
@@ -27,7 +27,6 @@ from pvfront.host.handles import EmbeddedGrantAllocator
 from pvfront.host.service import DiskService
 from pvfront.host.vbd import MARK
 
-PATIENCE = 30.0
 MIB = 1 << 20
 RICH = Features(queues=4)
 POOR = Features(
@@ -65,10 +64,14 @@ class Place:
             assert "verification failed" not in said
 
     async def until(self, what: str, holds: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-        end = time.monotonic() + PATIENCE
-        while not holds(found := await self.service.status("xvdb")):
-            assert time.monotonic() < end, f"never came: {what}\n{found}\n{self.log()}"
-            await asyncio.sleep(0.1)
+        found: dict[str, Any] = {}
+
+        async def shown() -> Any:
+            nonlocal found
+            found = await self.service.status("xvdb")
+            return holds(found)
+
+        await eventually(what, shown, why=lambda: f"{found}\n{self.log()}")
         return found
 
     async def status(self) -> dict[str, Any]:
@@ -76,6 +79,10 @@ class Place:
 
     def log(self) -> str:
         return self.service.log.read_text()
+
+    async def says(self, text: str) -> None:
+        """Waits for something in the service's log, which a thread of its own writes."""
+        await eventually(f"{text!r} in the log", lambda: text in self.log(), why=self.log)
 
     async def keys(self, what: str) -> dict[str, str]:
         path = f"/local/domain/1/device/vbd/51728{what}"
@@ -192,7 +199,7 @@ async def test_a_backend_that_comes_back_poorer_gets_what_it_can() -> None:
         assert (after["geometry"]["flush"], after["geometry"]["discard"]) == (False, False)
         assert after["worker_pid"] == before["worker_pid"]
         for what in ("it has no flush", "it has no discard"):
-            assert f"the backend came back with less: {what}" in it.log()
+            await it.says(f"the backend came back with less: {what}")
         keys = await it.keys("")
         assert "ring-ref" in keys
         assert not keys.keys() & {"ring-page-order", "ring-ref0", "ring-ref3"}, "stale"
@@ -221,4 +228,4 @@ async def test_pages_that_others_hold_cost_a_smaller_ring_and_no_disk() -> None:
         rings = (await it.status())["rings"]
         assert rings["granted"]["got"] == 27
         assert "no room for 55 granted pages" in rings["granted"]["why"]
-        assert "no room for 55 granted pages" in it.log()
+        await it.says("no room for 55 granted pages")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hubclient import PATIENCE, eventually
+from waiting import PATIENCE, wait_for
 
 from pvfront.errors import PvfrontError
 from pvfront.host import Host, store
@@ -160,7 +160,7 @@ async def test_nothing_outlives_a_host_that_is_killed(foreground):
     assert len(offspring) == 2
     process.send_signal(signal.SIGKILL)
     process.wait(PATIENCE)
-    eventually(lambda: not any(map(alive, offspring)), "the end of hub and store")
+    wait_for("the end of hub and store", lambda: not any(map(alive, offspring)))
 
 
 def test_the_command_names_what_is_wrong_with_a_disk(tmp_path):

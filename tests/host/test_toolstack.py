@@ -5,7 +5,7 @@ import asyncio
 import os
 
 import pytest
-from hubclient import PATIENCE
+from waiting import PATIENCE, eventually
 
 from pvfront.host import DiskSpec, DiskSpecError, Host, ToolstackError
 from pvfront.xenstore import Permission
@@ -221,15 +221,26 @@ async def test_a_disk_in_use_stays_and_the_error_says_who_is_stuck(host):
     assert await host.store.read(f"{FRONT}/state") == "4"
 
 
-async def test_force_takes_a_disk_from_under_a_frontend_that_does_not_follow(host):
+async def test_force_takes_the_frontends_nodes_at_once_and_gives_the_backend_its_time(host):
     await host.attach_disk(1, "vdev=xvdb,target=memory:1M")
     await host.store.write(f"{FRONT}/state", "4")
-    detaching = asyncio.create_task(host.detach_disk(1, 51728, force=True, timeout=0.5))
-    async with asyncio.timeout(PATIENCE):
-        while await host.store.read_opt(FRONT) is not None:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        assert not detaching.done(), "the frontend's nodes go at once"
-        await detaching
+    detaching = asyncio.create_task(host.detach_disk(1, 51728, force=True, timeout=2 * PATIENCE))
+
+    async def gone():
+        return await host.store.read_opt(FRONT) is None
+
+    await eventually("the end of the frontend's nodes", gone)
+    assert not detaching.done()
+    await host.store.write(f"{BACK}/state", "6")
+    await asyncio.wait_for(detaching, PATIENCE)
+    assert await host.store.read_opt(BACK) is None
+
+
+async def test_force_takes_a_disk_from_under_both_ends_that_do_not_follow(host):
+    await host.attach_disk(1, "vdev=xvdb,target=memory:1M")
+    await host.store.write(f"{FRONT}/state", "4")
+    await host.detach_disk(1, 51728, force=True, timeout=0.2)
+    assert await host.store.read_opt(FRONT) is None
     assert await host.store.read_opt(BACK) is None
 
 

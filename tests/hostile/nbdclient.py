@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import struct
 from pathlib import Path
 
-PATIENCE = float(os.environ.get("PVFRONT_PATIENCE", "30"))
-"""Seconds."""
+from waiting import PATIENCE
 
 READ, WRITE, DISC, FLUSH, TRIM = range(5)
 FUA = 1

@@ -26,8 +26,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from hostileworld import MIB, Attach, Disk, World, until
+from hostileworld import MIB, Attach, Disk, World
 from test_random_faults import DEADLINE, SIZE, Workload
+from waiting import eventually
 
 from pvfront.host.blkback import Fault
 
@@ -69,7 +70,7 @@ class Absences:
             async def answered(before: int = requests) -> bool:
                 return self.work.requests > before + 16  # all lanes have gone on
 
-            await until(
+            await eventually(
                 "requests after that", answered, seconds=DEADLINE, why=lambda: self.disk.log
             )
             self.longest = max(self.longest, time.monotonic() - began)
@@ -153,7 +154,7 @@ async def test_a_backend_that_comes_and_goes_costs_no_request_no_byte_and_no_des
     async def as_before() -> bool:
         return await idle_descriptors() == before
 
-    await until("the descriptors of before", as_before, why=lambda: f"{before}\n{disk.log}")
+    await eventually("the descriptors of before", as_before, why=lambda: f"{before}\n{disk.log}")
     with capsys.disabled():
         print(
             f"\n0 miscompares, 0 errors, seed {seed}: {absences}; {work.requests} requests, "

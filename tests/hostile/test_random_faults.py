@@ -342,7 +342,7 @@ async def test_fio_verifies_its_data_under_faults_that_keep_the_connection(
         "--verify_state_save=0", cwd=world.host.directory,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    output, _ = await asyncio.wait_for(process.communicate(), 100)
+    output, _ = await asyncio.wait_for(process.communicate(), 4 * DEADLINE)
     if b"engine nbd not loadable" in output:
         pytest.skip("this fio has no nbd engine")
     assert process.returncode == 0, output.decode()

@@ -11,8 +11,9 @@ import asyncio
 import os
 
 import pytest
-from hostileworld import MIB, REQ_PROD, Attach, Disk, World, until
+from hostileworld import MIB, REQ_PROD, Attach, Disk, World
 from nbdclient import EIO, READ, WRITE, NbdError, finished, outcome
+from waiting import eventually
 
 from pvfront.abi import lib
 from pvfront.blkfront.settings import DiskSettings
@@ -313,6 +314,6 @@ async def test_a_page_rewritten_while_its_payload_is_sent_stays_within_its_reply
     async def asleep() -> bool:
         return ring.words[REQ_PROD] == asked and (await disk.stats()).in_flight == 0
 
-    await until("nothing is in flight", asleep)
+    await eventually("nothing is in flight", asleep)
     await disk.fault()
     assert await client.read(0, 4096) == bytes(4096)

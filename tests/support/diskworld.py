@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 
 from embedded import Backend, Nbd, Pages, Port
+from waiting import PATIENCE
 
 from pvfront.blkfront.features import DiskGeometry
 from pvfront.blkfront.frontend import DiskFrontend
@@ -30,7 +29,6 @@ from pvfront.states import XenbusState
 from pvfront.xenbus import View
 
 NAME = "vbd-51728"
-PATIENCE = 20.0
 SECTORS = 2048
 PORT, RING_GREF = 5, 6900
 KEYS = {
@@ -277,13 +275,6 @@ class World:
 
     async def write(self, at: int, data: bytes) -> None:
         await asyncio.to_thread(self.target.nbd.write, at, data)
-
-
-async def eventually(what: str, holds: Callable[[], Any]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end, f"this never came: {what}"
-        await asyncio.sleep(0.005)
 
 
 def descriptors(pid: int) -> list[str]:

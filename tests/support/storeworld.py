@@ -4,12 +4,12 @@
 A test module imports the fixtures that it uses, with those that they use.
 """
 
-import asyncio
 import struct
 from dataclasses import dataclass
 
 import memstore
 import pytest
+from waiting import eventually
 
 from pvfront import xenstore
 from pvfront.xenstore import Xenstore
@@ -77,7 +77,7 @@ async def make_world(kind, tmp_path, monkeypatch):
 async def end_world(world):
     if world.kind == "device":
         # A watch's descriptor is closed by its writing thread if that is the last to let go.
-        await eventually(lambda: not world.server.open_files, "the last descriptor's close")
+        await eventually("the last descriptor's close", lambda: not world.server.open_files)
         assert not any(file.deadlocked for file in world.server.files)
         assert not any(file.overwritten for file in world.server.files)
     else:
@@ -113,14 +113,6 @@ async def unix(tmp_path, monkeypatch):
 async def store(world):
     async with await world.connect() as connected:
         yield connected
-
-
-async def eventually(condition, what):
-    deadline = asyncio.get_running_loop().time() + 20
-    while not condition():
-        if asyncio.get_running_loop().time() > deadline:
-            pytest.fail(f"{what} never came")
-        await asyncio.sleep(0.005)
 
 
 def packet(op: int, req_id: int, payload: bytes) -> bytes:

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Makes the helpers in tests/support importable."""
+"""A test module that sets LOOP_FACTORY has its tests run on loops of that kind (vclock.py)."""
 
-import sys
-from pathlib import Path
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+Factory = Callable[[], asyncio.AbstractEventLoop]
 
-pytest.register_assert_rewrite("storeworld")
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Factory]:
+    module = getattr(item, "module", None)
+    return {"loop": getattr(module, "LOOP_FACTORY", asyncio.new_event_loop)}

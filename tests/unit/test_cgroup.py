@@ -9,11 +9,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, wait_for
 
 from pvfront.cgroup import (
     GUARD,
@@ -25,8 +25,6 @@ from pvfront.cgroup import (
     own_cgroup,
     thaw_listed,
 )
-
-DEADLINE = 20.0
 
 # -- pure ------------------------------------------------------------------------------------------
 
@@ -155,7 +153,7 @@ async def test_freezing_returns_when_all_are_frozen_and_thawing_undoes_it(
     under_test = freezer(tree, tmp_path)
     under_test.start()
     async with living(tree):
-        assert await under_test.freeze(DEADLINE) == 3
+        assert await under_test.freeze(PATIENCE) == 3
     assert (tree / "user.slice/cgroup.freeze").read_text() == "1"
     assert (tree / "init.scope/cgroup.freeze").read_text() == "0\n"
     assert (tree / "system.slice/cgroup.freeze").read_text() == "0\n"
@@ -169,7 +167,7 @@ async def test_a_cgroup_that_appears_while_freezing_is_frozen_too(
 ) -> None:
     under_test = freezer(tree, tmp_path)
     under_test.start()
-    freezing = asyncio.create_task(under_test.freeze(DEADLINE))
+    freezing = asyncio.create_task(under_test.freeze(PATIENCE))
     await asyncio.sleep(0)
     group(tree, "system.slice/late.service")
     async with living(tree):
@@ -184,7 +182,7 @@ async def test_the_list_of_what_is_frozen_is_there_before_it_is_and_gone_after(
     under_test = freezer(tree, tmp_path)
     under_test.start()
     async with living(tree):
-        await under_test.freeze(DEADLINE)
+        await under_test.freeze(PATIENCE)
     assert names([Path(line) for line in record.read_text().splitlines()]) == [
         "fio.service",
         "systemd-journald.service",
@@ -209,7 +207,7 @@ async def test_a_cgroup_that_goes_away_meanwhile_counts_as_frozen(
 ) -> None:
     under_test = freezer(tree, tmp_path)
     under_test.start()
-    freezing = asyncio.create_task(under_test.freeze(DEADLINE))
+    freezing = asyncio.create_task(under_test.freeze(PATIENCE))
     await asyncio.sleep(0.05)
     for name in ("cgroup.events", "cgroup.freeze", "cgroup.procs"):
         (tree / "system.slice/fio.service" / name).unlink()
@@ -245,7 +243,7 @@ async def test_without_a_cgroup_of_our_own_nothing_is_frozen(
         under_test = Freezer(tmp_path / "record", root=root, own=own)
         under_test.start()
         assert under_test.guard_pid is None
-        assert await under_test.freeze(DEADLINE) == 0
+        assert await under_test.freeze(PATIENCE) == 0
         under_test.close()
     assert "programs are not frozen before a suspend" in caplog.text
 
@@ -262,14 +260,6 @@ def test_the_tasks_that_keep_a_cgroup_awake_are_named(tree: Path, tmp_path: Path
 
 
 # -- the guard ---------------------------------------------------------------------------------
-
-
-def wait_for(what: str, condition: object, deadline: float = DEADLINE) -> None:
-    begin = time.monotonic()
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() - begin > deadline:
-            raise AssertionError(f"within {deadline:g} s never came: {what}")
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -301,7 +291,7 @@ def test_the_end_of_the_pipe_thaws_what_is_listed(
 ) -> None:
     assert guard.stdin is not None
     guard.stdin.close()
-    assert guard.wait(DEADLINE) == 0
+    assert guard.wait(PATIENCE) == 0
     assert thawed(frozen)
     assert not (tmp_path / "list").exists()
 
@@ -322,13 +312,15 @@ def test_the_guard_outlives_the_signals_that_end_a_service(
     assert guard.stdin is not None
     guard.stdin.write(b"F")
     guard.stdin.flush()
-    wait_for("the guard to run", lambda: thawed(frozen))
+    # The list goes last: from then on the guard only waits.
+    wait_for("the guard to run", lambda: not (frozen.parent.parent / "list").exists())
+    assert thawed(frozen)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         guard.send_signal(number)
     group(frozen.parent, "user.slice", frozen=True)
     (frozen.parent.parent / "list").write_text(f"{frozen}\n")
     guard.stdin.close()
-    assert guard.wait(DEADLINE) == 0
+    assert guard.wait(PATIENCE) == 0
     assert thawed(frozen)
 
 
@@ -387,11 +379,11 @@ async def test_real_programs_are_frozen_and_thawed(
 ) -> None:
     under_test = Freezer(tmp_path / "frozen", root=real_root, own="/own")
     under_test.start()
-    assert await under_test.freeze(DEADLINE) == 1
+    assert await under_test.freeze(PATIENCE) == 1
     assert is_frozen(real_root / "client")
     assert not is_frozen(real_root / "own")
     under_test.thaw()
-    assert not is_frozen(real_root / "client")
+    wait_for("the programs' thaw", lambda: not is_frozen(real_root / "client"))
     under_test.close()
 
 
@@ -402,7 +394,7 @@ from pvfront.cgroup import Freezer
 async def main():
     freezer = Freezer(Path(sys.argv[2]), root=Path(sys.argv[1]), own="/own")
     freezer.start()
-    await freezer.freeze(20)
+    await freezer.freeze(60)
     print("frozen", flush=True)
     await asyncio.sleep(600)
 asyncio.run(main())

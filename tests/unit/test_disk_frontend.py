@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from diskworld import (
     NAME,
-    PATIENCE,
     PORT,
     RING_GREF,
     SECTORS,
@@ -19,10 +18,10 @@ from diskworld import (
     World,
     descriptors,
     end,
-    eventually,
     gone,
 )
 from embedded import RSP_PROD, Nbd
+from waiting import PATIENCE, eventually
 
 from pvfront import worker as worker_module
 from pvfront.blkfront import frontend as module

@@ -18,8 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diskworld import PATIENCE, SECTORS, Refusing, World, end, eventually
+from diskworld import (
+    SECTORS,
+    Refusing,
+    World,
+    end,
+)
 from embedded import Nbd
+from waiting import PATIENCE, eventually
 
 from pvfront import worker as worker_module
 from pvfront.blkfront.frontend import DiskFrontend

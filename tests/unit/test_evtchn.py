@@ -227,13 +227,13 @@ async def test_waiting_returns_what_fires_later(kernel, channels):
     await asyncio.sleep(0)
     assert not waiting.done()
     kernel.fire(port)
-    assert await asyncio.wait_for(waiting, 20) == [port]
+    assert await asyncio.wait_for(waiting, 60) == [port]
 
 
 async def test_waiting_returns_at_once_what_has_fired(kernel, channels):
     port = channels.bind_unbound(0)
     kernel.fire(port)
-    assert await asyncio.wait_for(channels.wait(), 20) == [port]
+    assert await asyncio.wait_for(channels.wait(), 60) == [port]
 
 
 async def test_waiting_sleeps_on_over_events_of_unbound_ports(kernel, channels):
@@ -244,7 +244,7 @@ async def test_waiting_sleeps_on_over_events_of_unbound_ports(kernel, channels):
     await asyncio.sleep(0.02)
     assert not waiting.done()
     kernel.fire(new)
-    assert await asyncio.wait_for(waiting, 20) == [new]
+    assert await asyncio.wait_for(waiting, 60) == [new]
 
 
 async def test_a_cancelled_wait_loses_no_event(kernel, channels):
@@ -259,7 +259,7 @@ async def test_a_cancelled_wait_loses_no_event(kernel, channels):
         try:
             got = await waiting
         except asyncio.CancelledError:
-            got = await asyncio.wait_for(channels.wait(), 20)
+            got = await asyncio.wait_for(channels.wait(), 60)
         assert got == [port]
 
 

@@ -9,11 +9,10 @@ import os
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from pvfront import hooks
 from pvfront.hooks import Hooks
-
-PATIENCE = 20.0
 
 
 def program(directory: Path, name: str, body: str, mode: int = 0o755) -> Path:
@@ -96,9 +95,11 @@ async def test_a_hook_that_hangs_is_killed_with_all_that_it_started(
     made, pids = tmp_path / "hooks.d", tmp_path / "pids"
     program(made, "hangs", f"sleep 1000 & echo $! $$ > {pids}; wait")
     to = Hooks(made, limit=1.0)
-    to.tell("resize", {})
-    await told(to)
-    assert "hook hangs: killed: not done with resize in 1 s" in caplog.text
+    # A machine that is busy may let it get no further than its beginning in that second.
+    while not pids.exists() or len(pids.read_text().split()) < 2:
+        to.tell("resize", {})
+        await told(to)
+        assert "hook hangs: killed: not done with resize in 1 s" in caplog.text
     for pid in map(int, pids.read_text().split()):
         assert ended(pid)
 

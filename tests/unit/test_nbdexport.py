@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import PATIENCE, eventually
 
 from pvfront.blkfront import nbdexport as module
 from pvfront.blkfront.features import DiskGeometry
 from pvfront.blkfront.nbdexport import Export, Handshake, SocketTarget, Step, Then
 from pvfront.blkfront.target import TargetError
 
-PATIENCE = 10.0
 DISK = DiskGeometry(sectors=131072, flush=True, discard=True)
 EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED_REPLY, LIST_META = 1, 2, 3, 5, 6, 7, 8, 9
 ACK, SERVER, REP_INFO = 1, 2, 3
@@ -335,9 +335,7 @@ async def published(target: SocketTarget, geometry: DiskGeometry = DISK) -> Sock
 
 async def taken(target: SocketTarget) -> socket.socket:
     """The socket of the client that waits, as a worker has it."""
-    async with asyncio.timeout(PATIENCE):
-        while not target.waiting:  # noqa: ASYNC110 - a state, with a deadline
-            await asyncio.sleep(0.002)
+    await eventually("a client that waits", lambda: target.waiting)
     (fd,) = await target.attach(DISK)
     target.served(True)
     return socket.socket(fileno=fd)

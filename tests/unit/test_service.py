@@ -11,16 +11,15 @@ import select
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
+from waiting import PATIENCE, wait_for
 
 from pvfront import service
 from pvfront.service import _DroppingHandler, _Formatter, _Writer
 
 QUEUE = service._LOG_QUEUE
-PATIENCE = 20.0
 
 
 class Log:
@@ -43,7 +42,7 @@ class Log:
     def hang(self) -> None:
         """The writer has taken one record and hangs on it."""
         self.logger.info("taken")
-        self.eventually("the record in the writer's hands", self.records.empty)
+        wait_for("the record in the writer's hands", self.records.empty)
 
     def lines(self) -> list[str]:
         """What has been written until now."""
@@ -54,14 +53,8 @@ class Log:
             self._text += data.decode().replace("\0", "")
         return self._text.splitlines()
 
-    def eventually(self, what: str, holds: Callable[[], bool]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not holds():
-            assert time.monotonic() < end, f"this never came: {what}"
-            time.sleep(0.002)
-
     def close(self) -> None:
-        self.eventually("an empty queue", lambda: (self.lines(), self.records.empty())[1])
+        wait_for("an empty queue", lambda: (self.lines(), self.records.empty())[1])
         self.writer.stop()
         os.close(self.fd)
         os.close(self.reader)
@@ -92,12 +85,12 @@ def test_how_many_lines_were_dropped_is_said_once_there_is_room(log: Log) -> Non
     log.hang()
     for number in range(QUEUE + 17):
         log.logger.info("line %d", number)
-    log.eventually("the last line kept", lambda: f"<6>line {QUEUE - 1}" in log.lines())
+    wait_for("the last line kept", lambda: f"<6>line {QUEUE - 1}" in log.lines())
     log.logger.info("after")
     count = "<4>17 log lines were dropped: the log did not keep up"
-    log.eventually("the count", lambda: count in log.lines())
+    wait_for("the count", lambda: count in log.lines())
     log.logger.info("later")
-    log.eventually("the line after that", lambda: "<6>later" in log.lines())
+    wait_for("the line after that", lambda: "<6>later" in log.lines())
     assert log.lines() == [
         "<6>taken",
         *(f"<6>line {number}" for number in range(QUEUE)),
@@ -110,7 +103,7 @@ def test_how_many_lines_were_dropped_is_said_once_there_is_room(log: Log) -> Non
 def test_nothing_is_said_when_nothing_was_dropped(log: Log) -> None:
     for number in range(10):
         log.logger.info("line %d", number)
-    log.eventually("the last line", lambda: "<6>line 9" in log.lines())
+    wait_for("the last line", lambda: "<6>line 9" in log.lines())
     assert log.lines() == [f"<6>line {number}" for number in range(10)]
 
 
@@ -118,7 +111,7 @@ def test_a_log_whose_reader_has_gone_is_no_reason_to_fail(log: Log) -> None:
     log.hang()
     os.close(log.reader)
     log.logger.info("into the void")
-    log.eventually("an empty queue", log.records.empty)
+    wait_for("an empty queue", log.records.empty)
     log.reader = os.open(os.devnull, os.O_RDONLY)
     assert log.writer.thread.is_alive()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""The owner of suspend, with a fake kernel, a fake store and fake devices."""
+"""The owner of suspend, with a fake kernel, a fake store, fake devices and time of its own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 import pytest
+from vclock import VirtualLoop
+from waiting import PATIENCE
 
 from pvfront.cgroup import FreezeFailed
 from pvfront.suspend import Suspend, SuspendError
 from pvfront.suspend_machine import Commanded, Event, Limits, Stage
 from pvfront.veto import CannotVeto, Line, LogEvent
 
-DEADLINE = 10.0
+LOOP_FACTORY = VirtualLoop
 QUICK = Limits(freeze=1, settle=1, drain=0.2, close=0.3, taken=0.3, end=0.3, rearm=0.2, reopen=0.3)
 VETOED = [
     LogEvent(Line.FREEZE_GIVEN_UP, elapsed=0.001),
@@ -190,6 +192,7 @@ class World:
             effects=self.kernel,
             limits=limits,
             run_dir=run_dir,
+            clock=asyncio.get_running_loop().time,
         )
         self.kernel_obeys = True
         self.new_domain = True
@@ -213,7 +216,7 @@ class World:
         self.kernel.print(VETOED)
 
     async def until(self, condition: Callable[[Suspend], bool]) -> None:
-        await self.suspend.until(condition, DEADLINE)
+        await self.suspend.until(condition, PATIENCE)
 
     async def until_armed(self) -> None:
         await self.until(lambda s: s.armed and s.stage is Stage.WATCHING)
@@ -454,7 +457,7 @@ async def test_no_port_may_be_bound_from_closing_until_the_suspend_is_over(
         await world.until(lambda s: s.stage is Stage.SUSPENDING)
         assert not gate.done()
         await world.until(lambda s: s.stage is Stage.REOPENING)
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(PATIENCE):
             await gate
         await world.until_settled()
 

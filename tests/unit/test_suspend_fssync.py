@@ -98,10 +98,10 @@ async def test_file_systems_are_written_back_side_by_side(
                 both.set()
 
         loop.call_soon_threadsafe(arrived)
-        asyncio.run_coroutine_threadsafe(both.wait(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(both.wait(), loop).result(60)
 
     monkeypatch.setattr(fssync, "syncfs", meet)
-    assert await sync_devices(["/dev/x"], 10) == ["/a", "/b"]
+    assert await sync_devices(["/dev/x"], 60) == ["/a", "/b"]
 
 
 async def test_a_file_system_that_fails_does_not_stop_the_others(
@@ -112,7 +112,7 @@ async def test_a_file_system_that_fails_does_not_stop_the_others(
             raise OSError(5, "Input/output error", where)
 
     monkeypatch.setattr(fssync, "syncfs", fail)
-    assert await sync_devices(["/dev/x"], 10) == ["/a", "/b"]
+    assert await sync_devices(["/dev/x"], 60) == ["/a", "/b"]
     assert "/a: cannot be written back" in caplog.text
 
 
@@ -120,7 +120,7 @@ async def test_a_file_system_that_takes_too_long_is_named(
     monkeypatch: pytest.MonkeyPatch, two_mounts: None
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(fssync, "syncfs", lambda where: release.wait(10) if where == "/b" else None)
+    monkeypatch.setattr(fssync, "syncfs", lambda where: release.wait(60) if where == "/b" else None)
     with pytest.raises(TimeoutError, match=r"still being written back after 0\.1 s: /b"):
         await sync_devices(["/dev/x"], 0.1)
     release.set()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import eventually
 
 from pvfront.blkfront import nbd, target
 from pvfront.blkfront.features import DiskGeometry
@@ -368,7 +369,7 @@ async def test_sockets_that_the_kernel_lets_go_of_late_are_replaced_one_by_one(
     await disk_target.publish(DISK)
     first.socks[0].close()
     attaching = asyncio.create_task(disk_target.attach(DISK, queues=3))
-    await until(lambda: not dead(device(kernel).socks[0]))
+    await eventually("another socket", lambda: not dead(device(kernel).socks[0]))
     assert not attaching.done()
     first.die()
     second = kernel.worker(await attaching)
@@ -528,7 +529,7 @@ async def test_close_waits_for_requests_in_flight(kernel: FakeKernel) -> None:
     device(kernel).put("inflight", "       1        3")
     assert disk_target.in_flight() == 4
     closing = asyncio.create_task(disk_target.close(drain=30))
-    await until(lambda: kernel.log[-1].endswith("size=0"))
+    await eventually("a device of no size", lambda: kernel.log[-1].endswith("size=0"))
     assert not closing.done()
     device(kernel).put("inflight", "       0        0")
     await closing
@@ -612,7 +613,3 @@ async def serve(kernel: FakeKernel) -> Worker:
     return worker
 
 
-async def until(wanted: Any, deadline: float = 5.0) -> None:
-    async with asyncio.timeout(deadline):
-        while not wanted():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)

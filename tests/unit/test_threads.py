@@ -7,10 +7,9 @@ import asyncio
 import threading
 
 import pytest
+from waiting import PATIENCE
 
 from pvfront.threads import Late, in_daemon_thread, to_its_end
-
-DEADLINE = 10.0
 
 
 def fail() -> None:
@@ -23,7 +22,7 @@ async def test_a_result_comes_back_from_a_daemon_thread_of_that_name() -> None:
 
     for thread in (
         await in_daemon_thread("pvfront-a", who),
-        await to_its_end("pvfront-a", who, DEADLINE),
+        await to_its_end("pvfront-a", who, PATIENCE),
     ):
         assert thread.daemon
         assert thread.name == "pvfront-a"
@@ -34,7 +33,7 @@ async def test_an_error_comes_out_where_it_is_awaited() -> None:
     with pytest.raises(OSError, match="Input/output"):
         await in_daemon_thread("fails", fail)
     with pytest.raises(OSError, match="Input/output"):
-        await to_its_end("fails", fail, DEADLINE)
+        await to_its_end("fails", fail, PATIENCE)
 
 
 async def test_a_call_that_hangs_is_late_and_its_result_is_nobodys() -> None:
@@ -45,7 +44,7 @@ async def test_a_call_that_hangs_is_late_and_its_result_is_nobodys() -> None:
         await to_its_end("hangs", release.wait, 0.05)
     (thread,) = [each for each in threading.enumerate() if each.name == "hangs"]
     release.set()
-    await asyncio.to_thread(thread.join, DEADLINE)
+    await asyncio.to_thread(thread.join, PATIENCE)
     assert not thread.is_alive()
     assert not complaints
 
@@ -65,10 +64,10 @@ async def test_being_cancelled_still_waits_for_a_call_that_must_end_first() -> N
 
     def work() -> None:
         begun.set()
-        release.wait(DEADLINE)
+        release.wait(PATIENCE)
 
-    task = asyncio.create_task(to_its_end("works", work, DEADLINE))
-    await asyncio.to_thread(begun.wait, DEADLINE)
+    task = asyncio.create_task(to_its_end("works", work, PATIENCE))
+    await asyncio.to_thread(begun.wait, PATIENCE)
     task.cancel()
     done, _ = await asyncio.wait({task}, timeout=0.2)
     assert not done, "its caller would run the next command beside this one"

@@ -15,8 +15,7 @@ import os
 import signal
 import socket
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 
 from embedded import RSP_PROD, Backend, Nbd, Pages, Port
+from waiting import PATIENCE, eventually
 
 from pvfront import worker as module
 from pvfront.abi import ffi, lib, read_stats
@@ -45,7 +45,6 @@ from pvfront.worker import (
 )
 
 NAME = "vbd-51728"
-PATIENCE = 20.0
 DISK = 1 << 20
 
 
@@ -120,14 +119,6 @@ class Events(list[Event]):
             lambda: [event for event in self if isinstance(event, kind)],
         )
         return found[0]
-
-
-async def eventually(what: str, holds: Callable[[], Any]) -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (value := holds()):
-        assert time.monotonic() < end, f"this never came: {what}"
-        await asyncio.sleep(0.005)
-    return value
 
 
 def is_zombie_or_alive(pid: int) -> bool:
@@ -254,7 +245,9 @@ async def test_a_worker_is_adopted_as_it_is_and_goes_on_serving(
     assert second.hello is not None
     assert (second.hello.state, second.hello.generation) == (State.RUNNING, 7)
     assert (second.hello.has_target, second.hello.name) == (True, NAME)
-    assert read_stats(second.stats_fd).write.requests == 1
+    await eventually(
+        "the write counted", lambda: read_stats(second.stats_fd).write.requests == 1
+    )
     assert await asyncio.to_thread(device.nbd.read, 0, 512) == b"a" * 512
     assert await second.quiesce(7, PATIENCE)
 

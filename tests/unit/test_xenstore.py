@@ -9,7 +9,8 @@ import socket
 
 import memstore
 import pytest
-from storeworld import HOME, as_a_guest, device, eventually, store, unix, world
+from storeworld import HOME, as_a_guest, device, store, unix, world
+from waiting import eventually
 
 from pvfront import xenstore
 from pvfront.xenstore import Permission, Xenstore, XenstoreError, XenstoreTimeout
@@ -219,7 +220,7 @@ async def test_a_hundred_callers_under_a_flood_of_events_get_their_own_answers(s
 async def test_no_more_requests_are_in_flight_than_the_transport_allows(store, world):
     world.hold()
     calls = [asyncio.create_task(store.read("data/x", timeout=30)) for _ in range(200)]
-    await eventually(lambda: len(store._link._queue) == 200 - world.limit, "a full queue")
+    await eventually("a full queue", lambda: len(store._link._queue) == 200 - world.limit)
     assert len(store._link._requests) == world.limit
     world.release()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -249,14 +250,14 @@ async def test_an_abort_waits_for_its_turn_too(device):
         await inside.wait()
         device.hold()
         other = asyncio.create_task(store.read_opt("data/x"))
-        await eventually(lambda: store._link._requests, "the other request")
+        await eventually("the other request", lambda: store._link._requests)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert not device.server.files[0].overwritten
         device.release()
         assert await other is None
-        await eventually(lambda: not device.mem.clients[0].txns, "the abort")
+        await eventually("the abort", lambda: not device.mem.clients[0].txns)
 
 
 async def test_request_ids_wrap_without_touching_a_pending_request(unix):
@@ -264,11 +265,11 @@ async def test_request_ids_wrap_without_touching_a_pending_request(unix):
         await store.write("data/x", "value")
         unix.hold()
         slow = asyncio.create_task(store.read("data/x"))
-        await eventually(lambda: store._link._requests, "the slow request")
+        await eventually("the slow request", lambda: store._link._requests)
         (pending,) = store._link._requests
         store._link._last_id = (pending - 2) & 0xFFFFFFFF
         others = [asyncio.create_task(store.read("data/x")) for _ in range(5)]
-        await eventually(lambda: len(store._link._requests) == 6, "five more requests")
+        await eventually("five more requests", lambda: len(store._link._requests) == 6)
         assert max(store._link._requests) <= 0xFFFFFFFF
         unix.release()
         assert set(await asyncio.gather(slow, *others)) == {"value"}

@@ -10,7 +10,8 @@ import threading
 
 import memstore
 import pytest
-from storeworld import HOME, device, eventually, packet, store, unix, world
+from storeworld import HOME, device, packet, store, unix, world
+from waiting import eventually
 
 from pvfront import xenstore
 from pvfront.errors import ClosedError
@@ -45,7 +46,7 @@ async def test_events_of_one_path_that_nobody_took_become_one(store, world):
             world.mem.set(HOME + "data/a", b"%d" % number)
             world.mem.set(HOME + "data/b", b"%d" % number)
         world.mem.set(HOME + "data/last")
-        await eventually(lambda: "data/last" in watch._pending, "the last event")
+        await eventually("the last event", lambda: "data/last" in watch._pending)
         assert [await anext(watch) for _ in range(3)] == ["data/a", "data/b", "data/last"]
         assert not watch._pending
 
@@ -57,7 +58,7 @@ async def test_too_many_different_paths_become_one_event_for_the_watched_path(st
             world.mem.set(f"{HOME}data/{number}")
             assert len(watch._pending) <= watch.MAX_PENDING
         last = f"data/{watch.MAX_PENDING * 3 - 1}"
-        await eventually(lambda: last in watch._pending, "the last event")
+        await eventually("the last event", lambda: last in watch._pending)
         seen = [await anext(watch) for _ in range(len(watch._pending))]
         assert seen[0] == "data"
         assert len(seen) <= watch.MAX_PENDING
@@ -74,7 +75,7 @@ async def test_a_watch_is_gone_from_the_store_after_its_block(store, world):
     async with store.watch("data"):
         assert sum(len(client.watches) for client in world.mem.clients) == 1
     await eventually(
-        lambda: not any(client.watches for client in world.mem.clients), "the end of the watch"
+        "the end of the watch", lambda: not any(client.watches for client in world.mem.clients)
     )
     world.mem.set(HOME + "data/x")
     assert await store.read("data/x") == ""
@@ -105,7 +106,7 @@ async def test_a_cancelled_wait_loses_no_event(store, world):
             try:
                 got = await waiting
             except asyncio.CancelledError:
-                got = await asyncio.wait_for(anext(watch), 20)
+                got = await asyncio.wait_for(anext(watch), 60)
             assert got == f"data/{number}"
 
 
@@ -135,7 +136,7 @@ async def test_a_watch_that_the_device_refuses_is_the_errno_of_the_write(device)
         device.server.write_errors[memstore.WATCH] = errno.EEXIST
         with pytest.raises(FileExistsError, match="watch data: EEXIST"):
             await store.watch("data").__aenter__()
-        await eventually(lambda: len(device.server.open_files) == 1, "the descriptor's close")
+        await eventually("the descriptor's close", lambda: len(device.server.open_files) == 1)
         await store.write("data/x", "still fine")
 
 
@@ -145,7 +146,7 @@ async def test_each_watch_on_the_device_has_a_descriptor_of_its_own(device):
             assert len(device.server.open_files) == 3
             assert await anext(one) == "data"
             assert await anext(two) == "data/x"
-        await eventually(lambda: len(device.server.open_files) == 1, "both descriptors' close")
+        await eventually("both descriptors' close", lambda: len(device.server.open_files) == 1)
 
 
 async def test_a_watch_is_never_written_where_a_reply_is_pending(device):
@@ -153,7 +154,7 @@ async def test_a_watch_is_never_written_where_a_reply_is_pending(device):
     async with await device.connect() as store:
         device.hold()
         pending = asyncio.create_task(store.read_opt("data/x"))
-        await eventually(lambda: store._link._requests, "the pending request")
+        await eventually("the pending request", lambda: store._link._requests)
         async with store.watch("data") as watch:
             assert await anext(watch) == "data"
         device.release()
@@ -182,7 +183,7 @@ async def test_a_watch_that_the_device_does_not_accept_yet_blocks_nobody_else(de
     gate = device.server.watch_gate = threading.Event()
     async with await device.connect() as store:
         watching = asyncio.create_task(store.watch("data").__aenter__())
-        await eventually(lambda: len(device.server.files) == 2, "the watch's descriptor")
+        await eventually("the watch's descriptor", lambda: len(device.server.files) == 2)
         await store.write("data/x", "meanwhile")
         assert await store.read("data/x") == "meanwhile"
         assert not watching.done()
@@ -194,13 +195,14 @@ async def test_a_watch_that_the_device_does_not_accept_yet_blocks_nobody_else(de
 
 async def test_a_watch_that_times_out_gives_its_descriptor_back_when_the_write_returns(device):
     gate = device.server.watch_gate = threading.Event()
-    async with await device.connect(timeout=0.05) as store:
+    async with await device.connect() as store:
+        store.timeout = 0.05
         with pytest.raises(XenstoreTimeout, match="watch data"):
             await store.watch("data").__aenter__()
         assert len(device.server.open_files) == 2, "closed under the thread that writes to it"
         gate.set()
         await eventually(
-            lambda: len(device.server.open_files) == 1, "the watch's descriptor closed"
+            "the watch's descriptor closed", lambda: len(device.server.open_files) == 1
         )
 
 

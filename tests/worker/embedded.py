@@ -23,18 +23,18 @@ import struct
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from waiting import PATIENCE
 
 from pvfront.abi import BlkStats, ffi, lib, read_stats
 from pvfront.host import _host
 
 PAGE = 4096
 SECTOR = 512
-DEADLINE = 20.0
 
 # io/blkif.h
 READ, WRITE, FLUSH, DISCARD = 0, 1, 3, 5
@@ -48,18 +48,6 @@ SLOT = 112
 # io/ring.h: req_prod, req_event, rsp_prod, rsp_event, then 48 bytes
 REQ_PROD, REQ_EVENT, RSP_PROD, RSP_EVENT, SLOTS = 0, 4, 8, 12, 64
 MASK = 0xFFFFFFFF
-
-
-def wait_for(what: str, condition: Callable[[], Any], deadline: float = DEADLINE) -> Any:
-    """Polls until `condition` is true and returns its value; fails naming what never came."""
-    end = time.monotonic() + deadline
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > end:
-            raise AssertionError(f"within {deadline:.0f} s this never came: {what}")
-        time.sleep(0.002)
 
 
 def sealed(name: str, size: int, *, seal: bool = True) -> int:
@@ -239,7 +227,7 @@ class Backend(threading.Thread):
         self._ending.set()
         if self.is_alive():
             os.eventfd_write(self.port.backend_fd, 1)
-            self.join(DEADLINE)
+            self.join(PATIENCE)
             assert not self.is_alive()
         self.port.close()
         if self.problem is not None:
@@ -326,7 +314,7 @@ class Supervisor:
 
     def __init__(self, path: str) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.settimeout(DEADLINE)
+        self.sock.settimeout(PATIENCE)
         self.sock.connect(path)
         self.stats_fd = -1
         self.seen: list[tuple[int, Any, bytes]] = []
@@ -483,7 +471,7 @@ class Host:
             self._drop_clients()
             self.supervisor.close()
             self.process.send_signal(signal.SIGKILL)
-            status = self.process.wait(DEADLINE)
+            status = self.process.wait(PATIENCE)
             assert self.process.stderr is not None
             errors = self.process.stderr.read().decode(errors="replace")
             self.process.stderr.close()
@@ -597,7 +585,7 @@ class Host:
                 self._drop_clients()
                 for _ in range(self.queues):
                     client, theirs = socket.socketpair()
-                    client.settimeout(DEADLINE)
+                    client.settimeout(PATIENCE)
                     self.clients.append(client)
                     fds.append(stack.enter_context(theirs).fileno())
             self.supervisor.send(
@@ -711,7 +699,7 @@ class Nbd:
         try:
             got, error = self.reply()
         finally:
-            writer.join(DEADLINE)
+            writer.join(PATIENCE)
         assert got == self._next.to_bytes(8, "little")
         if error:
             raise NbdError(error)

@@ -12,12 +12,10 @@ import signal
 import socket
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from embedded import (
-    DEADLINE,
     Host,
     Nbd,
     Port,
@@ -27,8 +25,8 @@ from embedded import (
     sealed,
     serving,
     text,
-    wait_for,
 )
+from waiting import PATIENCE, wait_for
 
 from pvfront.abi import ffi, lib
 from pvfront.host import _host
@@ -427,7 +425,7 @@ def test_detach_closes_every_descriptor_of_the_generation() -> None:
             host.detach()
             assert descriptors(host) == before
             assert host.backend is not None
-            host.backend.join(DEADLINE)  # the hub's connection ended: nobody holds the port
+            host.backend.join(PATIENCE)  # the hub's connection ended: nobody holds the port
             assert not host.backend.is_alive()
             assert host.pages is not None
             assert host.pages.hub is not None
@@ -467,7 +465,7 @@ def test_a_client_that_goes_away_is_reported_and_the_ring_drains() -> None:
         gone = host.supervisor.wait(lib.PVF_CTL_TARGET_GONE)
         assert gone.error == 0
         assert gone.in_flight == 5
-        assert host.stats().state == lib.PVF_TARGET_LOST
+        wait_for("TARGET_LOST", lambda: host.stats().state == lib.PVF_TARGET_LOST)
         host.backend.release()
         host.supervisor.wait(lib.PVF_CTL_DRAINED)
         host.client = None
@@ -538,17 +536,17 @@ def test_killing_the_worker_leaves_its_peers_with_an_end() -> None:
         nbd.request(Nbd.READ, 0, 512)
         wait_for("a read", lambda: host.backend.held)
         host.process.send_signal(signal.SIGKILL)
-        host.process.wait(DEADLINE)
+        host.process.wait(PATIENCE)
         with pytest.raises(ConnectionError):
             nbd.reply()
-        host.backend.join(DEADLINE)
+        host.backend.join(PATIENCE)
         assert not host.backend.is_alive()
 
 
 def test_exit_ends_the_worker_with_status_0() -> None:
     with serving() as host:
         host.simple(lib.PVF_CTL_EXIT)
-        assert host.process.wait(DEADLINE) == 0
+        assert host.process.wait(PATIENCE) == 0
 
 
 def test_signals_of_a_service_manager_do_not_end_a_worker() -> None:
@@ -567,10 +565,9 @@ def test_a_parked_worker_keeps_its_port_and_does_nothing_else() -> None:
         assert host.pages.hub.recv(1) == b""  # the pages are freed
         assert host.backend is not None
         host.backend.event()
-        time.sleep(0.1)
-        assert host.backend.is_alive()
         host.simple(lib.PVF_CTL_EXIT)
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_EXIT, errno.EBUSY)
+        assert host.backend.is_alive()
         a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         host.supervisor.send(
             lib.PVF_CTL_ATTACH, host.attach_body(), 2, [a.fileno(), b.fileno()]
@@ -588,7 +585,7 @@ def test_a_parked_worker_keeps_its_port_and_does_nothing_else() -> None:
 )
 def test_wrong_usage_is_explained_on_stderr(args: list[str]) -> None:
     done = subprocess.run(
-        [binary(), *args], capture_output=True, text=True, timeout=DEADLINE, check=False
+        [binary(), *args], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 2
     assert "pvfront-worker: " in done.stderr

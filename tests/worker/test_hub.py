@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from embedded import DEADLINE, PAGE, Backend, Host, Pages, wait_for
+from embedded import (
+    PAGE,
+    Backend,
+    Host,
+    Pages,
+)
+from waiting import PATIENCE, wait_for
 
 from pvfront.abi import lib
 from pvfront.host.handles import (
@@ -120,7 +126,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     hub = Hub(tmp_path)
     yield hub
     hub.process.terminate()
-    assert hub.process.wait(DEADLINE) == 0
+    assert hub.process.wait(PATIENCE) == 0
 
 
 def test_a_worker_serves_a_disk_over_a_hubs_port_and_pages(hub: Hub) -> None:
@@ -158,5 +164,5 @@ def test_the_hub_takes_back_what_a_worker_held(hub: Hub, how: str) -> None:
             wait_for("the grants' end", lambda: hub.held(GUEST)[1:] == (0, 0))
             assert hub.held(GUEST)[0] == 1  # the port stays bound
         host.process.send_signal(signal.SIGKILL)
-        host.process.wait(DEADLINE)
+        host.process.wait(PATIENCE)
         wait_for("everything is given up", lambda: hub.held(GUEST) == (0, 0, 0))

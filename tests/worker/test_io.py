@@ -8,7 +8,6 @@ import threading
 
 import pytest
 from embedded import (
-    DEADLINE,
     DISCARD,
     ERROR,
     FLUSH,
@@ -21,8 +20,8 @@ from embedded import (
     NbdError,
     Request,
     serving,
-    wait_for,
 )
+from waiting import PATIENCE, wait_for
 
 from pvfront.abi import lib
 
@@ -53,7 +52,7 @@ class Mirror:
         reader = threading.Thread(target=self._read, args=(count,))
         reader.start()
         for _ in range(count):
-            if not self.slots.acquire(timeout=DEADLINE) or self.problem is not None:
+            if not self.slots.acquire(timeout=PATIENCE) or self.problem is not None:
                 break
             lane = self.free.pop()
             kind = self.random.choice([Nbd.READ, Nbd.READ, Nbd.WRITE, Nbd.WRITE, Nbd.FLUSH,
@@ -78,7 +77,7 @@ class Mirror:
             self.nbd.sock.sendall(
                 Nbd.HEADER.pack(0x25609513, flags, kind, handle, at, length) + payload
             )
-        reader.join(DEADLINE)
+        reader.join(PATIENCE)
         if self.problem is not None:
             raise self.problem
         assert not reader.is_alive()
@@ -188,7 +187,7 @@ def test_requests_that_make_no_sense_get_the_error_that_says_so() -> None:
             assert caught.value.number == number
         nbd.write(0, b"a" * 512)
         assert nbd.read(0, 512) == b"a" * 512
-        assert host.stats().rejected == 7
+        wait_for("7 refusals counted", lambda: host.stats().rejected == 7)
         assert host.backend is not None
         assert len(host.backend.log) == 2
 

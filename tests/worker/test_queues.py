@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from embedded import (
-    DEADLINE,
     REQ_PROD,
     RSP_PROD,
     Backend,
@@ -27,8 +26,8 @@ from embedded import (
     Request,
     Supervisor,
     serving,
-    wait_for,
 )
+from waiting import PATIENCE, wait_for
 
 from pvfront.abi import ffi, lib, read_all_stats
 
@@ -84,7 +83,7 @@ def test_each_queue_serves_its_own_socket_at_the_same_time(queues: int) -> None:
         for user in users:
             user.start()
         for user in users:
-            user.join(DEADLINE)
+            user.join(PATIENCE)
             assert not user.is_alive()
         assert not problems
         host.quiesce()
@@ -97,7 +96,7 @@ def test_each_queue_serves_its_own_socket_at_the_same_time(queues: int) -> None:
             assert ring_requests == len(backend.log)
         host.detach()
         for backend in host.backends:
-            backend.join(DEADLINE)
+            backend.join(PATIENCE)
             assert not backend.is_alive()
 
 
@@ -144,7 +143,7 @@ def test_a_connection_left_unfinished_gives_way_to_the_next() -> None:
         host.attach()
         host.start()
         for backend in left:
-            backend.join(DEADLINE)  # nobody holds its port any more
+            backend.join(PATIENCE)  # nobody holds its port any more
             assert not backend.is_alive()
             backend.stop()
         host.nbd(1).write(0, bytes(4096))
@@ -193,7 +192,7 @@ def test_sockets_may_come_one_by_one_where_clients_come_and_go() -> None:
         host.start(keep=True, options=lib.PVF_START_CLIENTS)
         for queue in range(2):
             ours, theirs = socket.socketpair()
-            ours.settimeout(DEADLINE)
+            ours.settimeout(PATIENCE)
             host.clients.append(ours)
             body = host.start_body(first_queue=queue, options=lib.PVF_START_CLIENTS)
             with theirs:
@@ -257,7 +256,10 @@ def test_a_rule_broken_in_one_ring_stops_all_queues(queue: int) -> None:
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_QUIESCE, errno.EIO)
         assert (bytes(pages.map), backend.notified) == (after, before[1])
         assert pages.get(REQ_PROD) == 1
-        assert [s.state for s in read_all_stats(host.supervisor.stats_fd)] == [lib.PVF_BROKEN] * 3
+        wait_for(
+            "all queues BROKEN",
+            lambda: {s.state for s in read_all_stats(host.supervisor.stats_fd)} == {lib.PVF_BROKEN},
+        )
         supervise_again(host)
         assert host.supervisor.wait(lib.PVF_CTL_BROKEN).queue == queue
         host.detach()
@@ -313,11 +315,11 @@ def test_what_a_lost_socket_held_unread_is_never_executed() -> None:
 def test_nothing_is_received_once_a_request_of_any_queue_is_overdue() -> None:
     """As the kernel would send it again on another socket."""
     with serving(queues=2) as host:
-        in_ring(host, 0)
         began = time.monotonic()
+        in_ring(host, 0)
         nbd, served = host.nbd(1), 0
         with contextlib.suppress(ConnectionError):
-            while time.monotonic() - began < lib.PVF_NBD_PATIENCE_SECONDS + DEADLINE:
+            while time.monotonic() - began < lib.PVF_NBD_PATIENCE_SECONDS + PATIENCE:
                 nbd.read(0, 4096)
                 served += 1
                 time.sleep(0.05)
@@ -373,17 +375,17 @@ def test_killing_the_worker_ends_it_for_the_peers_of_all_queues() -> None:
     with serving(queues=4) as host:
         in_ring(host, 3)
         host.process.send_signal(signal.SIGKILL)
-        host.process.wait(DEADLINE)
+        host.process.wait(PATIENCE)
         for client, backend in zip(host.clients, host.backends, strict=True):
             assert closed(client)
-            backend.join(DEADLINE)
+            backend.join(PATIENCE)
             assert not backend.is_alive()
 
 
 def test_exit_ends_all_threads_with_status_0() -> None:
     with serving(queues=4) as host:
         host.simple(lib.PVF_CTL_EXIT)
-        assert host.process.wait(DEADLINE) == 0
+        assert host.process.wait(PATIENCE) == 0
 
 
 def test_parking_keeps_the_ports_of_all_queues() -> None:
@@ -440,18 +442,15 @@ def test_an_idle_worker_of_several_queues_does_not_wake_up() -> None:
     with serving(queues=4) as host:
         for queue in range(4):
             host.nbd(queue).write(4096 * queue, bytes(4096))
-        pid, last = host.process.pid, {}
+        pid = host.process.pid
+        assert len(switches(pid)) >= 5
 
         def still() -> bool:
-            before = dict(last)
-            last.update(switches(pid))
-            time.sleep(0.6)
-            return before == last
+            before = switches(pid)
+            time.sleep(1.5)  # three ticks of a watchdog that would not stop
+            return switches(pid) == before
 
-        wait_for("no thread of the worker moves", still)
-        assert len(last) >= 5
-        time.sleep(1.5)
-        assert switches(pid) == last
+        wait_for("1.5 s in which no thread of the worker moves", still)
 
 
 def test_clients_of_all_queues_that_never_read_do_not_stop_the_control_connection() -> None:
