@@ -119,7 +119,7 @@ def ratios(figures: Sequence[Mapping[str, Any]], peer: str) -> str:
                     f'fill="{fill}"/>'
                     f'<rect x="{wanted - 1:.1f}" y="{top - 1}" width="2" height="{BAR}"/>'
                     f'<text x="{x + max(width, wanted - x) + 5:.1f}" y="{top + BAR - 3}" '
-                    f'class="value">{ratio:.2f}</text>'
+                    f'class="value">{ratio:.2f}{" (cut off)" if ratio > RATIO_MOST else ""}</text>'
                 )
             y += BAR * len(seen) + GAP
     return page(left + 2 * (RATIO_WIDTH + 60), bottom + 10, out)
