@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from . import sysfs
+from . import holdings, sysfs
 from .claim import Claims, Taken
 from .errors import PvfrontError
 from .evtchn import EventChannels
 from .gntalloc import GrantAllocator, grant_limit
+from .holdings import Holdings
 from .xenstore import Xenstore
 
 __all__ = ["HOST_DOMID", "HOST_VARIABLE", "Embedded", "Platform", "Xen", "platform"]
@@ -67,6 +68,9 @@ class Platform(Protocol):
     def grant_limit(self) -> int | None:
         """Pages that all processes together may have granted now; None: nobody knows."""
 
+    def holdings(self) -> Holdings:
+        """Who holds event channels and granted pages now, of all processes of this domain."""
+
     def claims(self) -> Claims: ...
 
 
@@ -101,6 +105,9 @@ class Xen:
 
     def grant_limit(self) -> int | None:
         return grant_limit()
+
+    def holdings(self) -> Holdings:
+        return holdings.of_guest(self.roots.proc)
 
     def claims(self) -> Claims:
         return Claims(self.roots)
@@ -172,6 +179,11 @@ class Embedded:
             limits = json.loads((self.directory / "limits.json").read_bytes())
             return int(limits["gntalloc"])
         return None
+
+    def holdings(self) -> Holdings:
+        from .host import books
+
+        return holdings.of_host(books(self.directory), self.domid, "pvfront")
 
     def claims(self) -> Claims:
         return _NoKernelClaims(self.roots)

@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import PvfrontError
+from .ledger import ledger
 from .list_ import list_command
 from .output import complain
 from .release import release
@@ -26,7 +27,7 @@ def cli() -> None:
     """Xen PV devices of this guest, served in user space."""
 
 
-for command in (list_command, release, status, store, trace, vbd):
+for command in (ledger, list_command, release, status, store, trace, vbd):
     cli.add_command(command)
 
 

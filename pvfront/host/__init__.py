@@ -101,12 +101,7 @@ class Host:
         """What the hub has in its books: who holds which `ports` and `grants`, and how many grants
         are `deferred`, freed and still mapped. Raises OSError: no hub answers.
         """
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as hub:
-            hub.settimeout(_HUB_SECONDS)
-            hub.connect(os.fspath(self.directory / "hub.sock"))
-            hub.send(b'{"do": "dump"}')
-            answer = json.loads(hub.recv(1 << 22))
-        return {name: answer[name] for name in ("ports", "grants", "deferred")}
+        return books(self.directory)
 
     async def create_domain(self, domid: int = HOST_DOMID, name: str = "guest") -> None:
         """Makes a domain's nodes as libxl does; one that is there stays as it is."""
@@ -141,6 +136,16 @@ class Host:
 
     def __repr__(self) -> str:
         return f"<Host {self.directory}>"
+
+
+def books(directory: Path) -> dict[str, Any]:
+    """`Host.dump` of the host in `directory`, whoever runs it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as hub:
+        hub.settimeout(_HUB_SECONDS)
+        hub.connect(os.fspath(directory / "hub.sock"))
+        hub.send(b'{"do": "dump"}')
+        answer = json.loads(hub.recv(1 << 22))
+    return {name: answer[name] for name in ("ports", "grants", "deferred")}
 
 
 def _absolute(path: Path | str) -> Path:

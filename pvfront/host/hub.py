@@ -354,6 +354,7 @@ class Hub:
                         {
                             "domid": domain.domid,
                             "arena": arena.number,
+                            "first_ref": arena.granted[min(arena.granted)].ref,
                             "pages": len(arena.granted),
                             "mapped": sum(map(bool, map(domain.mapped, arena.granted.values()))),
                             "pid": owners.get(arena),

@@ -74,6 +74,7 @@ class World:
         self.log = host.directory / "supervisor.log"
         self.supervisor: asyncio.subprocess.Process | None = None
         self._turn = 0
+        self._poorer = False  # the backend is not what a test expects
 
     @classmethod
     async def start(cls) -> World:
@@ -116,7 +117,9 @@ class World:
             sock.bind(str(notify))
             sock.setblocking(False)
             self.supervisor = await asyncio.create_subprocess_exec(
+                # Workers are killed here as often as chance will have it.
                 sys.executable, "-P", str(script), "vbd", "serve", "--all",
+                "-o", "start_limit_burst=0",
                 env={**os.environ, **self.host.environ, "NOTIFY_SOCKET": str(notify)},
                 stdout=log, stderr=log,
             )  # fmt: skip
@@ -144,7 +147,9 @@ class World:
         if self.supervisor is None or self.supervisor.returncode is not None:
             await self.serve()
         if self.backend._child.process.poll() is not None:
-            self.backend = await BlkBackend.start(self.host)
+            await self.new_backend()
+        if self._poorer:
+            await self.backend_dies()
 
     async def honest(self) -> None:
         """No fault and no misstep any more, for disks to come either."""
@@ -154,6 +159,7 @@ class World:
     async def new_backend(self, **features: Any) -> None:
         """Another backend process in the place of the one that is gone."""
         self.backend = await BlkBackend.start(self.host, **features)
+        self._poorer = bool(features)
 
     async def backend_dies(self, **features: Any) -> None:
         """Kills the backend and starts another one, which makes every frontend come again."""
