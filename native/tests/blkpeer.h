@@ -36,7 +36,7 @@
 #define DATA(page) (16u * QUEUES_MAX + (page))
 #define QUEUES_MAX 2u
 #define DISK (8u << 20)
-#define DEADLINE 20000 /* ms */
+#define DEADLINE 60000 /* ms */
 
 /* Waits for a state; says which one never came. */
 #define UNTIL(cond)                                                                       \

@@ -12,7 +12,7 @@
 #include "check.h"
 #include "memfd.h"
 
-#define DEADLINE_MS 20000
+#define DEADLINE_MS 60000
 #define EVENTS 1000000
 
 static struct pvf_channel *channel;

@@ -4,31 +4,13 @@
  * supervisor in the main one. What the thread sanitizer needs in order to see them meet.
  */
 #include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <pthread.h>
 #include <stdatomic.h>
-#include <sys/eventfd.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
 
-#include "backend.h"
-#include "channel.h"
+#include "hub.h"
 #include "pvfront/disk.h"
 
 #define DISK (4u << 20)
 #define POOL 64u
-#define PORT 9u
-#define PATIENCE 20000 /* ms: for what must come */
-
-struct connection { /* one generation, as the other end has it */
-	struct pvf_channel *channel;
-	int wakeup[2];
-	int hub_event, hub_grants;
-	unsigned char *shared;
-	struct backend backend;
-	pthread_t thread;
-};
 
 static unsigned char disk_bytes[DISK], expected[DISK];
 static struct connection link_;
@@ -82,91 +64,23 @@ static void nudge(void)
 
 /* The supervisor */
 
-static void send_packet(int sock, const void *data, size_t size, const int *fds, size_t n)
+static void tell(void *message, uint16_t type, uint32_t generation, size_t size)
 {
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(3 * sizeof(int))];
-	} c = {0};
-	struct iovec iov = {(void *)(uintptr_t)data, size};
-	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
-
-	if (n) {
-		msg.msg_control = &c;
-		msg.msg_controllen = CMSG_SPACE(sizeof(int) * n);
-		struct cmsghdr *h = CMSG_FIRSTHDR(&msg);
-
-		h->cmsg_level = SOL_SOCKET;
-		h->cmsg_type = SCM_RIGHTS;
-		h->cmsg_len = CMSG_LEN(sizeof(int) * n);
-		memcpy(CMSG_DATA(h), fds, sizeof(int) * n);
-	}
-	CHECK(sendmsg(sock, &msg, MSG_NOSIGNAL) == (ssize_t)size);
-}
-
-static void tell(void *message, uint16_t type, uint32_t generation, size_t size, const int *fds,
-		 size_t n)
-{
-	struct pvf_ctl_hdr *hdr = message;
-
-	*hdr = (struct pvf_ctl_hdr){PVF_CTL_MAGIC, PVF_CTL_VERSION, type, generation, (uint32_t)size};
-	send_packet(control, message, size, fds, n);
+	tell_of(control, message, type, generation, size, NULL, 0);
 }
 
 static void hear(uint16_t type)
 {
-	struct pollfd polled = {.fd = control, .events = POLLIN};
-	union {
-		struct pvf_ctl_hdr hdr;
-		char bytes[PVF_CTL_MAX];
-	} m;
-
-	do {
-		CHECK(poll(&polled, 1, PATIENCE) == 1);
-		CHECK(recv(control, &m, sizeof(m), 0) >= (ssize_t)sizeof(m.hdr));
-	} while (m.hdr.type == PVF_CTL_LOG || m.hdr.type == PVF_CTL_HELLO);
-	CHECK_EQ(m.hdr.type, type);
+	hear_from(control, type);
 }
 
 static void simply(uint16_t type, uint32_t generation, uint16_t answer)
 {
 	struct pvf_ctl_simple simple;
 
-	tell(&simple, type, generation, sizeof(simple), NULL, 0);
+	tell(&simple, type, generation, sizeof(simple));
 	if (answer)
 		hear(answer);
-}
-
-static int memfd(size_t bytes)
-{
-	int fd = memfd_create("test", MFD_ALLOW_SEALING);
-
-	CHECK(fd >= 0 && !ftruncate(fd, (off_t)bytes));
-	CHECK(!fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK));
-	return fd;
-}
-
-/* What the hub does: the two connections that ATTACH brings, with a packet in each. */
-static void hand_over(struct connection *c, int grants, int *sources)
-{
-	struct pvf_host_packet event = {PVF_HOST_MAGIC, PVF_HOST_EVENT, PORT, 0};
-	struct pvf_host_packet pages = {.magic = PVF_HOST_MAGIC, .kind = PVF_HOST_PAGES};
-	int fds[3] = {memfd(4096)}, pair[2];
-
-	c->channel = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
-	CHECK(c->channel != MAP_FAILED);
-	pvf_channel_init(c->channel);
-	for (int side = 0; side < 2; side++)
-		CHECK((fds[1 + side] = c->wakeup[side] = eventfd(0, EFD_NONBLOCK)) >= 0);
-	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
-	send_packet(pair[0], &event, sizeof(event), fds, 3);
-	close(fds[0]);
-	c->hub_event = pair[0];
-	sources[0] = pair[1];
-	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
-	send_packet(pair[0], &pages, sizeof(pages), &grants, 1);
-	c->hub_grants = pair[0];
-	sources[1] = pair[1];
 }
 
 static void start(uint32_t generation, uint32_t flags)
@@ -174,56 +88,29 @@ static void start(uint32_t generation, uint32_t flags)
 	struct pvf_ctl_start m = {.sectors = DISK / 512, .sector_size = 512, .flags = flags,
 				  .max_segments = 11, .stall_seconds = 5};
 
-	tell(&m, PVF_CTL_START, generation, sizeof(m), NULL, 0);
+	tell(&m, PVF_CTL_START, generation, sizeof(m));
 	hear(PVF_CTL_STARTED);
 }
 
 static void attach(uint32_t generation)
 {
-	static _Alignas(8) unsigned char message[sizeof(struct pvf_ctl_attach) + POOL * 4];
-	struct pvf_ctl_attach *m = (struct pvf_ctl_attach *)(void *)message;
-	int grants = memfd(4096 * (1 + POOL)), sources[2];
-
-	hand_over(&link_, grants, sources);
-	*m = (struct pvf_ctl_attach){.device_class = PVF_CLASS_BLK, .port = PORT, .ring_pages = 1,
-				     .pool_pages = POOL, .pool_offset = 4096, .name = "vbd-1",
-				     .queues = 1};
-	backend_grefs(m->pool_grefs, POOL);
-	tell(m, PVF_CTL_ATTACH, generation, sizeof(message), sources, 2);
-	hear(PVF_CTL_ATTACHED);
-	close(sources[0]);
-	close(sources[1]);
-	link_.shared =
-		mmap(NULL, 4096 * (1 + POOL), PROT_READ | PROT_WRITE, MAP_SHARED, grants, 0);
-	CHECK(link_.shared != MAP_FAILED);
-	close(grants);
-	backend_init(&link_.backend, link_.shared, 4096, link_.shared + 4096, POOL, disk_bytes,
-		     DISK);
 	atomic_store(&taken, 0);
 	atomic_store(&events, 0);
-	CHECK(!pthread_create(&link_.thread, NULL, run_backend, &link_));
+	attach_queue(&link_, control, generation, 0, 1, POOL, disk_bytes, DISK, run_backend,
+		     &link_);
 }
 
 /* The library has let go of everything that ATTACH brought. */
 static void let_go(void)
 {
-	char end;
-
-	pthread_join(link_.thread, NULL);
-	CHECK_EQ(recv(link_.hub_grants, &end, 1, MSG_DONTWAIT), 0);
-	close(link_.hub_event);
-	close(link_.hub_grants);
-	close(link_.wakeup[0]);
-	close(link_.wakeup[1]);
-	munmap(link_.channel, 4096);
-	munmap(link_.shared, 4096 * (1 + POOL));
+	let_go_of(&link_);
 }
 
 static void detach(uint32_t generation)
 {
 	struct pvf_ctl_detach m = {0};
 
-	tell(&m, PVF_CTL_DETACH, generation, sizeof(m), NULL, 0);
+	tell(&m, PVF_CTL_DETACH, generation, sizeof(m));
 	hear(PVF_CTL_DETACHED);
 	let_go();
 }

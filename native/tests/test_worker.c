@@ -4,35 +4,24 @@
  * supervisor in the main one: what the thread sanitizer needs in order to see all ends meet.
  */
 #include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <pthread.h>
-#include <sys/eventfd.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/un.h>
 
 #include <linux/nbd.h>
 
-#include "backend.h"
+#include "hub.h"
 #include "worker.h"
 
 #define PART (1u << 20) /* of the disk: each queue has one */
 #define MOST 4u
 #define DISK (MOST * PART)
 #define POOL 48u
-#define PORT 9u
 
 /* What is on the other side of one queue. */
 struct side {
-	struct backend backend;
-	struct pvf_channel *channel;
-	int wakeup[2]; /* the eventfds: the worker's, the backend's */
-	int hub_event, hub_grants;
+	struct connection link;
 	int client;
 	uint64_t base; /* of its part of the disk */
-	pthread_t backend_thread, writer, reader;
-	unsigned char *shared;
+	pthread_t writer, reader;
 };
 
 static struct pvf_worker worker;
@@ -55,27 +44,28 @@ static void *run_worker(void *arg)
 static void *run_backend(void *arg)
 {
 	struct side *s = arg;
-	struct pollfd polled[2] = {{.fd = s->wakeup[1], .events = POLLIN}, {.fd = s->hub_event}};
+	struct connection *c = &s->link;
+	struct pollfd polled[2] = {{.fd = c->wakeup[1], .events = POLLIN}, {.fd = c->hub_event}};
 	uint64_t seed = 11;
 
 	for (;;) {
 		bool event = false;
 
 		CHECK(poll(polled, 2, -1) > 0);
-		if (pvf_channel_take(s->channel, 1, s->wakeup[1])) {
+		if (pvf_channel_take(c->channel, 1, c->wakeup[1])) {
 			if (__atomic_load_n(&liars, __ATOMIC_SEQ_CST) >> (s - sides) & 1) {
-				__atomic_store_n(&s->backend.ring.sring->rsp_prod, 1u << 30,
+				__atomic_store_n(&c->backend.ring.sring->rsp_prod, 1u << 30,
 						 __ATOMIC_SEQ_CST);
-				CHECK_EQ(pvf_channel_notify(s->channel, 1, s->wakeup[0]), 0);
+				CHECK_EQ(pvf_channel_notify(c->channel, 1, c->wakeup[0]), 0);
 			}
-			backend_take(&s->backend);
-			while (s->backend.held &&
+			backend_take(&c->backend);
+			while (c->backend.held &&
 			       !(__atomic_load_n(&held, __ATOMIC_SEQ_CST) >> (s - sides) & 1))
-				event |= backend_answer(&s->backend, below(&seed, s->backend.held),
+				event |= backend_answer(&c->backend, below(&seed, c->backend.held),
 							BLKIF_RSP_OKAY);
 			if (event)
-				CHECK_EQ(pvf_channel_notify(s->channel, 1, s->wakeup[0]), 0);
-			CHECK_EQ(pvf_channel_unmask(s->channel, 1, s->wakeup[1]), 0);
+				CHECK_EQ(pvf_channel_notify(c->channel, 1, c->wakeup[0]), 0);
+			CHECK_EQ(pvf_channel_unmask(c->channel, 1, c->wakeup[1]), 0);
 		} else if (polled[1].revents & POLLHUP) {
 			return NULL;
 		}
@@ -89,86 +79,18 @@ static void hold(uint32_t queue, bool on)
 		__atomic_or_fetch(&held, 1u << queue, __ATOMIC_SEQ_CST);
 	else
 		__atomic_and_fetch(&held, ~(1u << queue), __ATOMIC_SEQ_CST);
-	CHECK_EQ(pvf_channel_notify(sides[queue].channel, 0, sides[queue].wakeup[1]), 0);
-}
-
-static void send_packet(int sock, const void *data, size_t size, const int *fds, size_t n)
-{
-	union {
-		struct cmsghdr align;
-		char bytes[CMSG_SPACE(MOST * sizeof(int))];
-	} c = {0};
-	struct iovec iov = {(void *)(uintptr_t)data, size};
-	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
-
-	if (n) {
-		msg.msg_control = &c;
-		msg.msg_controllen = CMSG_SPACE(sizeof(int) * n);
-		struct cmsghdr *h = CMSG_FIRSTHDR(&msg);
-
-		h->cmsg_level = SOL_SOCKET;
-		h->cmsg_type = SCM_RIGHTS;
-		h->cmsg_len = CMSG_LEN(sizeof(int) * n);
-		memcpy(CMSG_DATA(h), fds, sizeof(int) * n);
-	}
-	CHECK(sendmsg(sock, &msg, 0) == (ssize_t)size);
+	CHECK_EQ(pvf_channel_notify(sides[queue].link.channel, 0, sides[queue].link.wakeup[1]), 0);
 }
 
 static void tell(void *message, uint16_t type, size_t size, const int *fds, size_t n)
 {
-	struct pvf_ctl_hdr *hdr = message;
-
-	*hdr = (struct pvf_ctl_hdr){PVF_CTL_MAGIC, PVF_CTL_VERSION, type, 1, (uint32_t)size};
-	send_packet(control, message, size, fds, n);
-}
-
-static int memfd(size_t bytes)
-{
-	int fd = memfd_create("test", MFD_ALLOW_SEALING);
-
-	CHECK(fd >= 0 && !ftruncate(fd, (off_t)bytes));
-	CHECK(!fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK));
-	return fd;
-}
-
-/* What the hub does: the two connections that ATTACH brings, with a packet in each. */
-static void hand_over(struct side *s, int grants, int *sources)
-{
-	struct pvf_host_packet event = {PVF_HOST_MAGIC, PVF_HOST_EVENT, PORT, 0};
-	struct pvf_host_packet pages = {.magic = PVF_HOST_MAGIC, .kind = PVF_HOST_PAGES};
-	int fds[3] = {memfd(4096)}, pair[2];
-
-	s->channel = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
-	CHECK(s->channel != MAP_FAILED);
-	pvf_channel_init(s->channel);
-	for (int side = 0; side < 2; side++)
-		CHECK((fds[1 + side] = s->wakeup[side] = eventfd(0, EFD_NONBLOCK)) >= 0);
-	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
-	send_packet(pair[0], &event, sizeof(event), fds, 3);
-	close(fds[0]);
-	s->hub_event = pair[0];
-	sources[0] = pair[1];
-	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
-	send_packet(pair[0], &pages, sizeof(pages), &grants, 1);
-	s->hub_grants = pair[0];
-	sources[1] = pair[1];
+	tell_of(control, message, type, 1, size, fds, n);
 }
 
 /* Waits for a message of this type; returns the queue that it names, if it names one. */
 static uint32_t hear(uint16_t type)
 {
-	union {
-		struct pvf_ctl_hdr hdr;
-		struct pvf_ctl_broken broken;
-		struct pvf_ctl_target_gone gone;
-		char bytes[PVF_CTL_MAX];
-	} m;
-
-	do
-		CHECK(recv(control, &m, sizeof(m), 0) >= (ssize_t)sizeof(m.hdr));
-	while (m.hdr.type == PVF_CTL_LOG || m.hdr.type == PVF_CTL_HELLO);
-	CHECK_EQ(m.hdr.type, type);
-	return type == PVF_CTL_BROKEN ? m.broken.queue : m.gone.queue;
+	return hear_from(control, type);
 }
 
 static void all(int client, bool out, void *data, size_t size)
@@ -298,27 +220,10 @@ static void new_clients(void)
 
 static void attach(uint32_t i)
 {
-	static _Alignas(8) unsigned char message[sizeof(struct pvf_ctl_attach) + POOL * 4];
-	struct pvf_ctl_attach *m = (struct pvf_ctl_attach *)(void *)message;
 	struct side *s = &sides[i];
-	int grants = memfd(4096 * (1 + POOL)), sources[2];
 
-	hand_over(s, grants, sources);
-	*m = (struct pvf_ctl_attach){.device_class = PVF_CLASS_BLK, .port = PORT, .ring_pages = 1,
-				     .pool_pages = POOL, .ring_offset = 0, .pool_offset = 4096,
-				     .name = "vbd-1", .queue = (uint16_t)i,
-				     .queues = (uint16_t)queues};
-	backend_grefs(m->pool_grefs, POOL);
-	tell(m, PVF_CTL_ATTACH, sizeof(message), sources, 2);
-	hear(PVF_CTL_ATTACHED);
-	close(sources[0]);
-	close(sources[1]);
-	s->shared = mmap(NULL, 4096 * (1 + POOL), PROT_READ | PROT_WRITE, MAP_SHARED, grants, 0);
-	CHECK(s->shared != MAP_FAILED);
-	close(grants);
-	backend_init(&s->backend, s->shared, 4096, s->shared + 4096, POOL, disk, DISK);
 	s->base = (uint64_t)i * PART;
-	CHECK(!pthread_create(&s->backend_thread, NULL, run_backend, s));
+	attach_queue(&s->link, control, 1, i, queues, POOL, disk, DISK, run_backend, s);
 }
 
 /* A worker that serves `n` queues, each with a client. */
@@ -353,7 +258,6 @@ static void detach_and_end(void)
 {
 	struct pvf_ctl_detach detach = {0};
 	struct pvf_ctl_simple simple;
-	char end;
 
 	tell(&detach, PVF_CTL_DETACH, sizeof(detach), NULL, 0);
 	hear(PVF_CTL_DETACHED);
@@ -361,16 +265,8 @@ static void detach_and_end(void)
 	pthread_join(worker_thread, NULL);
 	CHECK_EQ(status, 0);
 	for (uint32_t i = 0; i < queues; i++) {
-		struct side *s = &sides[i];
-
-		pthread_join(s->backend_thread, NULL); /* DETACH has closed the event channel */
-		CHECK_EQ(recv(s->hub_grants, &end, 1, MSG_DONTWAIT), 0); /* and the pages */
-		munmap(s->shared, 4096 * (1 + POOL));
-		munmap(s->channel, 4096);
-		int own[] = {s->wakeup[0], s->wakeup[1], s->hub_event, s->hub_grants, s->client};
-
-		for (size_t k = 0; k < sizeof(own) / sizeof(*own); k++)
-			close(own[k]);
+		let_go_of(&sides[i].link);
+		close(sides[i].client);
 	}
 	close(control);
 	close(worker.listen_fd);
@@ -526,11 +422,11 @@ static void broken(void)
 	hold(1, true);
 	CHECK_EQ(hear(PVF_CTL_BROKEN), 1);
 	for (uint32_t i = 0; i < queues; i++)
-		before[i] = __atomic_load_n((uint32_t *)(void *)sides[i].shared, __ATOMIC_SEQ_CST);
+		before[i] = __atomic_load_n((uint32_t *)(void *)sides[i].link.shared, __ATOMIC_SEQ_CST);
 	tell(&simple, PVF_CTL_QUIESCE, sizeof(simple), NULL, 0);
 	hear(PVF_CTL_ERROR);
 	for (uint32_t i = 0; i < queues; i++) {
-		uint32_t *published = (uint32_t *)(void *)sides[i].shared;
+		uint32_t *published = (uint32_t *)(void *)sides[i].link.shared;
 
 		CHECK_EQ(__atomic_load_n(published, __ATOMIC_SEQ_CST), before[i]);
 		CHECK(!shutdown(sides[i].client, SHUT_RDWR));
