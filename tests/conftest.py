@@ -7,4 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
-pytest.register_assert_rewrite("storeworld", "waiting")
+pytest.register_assert_rewrite(
+    "embedded", "nbdkernel", "queueworld", "ringbackend", "storeworld", "supervisorworld",
+    "waiting", "workerevents",
+)  # fmt: skip

@@ -36,7 +36,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from waiting import PATIENCE, eventually
 
-from pvfront.host.blkback import BlkBackendError, Fault, Misstep
+from pvfront.host.blkback import BlkBackend, BlkBackendError, Fault, Misstep
 from pvfront.host.blkprocess import socket_path
 from pvfront.host.faults import KINDS, OPERATIONS, STEPS, FaultError
 
@@ -127,6 +127,24 @@ def test_what_is_no_fault_is_not_decoded(nonsense: object) -> None:
 # -- on the ring ---------------------------------------------------------------------------------
 
 
+async def fired(backend: BlkBackend, kind: str, times: int = 1) -> None:
+    """Waits until a fault has fired so often."""
+
+    async def look() -> bool:
+        return (await backend.stats())[f"fired_{kind}"] >= times
+
+    await eventually(f"{kind} fired {times} times", look)
+
+
+async def pushed(backend: BlkBackend) -> None:
+    """Waits until the first response has been published."""
+
+    async def look() -> bool:
+        return (await backend.stats())["pushes"] == 1
+
+    await eventually("the response", look)
+
+
 async def test_requests_are_delayed() -> None:
     async with disk() as (_, backend, frontend):
         await frontend.connect()
@@ -146,6 +164,7 @@ async def test_requests_stall_until_they_are_released() -> None:
         await backend.fault(Fault.stall(op=["write", "flush"]))
         held = [frontend.put(WRITE, 0, whole(0, 1)), frontend.put(FLUSH)]
         frontend.push()
+        await fired(backend, "stall", 2)  # else the release would come too early for them
         assert await frontend.silent()
         await backend.release()
         assert [(await frontend.response())[0] for _ in held] == held
@@ -222,10 +241,7 @@ async def test_the_producer_index_jumps(by: int) -> None:
         frontend.put(READ, 0, whole(0, 1))
         frontend.push()
 
-        async def fired() -> bool:
-            return (await backend.stats())["pushes"] == 1
-
-        await eventually("the response", fired)
+        await pushed(backend)
         assert frontend.rings[0].words[RSP_PROD] == (1 + by) & 0xFFFFFFFF
 
 
@@ -273,6 +289,7 @@ async def test_events_are_lost_and_storm() -> None:
         await backend.fault(Fault.lose_event(count=1))
         frontend.put(READ, 0, whole(0, 1))
         frontend.push()
+        await pushed(backend)  # else the next wait would be for the lost one
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(frontend.events.wait(), 0.05)
         assert (await frontend.response())[2] == OKAY

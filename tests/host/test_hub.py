@@ -263,6 +263,7 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(own_hub):
             limit = struct.pack("@ll", 0, 200_000)
             same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         with pytest.raises(OSError, match="does not answer"):
             channels.bind_unbound(0)
         process.send_signal(signal.SIGCONT)

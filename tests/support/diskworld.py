@@ -17,7 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 
-from embedded import Backend, Nbd, Pages, Port
+from embedded import Nbd
+from ringbackend import Backend, Pages, Port
 from waiting import PATIENCE
 
 from pvfront.blkfront.features import DiskGeometry

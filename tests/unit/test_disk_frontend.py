@@ -20,7 +20,8 @@ from diskworld import (
     end,
     gone,
 )
-from embedded import RSP_PROD, Nbd
+from embedded import Nbd
+from ringbackend import RSP_PROD
 from waiting import PATIENCE, eventually
 
 from pvfront import worker as worker_module

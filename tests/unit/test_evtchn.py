@@ -285,6 +285,59 @@ async def test_whoever_waits_is_told_when_the_handle_goes(kernel, end):
         os.close(fd)
 
 
+class WatchedElsewhere(EventChannels):
+    """As the embedded host's handle: what is watched is another descriptor than the device's."""
+
+    watched = -1
+
+    def pollable(self) -> int:
+        return self.watched
+
+
+@pytest.fixture
+def elsewhere(kernel):
+    channels = WatchedElsewhere(kernel.fd)
+    channels.watched = os.dup(kernel.fd)
+    yield channels
+    channels.close()
+    os.close(channels.watched)
+
+
+async def test_an_event_wakes_who_waits_on_a_descriptor_beside_the_devices(kernel, elsewhere):
+    port = elsewhere.bind_unbound(0)
+    waiting = asyncio.create_task(elsewhere.wait())
+    await asyncio.sleep(0)
+    kernel.fire(port)
+    assert await asyncio.wait_for(waiting, 60) == [port]
+    assert not asyncio.get_running_loop().remove_reader(elsewhere.watched)
+
+
+@pytest.mark.parametrize("end", ["close", "give"])
+async def test_the_end_of_a_handle_lets_go_of_the_descriptor_that_was_watched(
+    kernel, elsewhere, end
+):
+    watched, later = elsewhere.watched, os.dup(kernel.fd)
+    waiting = asyncio.create_task(elsewhere.wait())
+    await asyncio.sleep(0)
+    elsewhere.watched = later  # where the next wait would look
+    given = getattr(elsewhere, end)()
+    with pytest.raises(ClosedError):
+        await waiting
+    assert not asyncio.get_running_loop().remove_reader(watched), "it is watched for nobody"
+    os.close(watched)
+    if given is not None:
+        os.close(given)
+
+
+async def test_a_cancelled_wait_watches_nothing_any_more(elsewhere):
+    waiting = asyncio.create_task(elsewhere.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not asyncio.get_running_loop().remove_reader(elsewhere.watched)
+
+
 async def test_a_descriptor_number_that_is_reused_is_not_watched_for_the_old_handle(kernel):
     channels = EventChannels(kernel.fd)
     waiting = asyncio.create_task(channels.wait())

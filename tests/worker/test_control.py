@@ -15,17 +15,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from embedded import (
-    Host,
-    Nbd,
-    Port,
-    Supervisor,
-    binary,
-    hand_over,
-    sealed,
-    serving,
-    text,
-)
+from embedded import Host, Nbd, Supervisor, binary, serving, text
+from ringbackend import Port, hand_over, sealed
 from waiting import PATIENCE, wait_for
 
 from pvfront.abi import ffi, lib

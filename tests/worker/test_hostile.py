@@ -10,21 +10,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from embedded import (
-    OKAY,
-    READ,
-    REQ_PROD,
-    RSP_PROD,
-    SLOT,
-    SLOTS,
-    WRITE,
-    Host,
-    Nbd,
-    Port,
-    Request,
-    serving,
-    text,
-)
+from embedded import Host, Nbd, serving, text
+from ringbackend import OKAY, READ, REQ_PROD, RSP_PROD, SLOT, SLOTS, WRITE, Port, Request
 from waiting import wait_for
 
 from pvfront.abi import lib

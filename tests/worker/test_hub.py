@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from embedded import (
-    PAGE,
-    Backend,
-    Host,
-    Pages,
-)
+from embedded import Host
+from ringbackend import PAGE, Backend, Pages
 from waiting import PATIENCE, wait_for
 
 from pvfront.abi import lib

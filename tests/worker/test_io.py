@@ -7,20 +7,8 @@ import random
 import threading
 
 import pytest
-from embedded import (
-    DISCARD,
-    ERROR,
-    FLUSH,
-    OKAY,
-    READ,
-    SECTOR,
-    WRITE,
-    Backend,
-    Nbd,
-    NbdError,
-    Request,
-    serving,
-)
+from embedded import Nbd, NbdError, serving
+from ringbackend import DISCARD, ERROR, FLUSH, OKAY, READ, SECTOR, WRITE, Backend, Request
 from waiting import PATIENCE, wait_for
 
 from pvfront.abi import lib

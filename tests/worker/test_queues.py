@@ -16,17 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from embedded import (
-    REQ_PROD,
-    RSP_PROD,
-    Backend,
-    Host,
-    Nbd,
-    NbdError,
-    Request,
-    Supervisor,
-    serving,
-)
+from embedded import Host, Nbd, NbdError, Supervisor, serving
+from ringbackend import REQ_PROD, RSP_PROD, Backend, Request
 from waiting import PATIENCE, wait_for
 
 from pvfront.abi import ffi, lib, read_all_stats
@@ -301,6 +292,7 @@ def test_what_a_lost_socket_held_unread_is_never_executed() -> None:
         # A client that hangs up leaves requests behind that it sends again elsewhere: they are
         # older than whatever comes there.
         os.kill(host.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, host.process.pid, os.WSTOPPED)  # each thread of it
         host.nbd(1).request(Nbd.WRITE, 0, 4096, b"old!" * 1024)
         host.clients[1].close()
         host.nbd(0).request(Nbd.WRITE, 4096, 4096, b"also" * 1024)
