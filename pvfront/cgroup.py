@@ -8,12 +8,13 @@ Theory of operation
     a disk counts as frozen when the disk has answered it (Documentation/admin-guide/
     cgroup-v2.rst, "cgroup.freeze").
 
-    *Who.* Every cgroup that hangs off the path from the root to our own, which leaves exactly our
-    own running (`clients`). Two are spared. ``init.scope``: PID 1 has to be able to restart us and
-    to reap; it hardly ever touches a disk, and if it is caught in a write to ours all the same the
-    kernel's freeze fails and the suspend is tried again. ``pvfront.slice``, if we are in it: other
-    packages' services serve devices themselves. Tasks in the root cgroup cannot be frozen; on a
-    system with an init that uses no cgroups that is everybody, and nothing is frozen here.
+    *Who.* Every cgroup that hangs off the paths from the root to our own and to those of other
+    services that take part, which leaves exactly these running (`clients`). Two more are spared.
+    ``init.scope``: PID 1 has to be able to restart us and to reap; it hardly ever touches a disk,
+    and if it is caught in a write to ours all the same the kernel's freeze fails and the suspend is
+    tried again. ``pvfront.slice``, if we are in it: other packages' services serve devices
+    themselves. Tasks in the root cgroup cannot be frozen; on a system with an init that uses no
+    cgroups that is everybody, and nothing is frozen here.
 
     *Never left stopped.* The list of what we froze is on tmpfs before the first of them is
     frozen. A child process (`thawguard.py`), locked in memory, thaws the list when its pipe
@@ -71,21 +72,29 @@ def own_cgroup(proc_cgroup: str) -> str:
     return "/"
 
 
-def clients(root: Path, own: str, spared: Collection[str] = SPARED) -> list[Path]:
-    """The cgroups to freeze so that only `own` and `spared` (names below the root) go on.
+def clients(
+    root: Path, own: str, spared: Collection[str] = SPARED, others: Collection[str] = ()
+) -> list[Path]:
+    """The cgroups to freeze so that only `own`, `others` (paths like it) and `spared` (names
+    below the root) go on.
 
     Only those that have processes now (``populated``) and that nobody else has frozen.
     """
-    found: list[Path] = []
-    here = root
-    for step in own.strip("/").split("/"):
-        for child in _children(here):
-            if child.name == step or (here == root and child.name in spared):
-                continue
-            if _event(child, "populated") and not _asked_to_freeze(child):
-                found.append(child)
-        here = here / step
-    return found
+    ways = [path.strip("/").split("/") for path in (own, *others) if path.strip("/")]
+    return list(_off(root, ways, spared))
+
+
+def _off(here: Path, ways: list[list[str]], spared: Collection[str] = ()) -> Iterator[Path]:
+    """What hangs off the ways that lead on from `here`."""
+    if not all(ways):  # one ends here: all below it goes on
+        return
+    for child in _children(here):
+        if onward := [way[1:] for way in ways if way[0] == child.name]:
+            yield from _off(child, onward)
+        elif child.name in spared or not _event(child, "populated"):
+            continue
+        elif not _asked_to_freeze(child):
+            yield child
 
 
 def _children(group: Path) -> Iterator[Path]:
@@ -180,6 +189,8 @@ class Freezer:
         self._spared = spared
         self._guard_limit = guard_limit
         self._clock = clock
+        self.others: Collection[str] = ()
+        """Cgroups of other services that serve devices, as `own`."""
         self._frozen: list[Path] = []
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -250,7 +261,7 @@ class Freezer:
         self._ensure_guard()
         deadline = self._clock() + timeout
         while True:
-            new = clients(self.root, self.own, self._spared)
+            new = clients(self.root, self.own, self._spared, self.others)
             self._list(new)
             for group in new:
                 _ask(group, True)

@@ -35,7 +35,8 @@ from .frontend import Frontend
 from .questions import answering
 from .statefile import save_state, state_of, write_json
 from .states import XenbusState
-from .suspend import Suspend, SuspendParticipant
+from .suspend_group import Participants, SuspendParticipant
+from .suspend_shared import SharedSuspend
 from .trace import SERVICE, Kind, Trace
 from .xenbus import Bus, XenbusDevice
 from .xenstore import Xenstore
@@ -169,7 +170,7 @@ class Supervisor:
         force: bool = False,
         home: str = "",
         run_dir: Path,
-        suspend: Callable[[Callable[[], Collection[SuspendParticipant]]], Suspend] | None = None,
+        suspend: Callable[[Participants], SharedSuspend] | None = None,
     ) -> None:
         self.store = store
         self.klass = klass
@@ -497,12 +498,14 @@ class Supervisor:
         except OSError as error:
             log.warning("%s: its state is not on record: %s", loop.device.name, error)
 
-    async def _show_suspend(self, suspend: Suspend) -> None:
+    async def _show_suspend(self, suspend: SharedSuspend) -> None:
         """Keeps ``/run/pvfront/suspend.json`` what `Suspend.status` says."""
         shown: dict[str, object] = {}
         while True:
             now = suspend.status()
-            if now != shown:
+            if not now:  # another service owns suspend, and tells of it
+                shown = now
+            elif now != shown:
                 write_json(self.run_dir / "suspend.json", now)
                 if now["stage"] != shown.get("stage"):
                     self._trace.note(Kind.SUSPEND, str(now["stage"]), armed=now["armed"])

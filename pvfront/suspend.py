@@ -11,7 +11,7 @@ Theory of operation
 
     `Machine` (suspend_machine.py) is the pure part: events and the time go in, actions come out.
     `Suspend` is the one owner: it feeds the machine and carries the actions out. A domain has one
-    owner, whatever the number of services: it holds the lock file.
+    owner, whatever the number of services: it holds the lock file, and the others join it.
 
       WATCHING ──request──▶ FREEZING ─▶ SETTLING ─▶ CLOSING ─▶ SUSPENDING ──end──▶ REARMING
          ▲                     │            │          │            │                 │
@@ -55,6 +55,7 @@ from typing import Any, Protocol
 from .cgroup import FreezeFailed, Freezer
 from .errors import PvfrontError
 from .fssync import sync_devices
+from .suspend_group import Devices, Group, NotOwner, Participants, SuspendError
 from .suspend_machine import (
     Action,
     Armed,
@@ -68,6 +69,7 @@ from .suspend_machine import (
     Stage,
     Started,
 )
+from .suspend_members import Hub, uncovered
 from .veto import CannotVeto, KernelLog, Line, LogEvent, Veto
 
 log = logging.getLogger(__name__)
@@ -76,41 +78,6 @@ SHUTDOWN = "control/shutdown"
 SENTINEL = "domid"  # never changes, so its watch fires only when a resume has set it anew
 RUN_DIR = Path("/run/pvfront")
 FREEZE_TIMEOUT = Path("/sys/power/pm_freeze_timeout")
-
-
-class SuspendError(PvfrontError):
-    """This process cannot own suspend; the message says why."""
-
-
-class SuspendParticipant(Protocol):
-    """One device, as suspend sees it. Every method may be called in any state of the device."""
-
-    @property
-    def name(self) -> str:
-        """For messages: ``xvdb``."""
-
-    async def prepare(self) -> None:
-        """Drains, closes towards the backend and unbinds every port.
-
-        Must not need any other program, nor a disk. Raises whatever says why it could not; it is
-        cancelled when it takes too long. Either way `resumed` follows.
-        """
-
-    async def resumed(self, cancelled: bool | None) -> None:
-        """Reconnects, and returns when that is done.
-
-        `cancelled`: the domain never left (True), is a new domain (False), or that is unknown.
-        Being cancelled means that nobody waits any more; go on reconnecting.
-        """
-
-    def poisoned(self) -> None:
-        """The domain was suspended while ports were bound: never close the old descriptor."""
-
-    def filesystems(self) -> Collection[str]:
-        """Block devices whose file systems are to be written back, ``/dev/nbd0``."""
-
-    def in_flight(self) -> int:
-        """Requests that the device has not answered yet."""
 
 
 class Store(Protocol):
@@ -134,6 +101,7 @@ class Effects(Protocol):
     def disarm(self) -> None: ...
     async def freeze(self, timeout: float) -> int: ...
     def thaw(self) -> None: ...
+    def spare(self, cgroups: Collection[str]) -> None: ...
     async def sync(self, devices: Collection[str], timeout: float) -> list[str]: ...
     def set_freeze_timeout(self, seconds: float) -> None: ...
     def restore_freeze_timeout(self) -> None: ...
@@ -172,6 +140,9 @@ class SystemEffects:
     def thaw(self) -> None:
         self._freezer.thaw()
 
+    def spare(self, cgroups: Collection[str]) -> None:
+        self._freezer.others = cgroups
+
     async def sync(self, devices: Collection[str], timeout: float) -> list[str]:
         return await sync_devices(devices, timeout)
 
@@ -196,29 +167,36 @@ class SystemEffects:
 class Suspend:
     """The one owner of suspend in this domain.
 
-    `run` does it all until it is cancelled. Devices that appear ask `may_bind` before they bind a
-    port. When the service stops and no port of ours is left bound, `disarm` takes the veto back;
-    otherwise it stands, for the next owner.
+    `run` does it all until it is cancelled; other services join it (suspend_members.py). Devices
+    that appear ask `may_bind` before they bind a port. When the service stops and no port of ours
+    is left bound, `disarm` takes the veto back; otherwise it stands, for the next owner.
     """
 
     def __init__(
         self,
         store: Store,
-        participants: Callable[[], Collection[SuspendParticipant]],
+        participants: Participants,
         *,
+        on_change: Callable[[], None] = lambda: None,
         effects: Effects | None = None,
         limits: Limits | None = None,
         run_dir: Path = RUN_DIR,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`participants`: every device that has, or may have, a port bound; asked when it matters.
+        `on_change` is called when something that `status` says has changed.
 
         Raises CannotVeto or DeviceUnavailable: this process or kernel cannot own suspend.
         """
         self._store = store
-        self._participants = participants
         self._limits = limits or Limits()
         self._effects = effects or SystemEffects(run_dir)
+        self._own = Devices(participants, self._effects.sync, clock=clock)
+        self._hub = Hub(run_dir)
+        self._was_shared = False
+        self._on_change = on_change
+        self.owns = False
+        """Whether this process owns suspend, and so says when ports may be bound."""
         self._run_dir = run_dir
         self._clock = clock
         self.machine = Machine(limits=self._limits)
@@ -227,7 +205,7 @@ class Suspend:
         self._arming: asyncio.Task[None] | None = None
         self._rearm = False
         self._overdue: asyncio.Task[None] | None = None
-        self._prepared: list[SuspendParticipant] = []
+        self._prepared: list[Group] = []
         self._resumed_anew = asyncio.Event()
         self._open = asyncio.Event()
         self._open.set()
@@ -243,6 +221,16 @@ class Suspend:
     def armed(self) -> bool:
         return self.machine.armed
 
+    @property
+    def open(self) -> bool:
+        """Whether ports may be bound now."""
+        return self.owns and self._open.is_set()
+
+    @property
+    def was_shared(self) -> bool:
+        """Whether other services took part when `run` ended."""
+        return self._was_shared
+
     def status(self) -> dict[str, object]:
         """For ``pvfront status``: plain values only."""
         machine = self.machine
@@ -252,6 +240,7 @@ class Suspend:
             "why_unarmed": "" if machine.armed else machine.why_unarmed,
             **vars(machine.counts),
             "last_refusal": machine.last_refusal,
+            "services": self._hub.services,
         }
 
     async def may_bind(self) -> None:
@@ -280,22 +269,37 @@ class Suspend:
     async def run(self) -> None:
         """Owns suspend until cancelled; then thaws, and leaves the veto standing.
 
-        Raises SuspendError if another process is the owner.
+        Raises NotOwner if another process is the owner.
         """
-        with self._lock():
-            self._effects.start()
-            loop = asyncio.get_running_loop()
-            loop.add_reader(self._effects.fileno(), self._read_log)
-            self._spawn(self._follow(SHUTDOWN, self._on_shutdown))
-            self._spawn(self._follow(SENTINEL, self._on_sentinel))
-            try:
-                self._events.put_nowait(Started())
-                while True:
-                    self._step(await self._events.get())
-            finally:
-                loop.remove_reader(self._effects.fileno())
-                await self._cancel_all()
-                self._effects.close()
+        try:
+            with self._lock():
+                async with self._hub.listening(self._tell):
+                    await self._own_suspend()
+        finally:
+            self.owns = False
+            self._effects.close()
+
+    async def _own_suspend(self) -> None:
+        self._effects.start()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._effects.fileno(), self._read_log)
+        self._spawn(self._follow(SHUTDOWN, self._on_shutdown))
+        self._spawn(self._follow(SENTINEL, self._on_sentinel))
+        self.owns = True
+        self._tell()
+        try:
+            self._events.put_nowait(Started())
+            while True:
+                self._step(await self._events.get())
+        finally:
+            self._was_shared = bool(self._hub.services)
+            loop.remove_reader(self._effects.fileno())
+            await self._cancel_all()
+
+    def _tell(self) -> None:
+        """Something that `status` says has changed."""
+        self._changed.set()
+        self._on_change()
 
     @contextlib.contextmanager
     def _lock(self) -> Any:
@@ -307,9 +311,8 @@ class Suspend:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-                raise SuspendError(
-                    f"{path}: process {owner or '(unknown)'} owns suspend already",
-                    hint="only one pvfront service can handle suspend; stop the other one",
+                raise NotOwner(
+                    f"{path}: process {owner or '(unknown)'} owns suspend already"
                 ) from None
             os.ftruncate(fd, 0)
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
@@ -367,16 +370,23 @@ class Suspend:
         if after is not before:
             log.info("suspend: %s -> %s", before.value, after.value)
             if after is Stage.CLOSING:
-                self._open.clear()
+                self._set_open(False)
             elif after in (Stage.REOPENING, Stage.THAWING, Stage.WATCHING):
-                self._open.set()
+                self._set_open(True)
             if before is Stage.SUSPENDING:
                 self._leave_suspending()
             if after is Stage.WATCHING and self.machine.last_refusal:
                 log.error("suspend refused: %s", self.machine.last_refusal)
-        self._changed.set()
+        self._tell()
         for action in actions:
             self._act(action)
+
+    def _set_open(self, is_open: bool) -> None:
+        if is_open:
+            self._open.set()
+        else:
+            self._open.clear()
+        self._hub.tell_open(is_open)
 
     # -- actions ---------------------------------------------------------------------------
 
@@ -446,27 +456,25 @@ class Suspend:
             "the domain was suspended while event channels were bound; "
             "the old ones are parked for good"
         )
-        for device in self._participants():
-            device.poisoned()
+        for group in self._groups():
+            group.poison()
 
     async def _freeze(self) -> None:
+        self._effects.spare(self._hub.cgroups)
         count = await self._effects.freeze(self._limits.freeze)
         log.info("suspend: %d cgroups frozen", count)
 
+    def _groups(self) -> list[Group]:
+        return [self._own, *self._hub.groups()]
+
     async def _settle(self) -> None:
         limits = self._limits
-        devices = self._participants()
-        paths = sorted({path for device in devices for path in device.filesystems()})
-        synced = await self._effects.sync(paths, limits.settle - limits.drain)
-        if synced:
+
+        def settle(group: Group) -> Awaitable[list[str]]:
+            return group.settle(limits.settle - limits.drain, limits.drain)
+
+        if synced := await self._each(self._groups(), settle):
             log.info("suspend: written back: %s", ", ".join(synced))
-        deadline = self._clock() + limits.drain
-        while busy := {d.name: d.in_flight() for d in devices if d.in_flight()}:
-            if self._clock() > deadline:
-                # Whoever cannot drain says so when it is closed.
-                log.warning("suspend: still in flight: %s", busy)
-                return
-            await asyncio.sleep(0.02)
 
     async def _close(self) -> None:
         try:
@@ -474,9 +482,9 @@ class Suspend:
             await self._effects.freeze(1.0)
         except FreezeFailed as error:
             log.warning("suspend: %s", error)
-        self._prepared = list(self._participants())
-        timeout = self._limits.close
-        failures = await self._each(self._prepared, lambda device: device.prepare(), timeout)
+        self._prepared = self._groups()
+        failures = await self._each(self._prepared, lambda g: g.close(self._limits.close))
+        failures += uncovered(self._run_dir, {n for g in self._prepared for n in g.names})
         if failures:
             raise SuspendError("cannot be closed: " + "; ".join(failures))
 
@@ -521,9 +529,9 @@ class Suspend:
                 await asyncio.wait_for(self._resumed_anew.wait(), 1.0)
                 self.machine.cancelled = False
         cancelled = self.machine.cancelled
-        devices, self._prepared = self._prepared, []
+        groups, self._prepared = self._prepared, []
         for failure in await self._each(
-            devices, lambda device: device.resumed(cancelled), self._limits.reopen
+            groups, lambda group: group.reopen(cancelled, self._limits.reopen)
         ):
             log.error("suspend: not connected again yet: %s", failure)
 
@@ -532,20 +540,11 @@ class Suspend:
 
     @staticmethod
     async def _each(
-        devices: Collection[SuspendParticipant],
-        call: Callable[[SuspendParticipant], Awaitable[None]],
-        timeout: float,
+        groups: Collection[Group], call: Callable[[Group], Awaitable[list[str]]]
     ) -> list[str]:
-        """Calls every device, side by side; returns a line for each that failed or was late."""
-
-        async def one(device: SuspendParticipant) -> str:
-            try:
-                async with asyncio.timeout(timeout):
-                    await call(device)
-            except TimeoutError as error:
-                return f"{device.name}: {str(error) or f'not within {timeout:g} s'}"
-            except Exception as error:
-                return f"{device.name}: {str(error) or type(error).__name__}"
-            return ""
-
-        return [text for text in await asyncio.gather(*map(one, devices)) if text]
+        """What all groups answer, asked side by side, when all have; raises what one has raised."""
+        answers = await asyncio.gather(*map(call, groups), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [line for answer in answers if isinstance(answer, list) for line in answer]

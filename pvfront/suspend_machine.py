@@ -46,6 +46,9 @@ class Stage(enum.StrEnum):
     THAWING = "thawing"
 
 
+UNTRIED = "not started"
+"""Why the veto is not on before it was tried."""
+
 _BEFORE_WRITE = (Stage.FREEZING, Stage.SETTLING, Stage.CLOSING)
 
 
@@ -121,7 +124,7 @@ class Machine:
     limits: Limits = field(default_factory=Limits)
     stage: Stage = Stage.WATCHING
     armed: bool = False
-    why_unarmed: str = "not started"
+    why_unarmed: str = UNTRIED
     counts: Counts = field(default_factory=Counts)
     last_refusal: str = ""
     # Of the sequence that is going on:

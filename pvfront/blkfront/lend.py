@@ -33,7 +33,7 @@ from ..parking import CannotPark, park
 from ..platform import Platform, platform
 from ..startlimit import Limits
 from ..supervisor import Supervisor
-from ..suspend import Suspend
+from ..suspend_shared import SharedSuspend
 from ..worker import Event, Exited, Worker, WorkerGone
 from ..xenbus import Bus, XenbusDevice
 from .blockdisk import Feature
@@ -213,7 +213,9 @@ def supervisor(
         run_dir=disks.platform.run_dir,
         named=named,
         force=force,
-        suspend=(lambda participants: Suspend(store, participants)) if in_guest else None,
+        suspend=(lambda devices: SharedSuspend(store, devices, "pvfront vbd lend"))
+        if in_guest
+        else None,
     )
 
 

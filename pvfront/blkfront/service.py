@@ -15,7 +15,7 @@ from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
 from ..states import XenbusState
 from ..supervisor import Supervisor
-from ..suspend import Suspend
+from ..suspend_shared import SharedSuspend
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
 from . import nbd, ublk, ublkcontrol
@@ -233,7 +233,9 @@ async def serve(
             named=named,
             hot_plug=everything,
             force=force,
-            suspend=(lambda participants: Suspend(store, participants)) if in_guest else None,
+            suspend=(lambda devices: SharedSuspend(store, devices, "pvfront-vbd"))
+            if in_guest
+            else None,
         )
         if not in_guest:
             log.info("embedded host: workers keep this user, and nothing takes part in a suspend")

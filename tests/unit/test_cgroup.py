@@ -112,6 +112,14 @@ def test_what_somebody_else_froze_is_not_ours_to_thaw(tree: Path) -> None:
     assert "paused.service" not in names(clients(tree, OWN))
 
 
+def test_the_cgroups_of_other_services_go_on_as_well(tree: Path) -> None:
+    group(tree, "user.slice/user-0.slice")
+    group(tree, "user.slice/user-0.slice/lend.scope")
+    group(tree, "user.slice/user-0.slice/shell.scope")
+    found = clients(tree, OWN, others=["/user.slice/user-0.slice/lend.scope", "/system.slice"])
+    assert names(found) == ["shell.scope"], "all below system.slice goes on, and lend.scope"
+
+
 def test_our_slice_is_spared_as_a_whole(tree: Path) -> None:
     group(tree, "pvfront.slice")
     group(tree, "pvfront.slice/pvfront-vbd.service")
