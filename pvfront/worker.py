@@ -676,7 +676,8 @@ async def _peer_pid(sock: socket.socket, deadline: float | None = HELLO_DEADLINE
 
     def arrived() -> None:
         loop.remove_reader(sock)
-        readable.set_result(None)
+        if not readable.done():  # cancelled in the same turn
+            readable.set_result(None)
 
     loop.add_reader(sock, arrived)
     try:
