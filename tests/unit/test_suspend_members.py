@@ -57,8 +57,7 @@ class Service:
         assert self.task is not None
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        for _ in range(5):  # asyncio closes the socket of a cancelled connect some turns later
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # asyncio closes the socket of a cancelled connect a turn later
 
     async def owns(self) -> None:
         self.start()
@@ -76,8 +75,11 @@ class Pair:
         self.run_dir = run_dir
         self.world = World(run_dir)
         self.world.kernel.close()
-        self.disks = Service(self.world, run_dir, "pvfront-vbd", "vbd-51728")
-        self.nets = Service(self.world, run_dir, "pvfront-vif", "vif-0")
+        self.disks = self.service("pvfront-vbd", "vbd-51728")
+        self.nets = self.service("pvfront-vif", "vif-0")
+
+    def service(self, name: str, device: str) -> Service:
+        return Service(self.world, self.run_dir, name, device)
 
     @property
     def story(self) -> list[str]:
@@ -192,6 +194,7 @@ async def test_the_other_service_owns_suspend_when_the_first_has_ended(pair: Pai
     await pair.settled(pair.nets, suspended=1)
     assert "vif-0 closed" in pair.story
     assert "vbd-51728 closed" not in pair.story
+    pair.disks = pair.service("pvfront-vbd", "vbd-51728")
     pair.disks.start()
     await pair.nets.until(services=["pvfront-vbd"])
 
