@@ -3,10 +3,12 @@
 
 #include <errno.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #define TAG_BITS 16
+#define MANY 16 /* completions; newer kernels stop at 20 pieces of task work */
 #define DESC_BYTES \
 	((PVF_UBLK_DEPTH * sizeof(struct ublksrv_io_desc) + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE * \
 	 PVF_PAGE_SIZE)
@@ -22,7 +24,8 @@ int pvf_uring_make(struct pvf_uring *r, int epoll_fd, uint64_t tag, const char *
 						  IORING_SETUP_DEFER_TASKRUN};
 	struct io_uring_restriction only = {.opcode = IORING_RESTRICTION_SQE_OP,
 					    .sqe_op = IORING_OP_URING_CMD};
-	struct epoll_event event = {.events = EPOLLIN, .data.u64 = tag};
+	/* Never read: each write is a new edge. */
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = tag};
 
 	*r = (struct pvf_uring){0};
 	*why = "io_uring";
@@ -33,8 +36,13 @@ int pvf_uring_make(struct pvf_uring *r, int epoll_fd, uint64_t tag, const char *
 	*why = "io_uring's restrictions";
 	rc = io_uring_register_restrictions(&r->ring, &only, 1);
 	if (!rc) {
-		*why = "io_uring in epoll";
-		rc = epoll_ctl(epoll_fd, EPOLL_CTL_ADD, r->ring.ring_fd, &event) ? -errno : 0;
+		*why = "io_uring's eventfd";
+		r->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+		rc = r->event_fd < 0 ? -errno : io_uring_register_eventfd(&r->ring, r->event_fd);
+		if (!rc && epoll_ctl(epoll_fd, EPOLL_CTL_ADD, r->event_fd, &event))
+			rc = -errno;
+		if (rc && r->event_fd >= 0)
+			close(r->event_fd);
 	}
 	if (rc)
 		io_uring_queue_exit(&r->ring);
@@ -44,8 +52,10 @@ int pvf_uring_make(struct pvf_uring *r, int epoll_fd, uint64_t tag, const char *
 
 void pvf_uring_free(struct pvf_uring *r)
 {
-	if (r->made)
+	if (r->made) {
 		io_uring_queue_exit(&r->ring);
+		close(r->event_fd);
+	}
 	r->made = false;
 }
 
@@ -107,19 +117,19 @@ static void completed(struct pvf_uring *r, struct pvf_ublk *u, const struct io_u
 		pvf_ublk_end(u, -cqe->res, "the kernel refused to hand over requests");
 }
 
-void pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
+bool pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
 {
 	struct io_uring_cqe *cqe;
 	unsigned head, seen = 0;
 	int rc = 0;
 
 	if (!r->made || !(r->enabled || r->fetch))
-		return;
+		return false;
 	if (!r->enabled) {
 		rc = io_uring_enable_rings(&r->ring);
 		if (rc) {
 			pvf_ublk_end(u, -rc, "io_uring cannot be enabled");
-			return;
+			return false;
 		}
 		r->enabled = true;
 	}
@@ -135,7 +145,7 @@ void pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
 	unsigned ready = io_uring_sq_ready(&r->ring);
 
 	if (!ready && !r->event)
-		return;
+		return false;
 	rc = io_uring_submit_and_get_events(&r->ring);
 	r->event = false;
 	if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
@@ -146,6 +156,9 @@ void pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
 		seen++;
 	}
 	io_uring_cq_advance(&r->ring, seen);
+	/* The edge is gone, and the kernel may have stopped for this time, or in front of it. */
+	r->event = rc < 0 || seen >= MANY;
+	return r->event && !u->gone;
 }
 
 /* As a source. Answers first: what they free, and the requests that they bring, are for this turn. */
@@ -164,8 +177,9 @@ static bool intake(void *source, struct pvf_blk *blk, bool no_new)
 	struct pvf_ublk_source *s = source;
 
 	pvf_parts_deliver(&s->ublk.parts, blk);
-	pvf_uring_turn(&s->uring, &s->ublk);
-	return !s->ublk.gone && pvf_parts_intake(&s->ublk.parts, blk, no_new);
+	bool more = pvf_uring_turn(&s->uring, &s->ublk);
+
+	return !s->ublk.gone && (pvf_parts_intake(&s->ublk.parts, blk, no_new) || more);
 }
 
 static void restart(void *source)

@@ -7,9 +7,10 @@
  * filter (an unrestricted ring opens files and makes sockets). The thread that serves the queue
  * enables it, with its first turn: the kernel takes fetches and commits of a queue from one thread.
  *
- * Its descriptor is in the queue's epoll, level-triggered: requests arrive as task work of the
- * serving thread, which runs inside pvf_uring_turn()'s single io_uring_enter() and nowhere else
- * (IORING_SETUP_DEFER_TASKRUN).
+ * Requests arrive as task work of the serving thread, which runs inside pvf_uring_turn()'s single
+ * io_uring_enter() and nowhere else (IORING_SETUP_DEFER_TASKRUN). That there is some, an eventfd in
+ * the queue's epoll tells. Not the ring's own descriptor: of that Linux 6.12 tells only after
+ * an RCU grace period, some 10 ms later (io_local_work_wake_poll).
  */
 #ifndef PVF_UBLK_RING_H
 #define PVF_UBLK_RING_H
@@ -21,6 +22,7 @@
 
 struct pvf_uring {
 	struct io_uring ring;
+	int event_fd;
 	bool made;
 	bool enabled;
 	bool fetch;           /* every tag is still to be fetched */
@@ -49,7 +51,7 @@ struct pvf_ublk_source {
 extern const struct pvf_source_ops pvf_ublk_ops;
 
 /* One system call, if there is anything to do: `ublk->commit` goes out, what has come is taken. Only
- * by the serving thread. */
-void pvf_uring_turn(struct pvf_uring *uring, struct pvf_ublk *ublk);
+ * by the serving thread. True: there may be more, do not wait. */
+bool pvf_uring_turn(struct pvf_uring *uring, struct pvf_ublk *ublk);
 
 #endif
