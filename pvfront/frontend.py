@@ -92,6 +92,12 @@ class Frontend(Protocol):
         """Why the OS device cannot be taken away from its users now; None if it can."""
         ...
 
+    async def fail_after(self, seconds: float) -> None:
+        """The machine is switched off: once the worker has ended, users' requests fail after so
+        long, instead of waiting for another. Never raises.
+        """
+        ...
+
     async def close(self) -> None:
         """Closes the OS device. Never raises; idempotent."""
         ...

@@ -9,6 +9,7 @@ counted and dropped when it is full. Nor does the end of the process wait for th
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import ctypes
@@ -25,6 +26,8 @@ _MCL_CURRENT_FUTURE_ONFAULT = 1 | 2 | 4  # sys/mman.h
 _PR_SET_IO_FLUSHER = 57  # linux/prctl.h
 _PR_SET_THP_DISABLE = 41
 _LOG_QUEUE = 4096
+_SYSTEMD = Path("/run/systemd/system")  # there if systemd is the init, sd_booted(3)
+_SYSTEMCTL_DEADLINE = 5.0
 _LAST_WORDS = 2.0  # seconds that the log gets at the end of the process
 _SYSLOG_LEVEL = {
     logging.CRITICAL: 2,
@@ -141,3 +144,25 @@ def prepare_process(level: int, *, relied_on: bool = True) -> None:
         log.log(missing, "PR_SET_IO_FLUSHER: %s", os.strerror(ctypes.get_errno()))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-900")
+
+
+async def system_is_stopping() -> bool:
+    """Whether the whole machine is on its way down, as far as systemd says so in time."""
+    if not await asyncio.to_thread(_SYSTEMD.is_dir):
+        return False
+    try:
+        process = await asyncio.create_subprocess_exec(
+            "systemctl",
+            "is-system-running",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError:
+        return False
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(), _SYSTEMCTL_DEADLINE)
+    except TimeoutError:
+        process.kill()
+        return False
+    return out.strip() == b"stopping"

@@ -9,8 +9,9 @@ Theory of operation
     The end comes in two ways. *Stop* (SIGTERM, SIGINT): a disk that nobody holds is drained,
     closed and given back; one that is mounted, or held by swap, LVM, MD or dm, goes on being
     served by its worker, without us, until the next supervisor adopts it: stopping a service
-    must not tear a file system from under its users. *Death* (SIGKILL, a crash): every worker goes
-    on, and the next supervisor adopts them all.
+    must not tear a file system from under its users. When the machine is switched off nobody
+    comes after us: requests fail some seconds after the worker was ended too. *Death* (SIGKILL, a
+    crash): every worker goes on, and the next supervisor adopts them all.
 
     Questions come through ``/run/pvfront/supervisor-<class>.sock`` (questions.py); the CLI is its
     client. What needs no answer stands in files: states (statefile.py), the timeline (trace.py).
@@ -33,6 +34,7 @@ from .device import DeviceLoop, Goal, Phase
 from .errors import PvfrontError
 from .frontend import Frontend
 from .questions import answering
+from .service import system_is_stopping
 from .statefile import save_state, state_of, write_json
 from .states import XenbusState
 from .suspend_group import Participants, SuspendParticipant
@@ -44,6 +46,7 @@ from .xenstore import Xenstore
 log = logging.getLogger(__name__)
 
 STOP_DEADLINE = 60.0
+POWER_OFF_PATIENCE = 10.0
 READY_DEADLINE = 30.0
 OTHERS_AFTER = (0.1, 0.9)
 # The kernel may announce a device to us before it has made it.
@@ -137,6 +140,8 @@ class _Parker:
     async def resumed(self, cancelled: bool | None) -> None:
         if self.loop.goal is Goal.PARKED:
             self.loop.aim(Goal.CONNECTED)
+        if self.loop.gave_up_at is not None:
+            return  # nobody waits for what will not come
         await self.loop.until_phase(
             Phase.CONNECTED, Phase.CLOSED, timeout=self.loop.deadlines.connected
         )
@@ -185,6 +190,7 @@ class Supervisor:
         self._trace: Trace  # of the service; from `run` on
         self._stop = asyncio.Event()
         self._failure: PvfrontError | None = None
+        self._power_off = False  # the machine stops, not only we
         self._suspend = suspend(self._participants) if suspend is not None else None
         self._seen_ids: set[int] = set()
         self._beginning: dict[int, asyncio.Lock] = {}
@@ -286,6 +292,7 @@ class Supervisor:
         for task in (*background, *self._later):
             task.cancel()
         await asyncio.gather(*background, *self._later, return_exceptions=True)
+        self._power_off = await system_is_stopping()
         # What the toolstack took away long ago is at its end, and nobody's news any more.
         there = [d for d, s in self.served.items() if not (s.task.done() and _is_gone(s.loop))]
         await asyncio.gather(*(self._finish(devid) for devid in there))
@@ -303,7 +310,14 @@ class Supervisor:
         if why is not None and not even_if_busy:
             served.task.cancel()
             await asyncio.gather(served.task, return_exceptions=True)
-            text = f"{name}: still in use ({why}): its worker goes on serving it without us"
+            left = "its worker goes on serving it without us"
+            if loop.gave_up_at is not None:
+                left = "its requests wait for the next supervisor"
+            text = f"{name}: still in use ({why}): {left}"
+            if self._power_off:
+                # Whoever writes after the workers were ended must not hang the power-off.
+                await loop.frontend.fail_after(POWER_OFF_PATIENCE)
+                text += f"; when that has ended too, requests fail {POWER_OFF_PATIENCE:.0f} s later"
             log.warning("%s", text)
             return text
         loop.aim(Goal.CLOSED)

@@ -68,6 +68,9 @@ class BlockDisk:
         self._off.add(feature)
         self._apply_off()
 
+    async def fail_after(self, seconds: float) -> None:
+        """The device knows no such time."""
+
     def busy(self) -> str | None:
         """A reason of inuse.py, or None. Opens the device exclusively as the last word."""
         if self._index is None:

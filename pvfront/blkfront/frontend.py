@@ -72,7 +72,7 @@ RESIZE_POLL = 2.0  # seconds between two looks whether a disk that is to be resi
 
 
 class DiskFrontend:
-    """One vbd. See `device.Frontend` for what each method promises."""
+    """One vbd. See `frontend.Frontend` for what each method promises."""
 
     def __init__(
         self,
@@ -558,9 +558,18 @@ class DiskFrontend:
         self.budget.release(self.name)
         self._hold(keep and self._has_socket)
 
+    async def fail_after(self, seconds: float) -> None:
+        try:
+            await self.target.fail_after(seconds)
+        except PvfrontError as error:
+            log.warning("%s", error)
+
     async def close(self) -> None:
         try:
-            await self.target.close()
+            if self._worker is None:
+                await self.target.close(drain=0.0)  # nobody is there to answer
+            else:
+                await self.target.close()
         except PvfrontError as error:
             # The device waits for a worker that does not read: without it the kernel gives up.
             log.warning("%s; ending the worker", error)

@@ -93,6 +93,9 @@ class LentTarget:
     async def feature_off(self, feature: Feature) -> None:
         """The borrower was the first to know."""
 
+    async def fail_after(self, seconds: float) -> None:
+        """The borrower is its own worker."""
+
     def in_flight(self) -> int:
         return 0
 

@@ -391,6 +391,9 @@ class SocketTarget:
             gone = SEND_TRIM if feature == "discard" else SEND_FLUSH | SEND_FUA
             self._export = replace(self._export, flags=self._export.flags & ~gone)
 
+    async def fail_after(self, seconds: float) -> None:
+        """A client whose worker dies is disconnected, and knows at once."""
+
     def busy(self) -> str | None:
         client = self._client
         if client is None or client.sock is not None:

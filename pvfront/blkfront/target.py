@@ -66,14 +66,14 @@ import logging
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from .. import sysfs, threads
 from ..abi import lib
 from ..errors import PvfrontError
-from . import nbd
+from . import nbd, nbdrefuse
 from .blockdisk import POLL, BlockDisk, Feature, within
 from .features import DiskGeometry
 
@@ -82,6 +82,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _COMMAND_DEADLINE = 15.0
+_REFUSED = 6.0  # seconds; what the dead one had been sent comes with its timer, in 2 to 4
 _LAST_CLOSE = 1.0  # seconds for udev to let go of a device that was just closed
 _NO_TIMEOUT = 10 * 365 * 24 * 3600  # seconds; requests wait for us as long as it takes
 
@@ -187,6 +188,13 @@ class Target(Protocol):
 
     async def feature_off(self, feature: Feature) -> None:
         """The backend refused this operation: offer it no more."""
+        ...
+
+    async def fail_after(self, seconds: float) -> None:
+        """Nobody will come after the present worker: requests that find none fail after so long.
+
+        Where the device knows no such time, they wait. Holds until the next `attach`.
+        """
         ...
 
     def busy(self) -> str | None:
@@ -346,6 +354,7 @@ class NbdTarget(BlockDisk):
                             index,
                             identifier=self.identifier,
                             sock_fds=[end.fileno() for end in kernels],
+                            dead_conn_timeout=_NO_TIMEOUT,
                         )
 
                 await _command(reconfigure, "nbd reconfigure")
@@ -396,6 +405,18 @@ class NbdTarget(BlockDisk):
         self._apply_off()
         self._make_link()
 
+    async def fail_after(self, seconds: float) -> None:
+        """Requests that wait already when the socket dies wait by what holds then."""
+        index = self._need_device()
+
+        def set_timeout() -> None:
+            with nbd.NbdControl(self._roots) as control:
+                control.reconfigure(
+                    index, identifier=self.identifier, dead_conn_timeout=max(1, int(seconds))
+                )
+
+        await _command(set_timeout, "nbd dead_conn_timeout")
+
     async def close(self, *, drain: float = 10.0) -> None:
         """Raises TargetError if the kernel's end cannot be closed: end the worker, then again.
 
@@ -410,19 +431,21 @@ class NbdTarget(BlockDisk):
             with nbd.NbdControl(self._roots) as control:
                 control.reconfigure(index, identifier=self.identifier, size=0)
 
-        with contextlib.suppress(nbd.NbdError):  # not connected any more: nothing to drain
-            await _command(refuse_requests, "nbd resize")
-        if not await within(drain, lambda: self.in_flight() == 0):
-            log.warning(
-                "%s: %d requests did not end within %.0f s and fail now",
-                self.name,
-                self.in_flight(),
-                drain,
-            )
-        try:
-            await self._disconnect(index)
-        except nbd.NbdError as error:
-            log.warning("%s", error)
+        async with self._refusing(index) as alone:
+            with contextlib.suppress(nbd.NbdError):  # not connected any more: nothing to drain
+                await _command(refuse_requests, "nbd resize")
+            drain = max(drain, _REFUSED) if alone else drain
+            if not await within(drain, lambda: self.in_flight() == 0):
+                log.warning(
+                    "%s: %d requests did not end within %.0f s and fail now",
+                    self.name,
+                    self.in_flight(),
+                    drain,
+                )
+            try:
+                await self._disconnect(index)
+            except nbd.NbdError as error:
+                log.warning("%s", error)
         # The device goes once its last opener has gone; nobody needs to wait for that one.
         if not await within(_LAST_CLOSE, lambda: not self._sys.exists()):
             log.info("%s: stays until the last program that has it open ends", self.name)
@@ -432,6 +455,36 @@ class NbdTarget(BlockDisk):
         self._off.clear()
 
     # -- steps -----------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _refusing(self, index: int) -> AsyncIterator[bool]:
+        """Meanwhile what waits for a worker that will not come fails.
+
+        A server that refuses everything takes the dead one's place (nbdrefuse.py); where the worker
+        lives, the kernel takes no other, and False is given. Whether anything waits, nobody says:
+        what was not sent yet is not in flight for the kernel, but keeps its queue from freezing,
+        and so the next resize from ending.
+        """
+        ours, kernels = self._pair()
+        with ours:
+
+            def reconnect() -> None:
+                with kernels, nbd.NbdControl(self._roots) as control:
+                    control.reconfigure(
+                        index,
+                        identifier=self.identifier,
+                        sock_fds=[kernels.fileno()],
+                        dead_conn_timeout=1,
+                    )
+
+            with contextlib.suppress(nbd.NbdError):  # not connected any more: nothing waits
+                await _command(reconnect, "nbd reconfigure")
+            refusing = asyncio.create_task(nbdrefuse.refuse(ours))
+            try:
+                yield not hung_up(ours)
+            finally:
+                refusing.cancel()
+                await asyncio.gather(refusing, return_exceptions=True)
 
     async def _disconnect(self, index: int) -> None:
         def disconnect() -> None:

@@ -139,6 +139,8 @@ class Disk:
     def busy(self) -> str | None:
         return self.in_use
 
+    async def fail_after(self, seconds: float) -> None: ...
+
     async def close(self) -> None:
         self.target = False
 

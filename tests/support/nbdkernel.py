@@ -129,10 +129,14 @@ class FakeControl:
         return index
 
     def reconfigure(self, index: int, *, identifier: str, sock_fds: Any = (),
-                    size: int | None = None, block_size: int | None = None) -> None:  # fmt: skip
+                    size: int | None = None, block_size: int | None = None,
+                    dead_conn_timeout: int | None = None) -> None:  # fmt: skip
         found = self._device("reconfigure", index)
         assert identifier == found.backend
-        self.kernel.log.append(f"reconfigure sockets={len(sock_fds)} size={size}")
+        text = f"reconfigure sockets={len(sock_fds)} size={size}"
+        if dead_conn_timeout is not None:
+            text += " forever" if dead_conn_timeout > 1 << 24 else f" dead={dead_conn_timeout}"
+        self.kernel.log.append(text)
         if size is not None:
             found.resize(size, block_size)
         for fd in sock_fds:

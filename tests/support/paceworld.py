@@ -92,6 +92,8 @@ class Disk:
     def busy(self) -> str | None:
         return None
 
+    async def fail_after(self, seconds: float) -> None: ...
+
     async def close(self) -> None:
         self.calls.append("close")
 

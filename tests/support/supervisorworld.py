@@ -96,6 +96,9 @@ class Disk:
     def busy(self) -> str | None:
         return self.in_use
 
+    async def fail_after(self, seconds: float) -> None:
+        self.calls.append(f"fail after {seconds:g}")
+
     async def close(self) -> None:
         self.calls.append("close")
 

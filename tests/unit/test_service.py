@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from waiting import PATIENCE, wait_for
@@ -191,3 +192,21 @@ def test_a_journal_that_hangs_does_not_keep_the_process_from_ending() -> None:
             assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "stopping"),
+    [("stopping", 1, True), ("running", 0, False), ("degraded", 1, False), ("", 1, False)],
+)
+async def test_whether_the_machine_stops_is_systemds_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, status: int, stopping: bool
+) -> None:
+    monkeypatch.setattr(service, "_SYSTEMD", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not await service.system_is_stopping(), "there is no systemctl"
+    tool = tmp_path / "systemctl"
+    tool.write_text(f"#!/bin/sh\necho {says}\nexit {status}\n")
+    tool.chmod(0o755)
+    assert await service.system_is_stopping() is stopping
+    monkeypatch.setattr(service, "_SYSTEMD", tmp_path / "none")
+    assert not await service.system_is_stopping(), "systemd is not the init"

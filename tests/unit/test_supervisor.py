@@ -312,6 +312,23 @@ async def test_a_device_in_use_is_left_to_its_worker(
     assert state["phase"] == "connected", "what it left is what list and status show"
 
 
+async def test_a_device_in_use_at_power_off_fails_in_time_once_its_worker_is_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def stopping() -> bool:
+        return True
+
+    monkeypatch.setattr(module, "system_is_stopping", stopping)
+    world.plug(B, C)
+    world.serve()
+    await world.connected(B, C)
+    world.klass.disks[f"vbd-{B}"].in_use = "a member of dm-0"
+    assert await world.stopped() == 0
+    assert world.klass.disks[f"vbd-{B}"].calls == ["attach", "start", "fail after 10"]
+    assert "fail after 10" not in world.klass.disks[f"vbd-{C}"].calls
+    assert "requests fail 10 s later" in caplog.text
+
+
 async def test_what_an_earlier_supervisor_left_is_adopted(world: World) -> None:
     world.klass.prepare = lambda disk: setattr(disk, "adopts", True)
     world.plug(B, state="4")

@@ -106,8 +106,23 @@ async def test_a_dead_socket_is_replaced_without_touching_the_size(kernel: FakeK
     kernel.log.clear()
     second = kernel.worker(await disk_target.attach(DISK))
     await disk_target.publish(DISK)
-    assert kernel.log == ["reconfigure sockets=1 size=None"]
+    assert kernel.log == ["reconfigure sockets=1 size=None forever"]
     assert not second.hung_up()
+
+
+async def test_requests_that_nobody_will_serve_fail_in_time_until_somebody_does(
+    kernel: FakeKernel,
+) -> None:
+    disk_target = disk(kernel)
+    worker = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    kernel.log.clear()
+    await disk_target.fail_after(10.0)
+    assert kernel.log == ["reconfigure sockets=0 size=None dead=10"]
+    assert not worker.hung_up()
+    worker.die()
+    kernel.worker(await disk_target.attach(DISK))
+    assert kernel.log[-1] == "reconfigure sockets=1 size=None forever"
 
 
 async def test_a_socket_that_the_kernel_dropped_is_never_handed_out(kernel: FakeKernel) -> None:
@@ -348,7 +363,11 @@ async def test_close_refuses_requests_first_then_disconnects_and_removes_the_lin
     await disk_target.publish(DISK)
     kernel.log.clear()
     await disk_target.close()
-    assert kernel.log == ["reconfigure sockets=0 size=0", "disconnect"]
+    assert kernel.log == [
+        "reconfigure sockets=1 size=None dead=1",  # for a dead worker's place; this one lives
+        "reconfigure sockets=0 size=0",
+        "disconnect",
+    ]
     assert not (kernel.roots.dev / "pvfront").exists()
     assert kernel.devices == {}
     assert disk_target.name == ""
@@ -367,6 +386,36 @@ async def test_close_waits_for_requests_in_flight(kernel: FakeKernel) -> None:
     device(kernel).put("inflight", "       0        0")
     await closing
     assert kernel.log[-1] == "disconnect"
+
+
+async def test_what_waits_for_a_worker_that_will_not_come_fails_before_the_disconnect(
+    kernel: FakeKernel,
+) -> None:
+    """A resize and a disconnect would wait for what waits for a connection."""
+    disk_target = disk(kernel)
+    worker = kernel.worker(await disk_target.attach(DISK))
+    await disk_target.publish(DISK)
+    worker.die()
+    device(kernel).put("inflight", "       0        1")  # with its request timer, it comes
+    kernel.log.clear()
+    closing = asyncio.create_task(disk_target.close(drain=0))
+    await eventually(
+        "another socket, and the size",
+        lambda: (
+            kernel.log == ["reconfigure sockets=1 size=None dead=1", "reconfigure sockets=0 size=0"]
+        ),
+    )
+    await eventually("a living one", lambda: not dead(device(kernel).held))
+    waiting = device(kernel).held
+    waiting.settimeout(60)
+    await asyncio.to_thread(waiting.sendall, bytes.fromhex("2560951300000000") + bytes(20))
+    reply = await asyncio.to_thread(waiting.recv, 16)
+    assert reply[:8] == bytes.fromhex("6744669800000005"), "an I/O error"
+    assert not closing.done()
+    device(kernel).put("inflight", "       0        0")
+    await closing
+    assert kernel.log[-1] == "disconnect"
+    assert kernel.devices == {}
 
 
 async def test_close_does_not_wait_longer_than_asked(kernel: FakeKernel) -> None:
@@ -444,5 +493,3 @@ async def serve(kernel: FakeKernel) -> Worker:
     worker = kernel.worker(await disk_target.attach(DISK))
     await disk_target.publish(DISK)
     return worker
-
-
