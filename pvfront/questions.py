@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PvfrontError
+from .unixserver import listening
 
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -29,17 +30,12 @@ async def answering(path: Path, klass: str, verbs: Mapping[str, Verb]) -> AsyncI
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await _answer(verbs, reader, writer)
 
-    server = await asyncio.start_unix_server(answer, str(path))
-    _only_for_root(path)
-    try:
+    async with listening(path, answer):
         yield
-    finally:
-        server.close()
-        _remove(path)
 
 
 def _clear(path: Path, klass: str) -> None:
-    """Removes what a dead supervisor has left."""
+    """What a dead supervisor has left is replaced."""
     if path.exists():
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
             probe.connect(str(path))
@@ -47,15 +43,6 @@ def _clear(path: Path, klass: str) -> None:
                 f"another supervisor already serves {klass} devices ({path})",
                 hint="`pvfront list` shows what it serves",
             )
-    _remove(path)
-
-
-def _only_for_root(path: Path) -> None:
-    path.chmod(0o600)
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
 
 
 async def _answer(
@@ -79,8 +66,6 @@ async def _answer(
         await writer.drain()
     except (TimeoutError, OSError, ValueError):
         pass  # the asker has gone, or never asked
-    finally:
-        writer.close()
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from typing import Any
 
 from .cgroup import own_cgroup
 from .suspend_group import Devices, Group, SuspendError
+from .unixserver import LINE, hang_up, listening
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,6 @@ SLACK = 2.0
 """Seconds beyond a member's own deadlines after which it is taken for stuck."""
 AGAIN = 0.2
 """Seconds between two tries to find an owner."""
-_LINE = 1 << 16
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 Answer = dict[str, Any]
@@ -65,13 +65,6 @@ def uncovered(run_dir: Path, names: Collection[str], proc: Path = Path("/proc"))
             if isinstance(pid, int) and (proc / str(pid)).exists():
                 found.append(f"{path.stem}: its worker (pid {pid}) runs, but no service serves it")
     return found
-
-
-async def closed(writer: asyncio.StreamWriter) -> None:
-    """Ends a connection, whatever the other end has not read."""
-    writer.transport.abort()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
 
 
 class Remote:
@@ -103,11 +96,6 @@ class Remote:
                 if not waiting.done():
                     waiting.set_exception(SuspendError(f"{self.service} has ended"))
             self._waiting.clear()
-            await closed(self._writer)
-
-    def end(self) -> None:
-        """Ends its connection; `follow` returns."""
-        self._writer.transport.abort()
 
     def tell(self, **message: Any) -> None:
         self._writer.write(json.dumps(message).encode() + b"\n")
@@ -171,7 +159,6 @@ class Hub:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / SOCKET
         self._members: list[Remote] = []
-        self._connections: set[asyncio.Task[None]] = set()
         self._open = True
         self._on_change: Callable[[], None] = lambda: None
 
@@ -194,30 +181,13 @@ class Hub:
 
     @contextlib.asynccontextmanager
     async def listening(self, on_change: Callable[[], None]) -> AsyncIterator[None]:
-        """Whoever holds the lock listens; what an earlier owner has left behind is replaced.
+        """Whoever holds the lock listens, in the place of an earlier owner.
 
         `on_change` is called when a service has joined or gone.
         """
         self._on_change = on_change
-        self._path.unlink(missing_ok=True)
-        old = os.umask(0o177)
-        try:
-            server = await asyncio.start_unix_server(self._connected, str(self._path), limit=_LINE)
-        finally:
-            os.umask(old)
-        try:
+        async with listening(self._path, self._joined, grace=0):
             yield
-        finally:
-            server.close()
-            self._path.unlink(missing_ok=True)
-            for member in self._members:
-                member.end()
-            await asyncio.gather(*self._connections, return_exceptions=True)
-
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._joined(reader, writer))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
 
     async def _joined(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -225,7 +195,6 @@ class Hub:
             service = str(hello["service"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("suspend: a service that does not say who it is: %s", error)
-            await closed(writer)
             return
         member = Remote(service, reader, writer)
         self._members.append(member)
@@ -257,7 +226,7 @@ class Member:
     async def run(self) -> bool:
         """Takes part until the owner has gone. False: there was none to join."""
         try:
-            reader, writer = await asyncio.open_unix_connection(str(self._path), limit=_LINE)
+            reader, writer = await asyncio.open_unix_connection(str(self._path), limit=LINE)
         except OSError:
             return False
         try:
@@ -273,7 +242,7 @@ class Member:
             for task in self._doing:
                 task.cancel()
             await asyncio.gather(*self._doing, return_exceptions=True)
-            await closed(writer)
+            await hang_up(writer)
         return True
 
     def _take(self, message: Answer, writer: asyncio.StreamWriter) -> None:

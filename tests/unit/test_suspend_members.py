@@ -17,8 +17,9 @@ from waiting import PATIENCE, eventually
 from pvfront.cgroup import own_cgroup
 from pvfront.suspend import Suspend
 from pvfront.suspend_machine import Limits, Stage
-from pvfront.suspend_members import SOCKET, closed, uncovered
+from pvfront.suspend_members import SOCKET, uncovered
 from pvfront.suspend_shared import SharedSuspend
+from pvfront.unixserver import hang_up
 
 PATIENT = Limits(rearm=1, taken=60, end=60)
 """A machine that does something else meanwhile is not what is tested."""
@@ -262,6 +263,6 @@ async def test_a_stranger_on_the_socket_is_shown_out(
             writer.write(nonsense)
             async with asyncio.timeout(PATIENCE):
                 assert await reader.read() == b""
-        await closed(writer)
+        await hang_up(writer)
     assert "does not say who it is" in caplog.text
     assert pair.disks.suspend.status()["services"] == ["pvfront-vif"]
