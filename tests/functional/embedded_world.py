@@ -144,6 +144,10 @@ class EmbeddedDisk:
         found: dict[str, Any] = json.loads(ended.stdout) if not ended.code else {}
         return found
 
+    def written(self) -> int:
+        counters = self.status().get("statistics")
+        return int(counters["write"]["requests"]) if counters else 0
+
     def served(self) -> bool:
         return self.socket.exists() and self.state().get("phase") == "connected"
 
@@ -245,6 +249,7 @@ class EmbeddedWorld:
     """Made by `begin`. Its own processes are driven from a loop that runs only in calls here."""
 
     kernel_has: Sequence[str] = ()
+    cycles = 20
     given_to = "none"
     idle_seconds = 3
 

@@ -91,6 +91,9 @@ class Disk(Protocol):
     def status(self) -> dict[str, Any]:
         """`pvfront status --json`, with the worker's counters; {} if there is none."""
 
+    def written(self) -> int:
+        """Write requests answered so far, of a load that goes on. Quick: for waiting."""
+
     def served(self) -> bool:
         """Its users can open it, and both ends are Connected."""
 
@@ -142,6 +145,10 @@ class World(Protocol):
     @property
     def kernel_has(self) -> Sequence[str]:
         """Classes of devices of which the kernel has some, and keeps them."""
+
+    @property
+    def cycles(self) -> int:
+        """How often to attach and detach a disk to see that nothing leaks."""
 
     @property
     def given_to(self) -> str:
@@ -210,7 +217,7 @@ class World(Protocol):
 
     # -- waiting -------------------------------------------------------------------------------
 
-    def wait_until(self, what: str, holds: Callable[[], T], deadline: float = 30.0) -> T:
+    def wait_until(self, what: str, holds: Callable[[], T], deadline: float = ...) -> T:
         """Asks again until the answer is true, and returns it; raises what never came."""
 
     def assert_no_io_errors(self) -> None:

@@ -67,7 +67,7 @@ def test_until_the_service_has_started_a_disk_that_will_be_ours_is_hidden(
         guest.output("readlink -f /dev/pvfront/xvdb")
     ]
     enabled.stop()
-    wait_until("the kernel's xvdb", lambda: guest.run("test -b /dev/xvdb", check=False).ok)
+    wait_until("the kernel's xvdb", lambda: guest.has("/dev/xvdb", "b"))
 
     # As it is while the guest boots: enabled, and not started yet.
     trigger = "udevadm trigger --settle --action=add --sysname-match=xvdb"
@@ -76,7 +76,10 @@ def test_until_the_service_has_started_a_disk_that_will_be_ours_is_hidden(
     assert hidden["SYSTEMD_READY"] == "0"
     assert hidden["UDISKS_IGNORE"] == "1"
     assert "ID_FS_TYPE" not in hidden
-    assert not guest.run("systemctl is-active -q dev-xvdb.device", check=False).ok
+    wait_until(
+        "systemd's forgetting it",
+        lambda: not guest.run("systemctl is-active -q dev-xvdb.device", check=False).ok,
+    )
     for disks, hides in (("xvdc", False), ("xvdc xvdb", True), ("--all", True)):
         guest.run(f"echo PVFRONT_DISKS={disks} >/etc/default/{UNIT} && {trigger}")
         assert ("ID_FS_TYPE" not in properties(guest, "/dev/xvdb")) is hides, disks
@@ -89,6 +92,10 @@ def test_until_the_service_has_started_a_disk_that_will_be_ours_is_hidden(
     assert properties(guest, "/dev/xvdb")["ID_FS_TYPE"] == "LVM2_member"
     enabled.start("--all")
     enabled.wait_served()
+    wait_until(
+        "udev's word of the physical volume",
+        lambda: properties(guest, "/dev/pvfront/xvdb").get("ID_FS_TYPE") == "LVM2_member",
+    )
     guest.run("vgremove -q -y lab")
     enabled.detach()
     backing.remove()
@@ -110,9 +117,8 @@ def test_at_boot_fstab_mounts_our_disk_and_lvm_finds_its_volume_on_it(
         f"&& printf '%s' '{FSTAB}' >/etc/fstab && systemctl daemon-reload "
         "&& mount /srv/data && mount /srv/volume "
         "&& echo on the disk >/srv/data/f && echo on the volume >/srv/volume/f",
-        timeout=180,
     )
-    guest.shutdown(timeout=240)  # by systemd, which unmounts all
+    guest.shutdown()  # by systemd, which unmounts all
     assert lab.dom0.run(f"e2fsck -f -n {data.device}").ok, "it was not unmounted in order"
     guest.create(disks=specs)  # raises if a unit has failed: a mount, or a device that never came
     assert guest.output("cat /srv/data/f /srv/volume/f").splitlines() == [

@@ -8,12 +8,12 @@ import re
 import pytest
 from lab.guest import Guest
 
-pytestmark = [pytest.mark.services, pytest.mark.core]
+pytestmark = [pytest.mark.services, pytest.mark.kinds("hvm", "pv")]
 
 
 def test_the_suites_inside_the_guest_pass(guest: Guest) -> None:
     suites = ["test_event_channels.py", "test_grants.py", "test_store.py"]
-    result = guest.pytest("-vv", *suites)
+    result = guest.pytest("-vv", "--durations=10", *suites)
     assert result.ok, result
     for suite in suites:
         assert len(re.findall(rf"{suite}::\S+ PASSED", result.stdout)) >= 5, result

@@ -11,88 +11,86 @@ from lab.scenario import Lab, wait_until
 pytestmark = pytest.mark.survive
 
 DIRECT = fio(depth=16, size="8M", extra="--time_based --runtime=1000 --verify_backlog=128")
+MOUNT = "/mnt/xvdc"
 BUFFERED = (
-    "fio --name=buffered --directory=/mnt/xvdb --rw=randwrite --bs=4k --size=4M --fsync=1 "
-    "--numjobs=2 --time_based --runtime=1000 --verify=crc32c --verify_fatal=1 "
+    f"fio --name=buffered --directory={MOUNT} --rw=randwrite --bs=4k --size=4M --fsync=1 "
+    "--time_based --runtime=1000 --verify=crc32c --verify_fatal=1 "
     "--verify_backlog=64 --output-format=terse"
 )
+DISKS = ("xvdb", "xvdc")
 
 
 @pytest.fixture
 def pvf(lab: Lab, guest: Guest) -> Pvfront:
     service = Pvfront(lab, guest)
     service.start("--all")
-    wait_until("suspend being watched for", lambda: "watching" in _stage(service), 60)
+
+    def watching() -> bool:
+        (seen,) = guest.look("/run/pvfront/suspend.json")
+        return seen is not None and "watching" in (seen.text or "")
+
+    wait_until("suspend being watched for", watching)
     return service
 
 
-def _stage(pvf: Pvfront) -> str:
-    return pvf.guest.run("cat /run/pvfront/suspend.json", check=False).stdout
+def goes_on(pvf: Pvfront, *names: str) -> None:
+    """Returns once each disk has answered some more writes."""
+    for name in names:
+        before = pvf.written(name)
+        wait_until(f"I/O on {name}", lambda name=name, old=before: pvf.written(name) > old + 50)
 
 
-def _progress(pvf: Pvfront) -> int:
-    return int(pvf.status()["statistics"]["write"]["requests"])
-
-
-@pytest.mark.core
-@pytest.mark.timeout(1500)
-def test_fio_direct_runs_through_save_and_restore_without_an_error(
+@pytest.mark.kinds("hvm", "pv", "pvh612")  # pvh612 is a PVH guest
+@pytest.mark.timeout(1800)
+def test_direct_and_buffered_loads_run_through_save_and_restore_without_an_error(
     pvf: Pvfront, guest: Guest
 ) -> None:
-    boot, domid = guest.boot_id(), guest.domid()
-    with pvf.disk():
-        load = guest.start(DIRECT, unit="direct")
-        wait_until("I/O", lambda: _progress(pvf) > 50)
+    """The kernel cannot freeze who waits for an fsync: both ways of freezing are needed."""
+    boot, domid = guest.boot_id(), guest.number
+    with pvf.disk(name="xvdb"), pvf.disk(name="xvdc"):
+        guest.run(
+            f"mkfs.ext4 -q /dev/pvfront/xvdc && mkdir -p {MOUNT} "
+            f"&& mount /dev/pvfront/xvdc {MOUNT}"
+        )
+        loads = [guest.start(DIRECT, unit="direct"), guest.start(BUFFERED, unit="buffered")]
+        goes_on(pvf, *DISKS)
         guest.save()
         assert not guest.running()
         guest.restore()
         assert guest.boot_id() == boot
-        assert guest.domid() != domid
-        pvf.wait_served(deadline=120)
-        assert load.running, "the load must have been under way during the suspend"
-        before = _progress(pvf)
-        wait_until("I/O after the restore", lambda: _progress(pvf) > before + 50, 60)
-        end_fio(guest, load)
+        assert guest.number != domid
+        for name in DISKS:
+            pvf.wait_served(name)
+        for load in loads:
+            assert load.running, "the load must have been under way during the suspend"
+        goes_on(pvf, *DISKS)
+        end_fio(guest, *loads)
         kernel = guest.output("dmesg")
         assert "I/O error" not in kernel
         assert "BUG" not in kernel
-        guest.run("systemctl restart pvfront-vbd", timeout=180)
-        pvf.wait_served()
+        guest.run(f"umount {MOUNT} && e2fsck -f -n /dev/pvfront/xvdc")
+        guest.run("systemctl restart pvfront-vbd", timeout=300)
+        for name in DISKS:
+            pvf.wait_served(name)
 
 
-@pytest.mark.timeout(1500)
-def test_fio_buffered_with_fsync_on_ext4_runs_through_save_and_restore(
-    pvf: Pvfront, guest: Guest
+@pytest.mark.timeout(1800)
+def test_a_paused_and_a_checkpointed_guest_go_on_with_their_disk(
+    pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
     with pvf.disk():
-        guest.run(
-            "mkfs.ext4 -q /dev/pvfront/xvdb && mkdir -p /mnt/xvdb "
-            "&& mount /dev/pvfront/xvdb /mnt/xvdb",
-            timeout=120,
-        )
-        load = guest.start(BUFFERED, unit="buffered")
-        wait_until("I/O", lambda: _progress(pvf) > 50)
-        guest.save()
-        guest.restore()
-        pvf.wait_served(deadline=120)
-        assert load.running, "the load must have been under way during the suspend"
-        before = _progress(pvf)
-        wait_until("I/O after the restore", lambda: _progress(pvf) > before + 50, 60)
-        end_fio(guest, load)
-        assert "I/O error" not in guest.output("dmesg")
-        guest.run("umount /mnt/xvdb && e2fsck -f -n /dev/pvfront/xvdb", timeout=120)
-
-
-@pytest.mark.timeout(900)
-def test_a_checkpointed_guest_goes_on_with_its_disk(pvf: Pvfront, guest: Guest, lab: Lab) -> None:
-    with pvf.disk():
         load = guest.start(DIRECT, unit="direct")
-        wait_until("I/O", lambda: _progress(pvf) > 50)
+        goes_on(pvf, "xvdb")
+        lab.xl("pause", guest.kind)
+        assert not guest.alive(), "a paused guest must not answer"
+        lab.xl("unpause", guest.kind)
+        goes_on(pvf, "xvdb")
+        assert pvf.state()["generation"] == 1
         # -c: the domain goes on after it was saved; for the guest that is a cancelled suspend.
-        lab.xl("save", "-c", guest.kind, "/var/lib/lab/checkpoint", timeout=240)
-        lab.dom0.run("rm -f /var/lib/lab/checkpoint")
-        pvf.wait_served(deadline=120)
+        checkpoint = f"/var/lib/lab/{guest.kind}.checkpoint"
+        lab.xl("save", "-c", guest.kind, checkpoint, timeout=300)
+        lab.dom0.run(["rm", "-f", checkpoint])
+        pvf.wait_served()
         assert pvf.state()["generation"] >= 2, "the ports must have been let go for the suspend"
-        before = _progress(pvf)
-        wait_until("I/O after the checkpoint", lambda: _progress(pvf) > before + 50, 60)
+        goes_on(pvf, "xvdb")
         end_fio(guest, load)

@@ -35,6 +35,12 @@ Command = str | Sequence[str]
 RESPONSE_TIMEOUT = 15.0
 """Seconds a healthy agent may take to answer, waiting in op_poll not counted."""
 
+REQUEST_DEADLINE = 120.0
+"""Seconds in which a request is sent again and again that has no deadline of its own."""
+
+COMMAND_DEADLINE = 180.0
+"""Seconds for a command of which nothing is said; none here takes a tenth of it."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -54,6 +60,18 @@ class Result:
         return f"{self.command!r} ended with {self.code}\n{self.stdout}{self.stderr}"
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A path that exists."""
+
+    real: str
+    """Where its links lead."""
+    kind: str
+    """As `ls -l` shows it: - d b c s p."""
+    text: str | None
+    """The beginning of a regular file, 256 KiB at most."""
+
+
 LOST_AFTER = 20.0
 """Seconds of silence after which it is worth asking whether the machine is still there."""
 
@@ -65,10 +83,12 @@ class AgentError(Exception):
 class Machine:
     """dom0 or a guest, as something that runs commands. Safe to use from several threads."""
 
-    def __init__(self, name: str, port: int) -> None:
-        """`port`: on 127.0.0.1, forwarded to the machine's agent."""
+    def __init__(self, name: str, port: int, log: Path | None = None) -> None:
+        """`port`: on 127.0.0.1, forwarded to the machine's agent; `log`: what it did, and how long
+        that took."""
         self.name = name
         self.port = port
+        self._log = log
         self._idle: list[socket.socket] = []
         self._forget: list[str] = []
         self._lock = threading.Lock()
@@ -87,7 +107,7 @@ class Machine:
         self, header: Header, body: bytes = b"", deadline: float | None = None, wait: float = 0
     ) -> tuple[Header, bytes]:
         """One request, sent again on new connections until answered or `deadline` (monotonic)."""
-        deadline = time.monotonic() + 30 if deadline is None else deadline
+        deadline = time.monotonic() + REQUEST_DEADLINE if deadline is None else deadline
         look = time.monotonic() + LOST_AFTER
         while True:
             sock = None
@@ -124,6 +144,13 @@ class Machine:
     def lost(self) -> str | None:
         """Why no answer will ever come; None if one may."""
         return None
+
+    def note(self, seconds: float, how: object, what: str) -> None:
+        """A line of the log: when it ended, where, how long it took, how it ended, what it was."""
+        if self._log:
+            stamp, line = time.strftime("%H:%M:%S"), " ".join(what.split())[:160]
+            with self._log.open("a") as log:
+                log.write(f"{stamp} {self.name:6} {seconds:7.2f} {how} {line}\n")
 
     def close(self) -> None:
         """Drop the kept connections; the object stays usable."""
@@ -190,7 +217,7 @@ class Machine:
         self,
         command: Command,
         *,
-        timeout: float = 60.0,
+        timeout: float = COMMAND_DEADLINE,
         check: bool = True,
         stdin: bytes = b"",
         env: Mapping[str, str] | None = None,
@@ -216,11 +243,21 @@ class Machine:
             raise CommandFailed(f"{self.name}: {result}")
         return result
 
-    def output(self, command: Command, *, timeout: float = 60.0) -> str:
+    def output(self, command: Command, *, timeout: float = COMMAND_DEADLINE) -> str:
         """Standard output of a command that must succeed, stripped."""
         return self.run(command, timeout=timeout).stdout.strip()
 
     # -- files ------------------------------------------------------------------------------
+
+    def has(self, path: str, kind: str = "") -> bool:
+        """Whether the path is there, as what `ls -l` shows as `kind` if one is named. As `look`."""
+        (seen,) = self.look(path)
+        return seen is not None and kind in ("", seen.kind)
+
+    def look(self, *paths: str) -> list[Seen | None]:
+        """What is at these paths, None for nothing. No process is started for it: for waiting."""
+        seen = self.request({"op": "look", "paths": paths})[0]["seen"]
+        return [Seen(**seen[path]) if seen[path] else None for path in paths]
 
     def write(self, path: str, data: bytes | str, mode: int = 0o644) -> None:
         """Create or replace a file there; it appears complete or not at all."""
@@ -369,18 +406,20 @@ class Job:
             self.poll()
         return self.code is None
 
-    def wait(self, timeout: float = 60.0) -> Result:
+    def wait(self, timeout: float = COMMAND_DEADLINE) -> Result:
         """Wait for the end. The status is the caller's to judge. Raises DeadlineExceeded."""
         deadline = time.monotonic() + timeout
         while self.code is None:
             left = deadline - time.monotonic()
             if left < 0:
+                self.machine.note(timeout, "late", self.command)
                 raise DeadlineExceeded(
                     f"{self.machine.name}: {self.command!r} did not end within {timeout:.0f} s\n"
                     f"{self.stdout[-4000:]}{self.stderr[-4000:]}"
                 )
             self.poll(min(5.0, left), deadline)
         seconds = time.monotonic() - self._begin
+        self.machine.note(seconds, self.code, self.command)
         return Result(self.command, self.code, self.stdout, self.stderr, seconds)
 
     def kill(self, signal: int = 9) -> None:

@@ -7,8 +7,11 @@ which runs on the embedded host where this is not loaded (`python -m lab test` d
 `lab` is the machine with Xen, booted once. `guest` is a running guest of the kind that --guest
 names (or $GUEST, or hvm). It is the same domain from test to test, and is started afresh only
 after a test that failed, left it silent or gone, or gave it a configuration of its own.
-HVM runs every test but those marked `embedded`, `long` or `pv`, PVH and PV those marked `core`,
-PV also those marked `pv`.
+HVM runs every test but those marked `embedded`, `long` or `pv`, the others those marked `core` or
+for them (`kinds`), PV also those marked `pv`, pvh612 those marked `ublk`. Where markers are asked
+for (-m), and in a soak, any kind runs what has them.
+
+Several runs may share one lab, each with a kind of guest of its own (`--lab-shared`).
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ MARKERS = (
     "survive: save/restore, restart, crash, backend loss",
     "core: runs in every guest type; the rest runs in HVM",
     "pv: runs in PV, whose guests boot fastest, and nowhere else",
+    "kinds: core, but only in these kinds of guest: the others are the same but for the kernel",
     "long: left out but in a soak, or where --every asks for it",
     "ublk: runs in guests whose kernel has ublk, and nowhere else",
     "embedded: not repeated in the lab, whose time is dear",
@@ -62,9 +66,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lab-attach", action="store_true", help="use the lab that `python -m lab up` left running"
     )
     group.addoption(
+        "--lab-shared", action="store_true", help="use a running lab, in which the guest is ours"
+    )
+    group.addoption(
         "--lab-wait", type=float, default=LOCK_DEADLINE, help="seconds to wait for another lab"
     )
-    group.addoption("--soak", action="store_true", help="only tests with `soak_round`")
+    group.addoption(
+        "--soak", action="store_true", help="only tests with `soak_round` or marked `long`"
+    )
     group.addoption(
         "--with-embedded", action="store_true", help="also what the embedded host is enough for"
     )
@@ -99,7 +108,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [item for item in chosen if _in_guest(item, config)]
     if config.getoption("--soak"):
         done = _soaked(config).read_text().split("\n") if _soaked(config).exists() else []
-        chosen = [item for item in chosen if "soak_round" in _fixtures(item)]
+        chosen = [
+            item for item in chosen
+            if "soak_round" in _fixtures(item) or item.get_closest_marker("long")
+        ]  # fmt: skip
         left = [item for item in chosen if item.nodeid not in done]
         if left:
             chosen = left
@@ -119,6 +131,10 @@ def _in_guest(item: pytest.Item, config: pytest.Config) -> bool:
         return bool(kind == "pv")
     if item.get_closest_marker("ublk"):
         return IMAGE[kind] == "guest612"
+    if config.getoption("-m") or config.getoption("--soak"):
+        return True
+    if kinds := item.get_closest_marker("kinds"):
+        return kind in kinds.args
     return kind == "hvm" or item.get_closest_marker("core") is not None
 
 
@@ -141,10 +157,13 @@ def _soaked(config: pytest.Config) -> Path:
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """Xen and dom0, booted; the package under test waits on the guests' payload disk."""
     option = request.config.getoption
-    if option("--lab-attach"):
+    if option("--lab-attach") or option("--lab-shared"):
         lab = Lab.attach()
         request.config.stash[LAB] = lab
         yield lab
+        if option("--lab-shared"):
+            with contextlib.suppress(CommandFailed, DeadlineExceeded):
+                lab.guest(option("--guest")).destroy()  # its memory and CPU are others'
         return
     image = None if option("--no-payload") else payload.build()
     lab = Lab.up(
@@ -207,6 +226,8 @@ BEGIN = time.monotonic()
 def pytest_runtest_setup(item: pytest.Item) -> None:
     lab = item.config.stash.get(LAB, None)
     item.stash[MARK] = lab.outer.console.position() if lab else 0
+    if lab:
+        lab.dom0.note(0, "begins", item.nodeid)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -241,7 +262,8 @@ def _emulator_faulted(item: pytest.Item) -> bool:
     if lab is None or not lab.outer.alive():
         return False
     guest = lab.guest(item.config.getoption("--guest"))
-    return triple_fault(lab.outer.console.since(item.stash.get(MARK, 0)), guest.console())
+    dump = lab.outer.console.since(item.stash.get(MARK, 0))
+    return triple_fault(dump, guest.console(), guest.domids or None)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .client import Job
+from .client import Job, Seen
 from .disks import BackingDisk
 from .guest import Guest
 from .scenario import Lab, wait_until
@@ -37,15 +37,16 @@ class Pvfront:
 
     def start(self, disks: str = "--all") -> None:
         """Starts the service for these disks (as on its command line), if it does not run so."""
-        now = self.guest.run("cat /etc/default/pvfront-vbd", check=False).stdout
-        wanted = f"PVFRONT_DISKS={disks}\n"
-        if now == wanted and self.running():
-            return
-        self.guest.run(f"printf '%s' '{wanted}' >/etc/default/pvfront-vbd")
-        self.guest.run(f"systemctl reset-failed {UNIT}; systemctl restart {UNIT}", timeout=180)
+        line, settings = f"PVFRONT_DISKS={disks}", "/etc/default/pvfront-vbd"
+        self.guest.run(
+            f"echo '{line}' | cmp -s - {settings} && systemctl is-active -q {UNIT} || "
+            f"{{ echo '{line}' >{settings}; systemctl reset-failed {UNIT}; "
+            f"systemctl restart {UNIT}; }}",
+            timeout=300,
+        )
 
     def stop(self) -> None:
-        self.guest.run(f"systemctl stop {UNIT}", timeout=180)
+        self.guest.run(f"systemctl stop {UNIT}", timeout=300)
 
     def running(self) -> bool:
         return self.guest.run(f"systemctl is-active -q {UNIT}", check=False).ok
@@ -61,9 +62,7 @@ class Pvfront:
 
     def state(self, name: str = "xvdb") -> dict[str, Any]:
         """What the supervisor last wrote about the disk, {} if nothing. Quick: for waiting."""
-        result = self.guest.run(f"cat /run/pvfront/vbd-{VDEV[name]}.json", check=False)
-        answer: dict[str, Any] = json.loads(result.stdout) if result.ok else {}
-        return answer
+        return _state(self.guest.look(_state_file(name))[0])
 
     def status(self, name: str = "xvdb") -> dict[str, Any]:
         """`pvfront status --json`, with the worker's counters; {} if there is none."""
@@ -78,13 +77,20 @@ class Pvfront:
 
     def served(self, name: str = "xvdb") -> bool:
         """The disk is there under its link, and both ends are Connected."""
-        return (
-            self.guest.run(f"test -b /dev/pvfront/{name}", check=False).ok
-            and self.state(name).get("phase") == "connected"
-        )
+        node, state = self.guest.look(f"/dev/pvfront/{name}", _state_file(name))
+        return node is not None and node.kind == "b" and _state(state).get("phase") == "connected"
 
-    def wait_served(self, name: str = "xvdb", deadline: float = 60.0) -> None:
+    def wait_served(self, name: str = "xvdb", deadline: float = 180.0) -> None:
         wait_until(f"/dev/pvfront/{name} served by pvfront", lambda: self.served(name), deadline)
+
+    def written(self, name: str = "xvdb") -> int:
+        """Write requests that its users had answered since the device was made. Quick: for waiting.
+
+        Counted by the kernel (Documentation/block/stat.rst): the fifth word.
+        """
+        device = self.state(name).get("os_device", "").rpartition("/")[2]
+        seen = self.guest.look(f"/sys/block/{device}/stat")[0] if device else None
+        return int((seen.text or "").split()[4]) if seen else 0
 
     def worker(self, name: str = "xvdb") -> int:
         """The pid of the disk's worker."""
@@ -112,9 +118,7 @@ class Pvfront:
                 self.wait_served(name)
                 yield backing
             finally:
-                self.guest.run(
-                    f"umount -q /mnt/{name}; pkill -x fio; true", check=False, timeout=60
-                )
+                self.guest.run(f"umount -q /mnt/{name}; pkill -x fio; true", check=False)
                 self.detach(name)
         finally:
             backing.remove()
@@ -131,6 +135,15 @@ class Pvfront:
         return self.guest.output(
             f"dd if=/dev/pvfront/{name} bs=1M iflag=direct status=none | sha256sum", timeout=300
         ).split()[0]
+
+
+def _state_file(name: str) -> str:
+    return f"/run/pvfront/vbd-{VDEV[name]}.json"
+
+
+def _state(seen: Seen | None) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(seen.text) if seen and seen.text else {}
+    return answer
 
 
 def fio(
@@ -150,14 +163,16 @@ def fio(
     )
 
 
-def end_fio(guest: Guest, load: Job, timeout: float = 120.0) -> None:
+def end_fio(guest: Guest, *loads: Job, timeout: float = 300.0) -> None:
     """Ends fio jobs that would run on; raises AssertionError if one of them had an error.
 
     For loads that must last as long as something else takes, however slow the machine is.
     """
     guest.run("pkill -INT -x fio")
-    result = load.wait(timeout=timeout)
-    assert result.code in (0, 128), result  # 128: ended by a signal, having finished in order
-    errors = [line.split(";")[4] for line in result.stdout.splitlines() if line.startswith("3;")]
-    assert errors, result
-    assert set(errors) == {"0"}, result
+    for load in loads:
+        result = load.wait(timeout=timeout)
+        assert result.code in (0, 128), result  # 128: ended by a signal, having finished in order
+        lines = [line for line in result.stdout.splitlines() if line.startswith("3;")]
+        errors = [line.split(";")[4] for line in lines]
+        assert errors, result
+        assert set(errors) == {"0"}, result

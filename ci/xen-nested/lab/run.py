@@ -16,7 +16,7 @@ from .client import Machine
 from .errors import CommandFailed, DeadlineExceeded, LabError
 from .guest import KINDS, Guest
 from .progress import say
-from .scenario import Lab, State, end_running_lab
+from .scenario import LOCK_DEADLINE, Lab, State, end_running_lab
 
 
 def _machine(lab: Lab, name: str) -> Machine:
@@ -57,6 +57,20 @@ def _up(options: argparse.Namespace) -> int:
         if not lab.guest(kind).running():
             lab.guest(kind).create()
     print(f"lab is up; logs in {lab.run}")
+    return 0
+
+
+def _hold(options: argparse.Namespace) -> int:
+    """A lab for other programs, from the line "ready" until our standard input ends."""
+    kinds = options.guest or list(KINDS)
+    with_payload = _payload(options)
+    owner = f"hold, pid {os.getpid()}"
+    lab = Lab.up(with_payload, owner=owner, wait=options.wait, kinds=kinds)
+    try:
+        print("ready", flush=True)
+        sys.stdin.read()
+    finally:
+        lab.down()
     return 0
 
 
@@ -171,7 +185,7 @@ def _test(options: argparse.Namespace) -> int:
     arguments += ["-p", "lab.plugin", "--guest", options.guest, f"--junit-xml={junit}", "-v"]
     arguments += ["--rootdir", str(paths.PROJECT)]
     arguments += ["-m", options.k] if options.k else []
-    for flag in ("lab_attach", "no_payload", "soak"):
+    for flag in ("lab_attach", "lab_shared", "no_payload", "soak"):
         arguments += ["--" + flag.replace("_", "-")] if getattr(options, flag) else []
     status = int(pytest.main([*arguments, *options.pytest]))
     counts = _count(junit) if junit.exists() else (0, 0, 0)
@@ -212,12 +226,18 @@ def _parser() -> argparse.ArgumentParser:
     machines = ("dom0", *KINDS)
     default = os.environ.get("GUEST", "hvm")
 
-    verb = verbs.add_parser("up", help="boot a lab and leave it running")
+    boots = argparse.ArgumentParser(add_help=False)
+    boots.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
+    boots.add_argument("--no-payload", action="store_true", help="guests without pvfront")
+    wait = "seconds to wait for another lab's end"
+    verb = verbs.add_parser("up", help="boot a lab and leave it running", parents=[boots])
     verb.add_argument("--guest", action="append", choices=KINDS, help="also start this guest")
-    verb.add_argument("--wait", type=float, default=0, help="seconds to wait for another lab's end")
-    verb.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
-    verb.add_argument("--no-payload", action="store_true", help="guests without pvfront")
+    verb.add_argument("--wait", type=float, default=0, help=wait)
     verb.set_defaults(call=_up)
+    verb = verbs.add_parser("hold", help="a lab until standard input ends", parents=[boots])
+    verb.add_argument("--guest", action="append", choices=KINDS, help="its disk is there")
+    verb.add_argument("--wait", type=float, default=LOCK_DEADLINE, help=wait)
+    verb.set_defaults(call=_hold)
     verb = verbs.add_parser("install", help="put a new build into running guests")
     verb.add_argument("kinds", nargs="*", metavar="GUEST", help="default: all that run")
     verb.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
@@ -239,6 +259,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("-k", metavar="MARKERS", help="marker expression, like: core and not net")
         verb.add_argument("--junit", help="default: build/junit/lab-GUEST.xml")
         verb.add_argument("--lab-attach", action="store_true", help="use the running lab")
+        verb.add_argument(
+            "--lab-shared", action="store_true", help="use the running lab; the guest is ours alone"
+        )
         verb.add_argument("--no-payload", action="store_true", help="guests without pvfront")
         verb.add_argument("pytest", nargs="*", help="tests or pytest arguments, after --")
         verb.set_defaults(call=_test, soak=name == "soak")

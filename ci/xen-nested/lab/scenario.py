@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from . import image, paths
-from .client import Machine, Result
+from .client import COMMAND_DEADLINE, Machine, Result
 from .disks import (
     BackingDisk,
     DelayedDisk,
@@ -36,7 +36,7 @@ from .disks import (
     LoopDisk,
     QemuDisk,
     VolumeDisk,
-    device_mapper,
+    node_of,
 )
 from .errors import CommandFailed, DeadlineExceeded, LabError
 from .guest import FILES, IMAGE, KINDS, Guest, Kind, Tally, boot_file
@@ -50,7 +50,7 @@ LOCK_DEADLINE = 1800.0
 
 
 def wait_until(
-    what: str, predicate: Callable[[], T], deadline: float = 30.0, every: float = 0.5
+    what: str, predicate: Callable[[], T], deadline: float = 120.0, every: float = 0.3
 ) -> T:
     """Call `predicate` until it gives something true, and return that.
 
@@ -143,7 +143,8 @@ class Lab:
         self._guests: dict[Kind, Guest] = {}
         self._disks: dict[str, str] = {}
         self._made: list[BackingDisk] = []
-        self._counter = int(time.time() * 10) % 10**7
+        self._counter = 0
+        self._daemons: dict[str, str] = {}
 
     # -- life -------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class Lab:
 
     # -- the toolstack ----------------------------------------------------------------------
 
-    def xl(self, *arguments: str, timeout: float = 60.0, check: bool = True) -> Result:
+    def xl(self, *arguments: str, timeout: float = COMMAND_DEADLINE, check: bool = True) -> Result:
         """`xl ARGUMENTS` in dom0."""
         return self.dom0.run(["xl", *arguments], timeout=timeout, check=check)
 
@@ -252,39 +253,47 @@ class Lab:
 
     def vbd_state(self, guest: Guest, vdev: int = 51728) -> tuple[str | None, str | None]:
         """(frontend's, backend's) XenbusState of a vbd, 51728 being xvdb; None: no such key."""
-        domid = guest.domid()
-        front = self.xenstore_read(f"/local/domain/{domid}/device/vbd/{vdev}/state")
-        back = self.xenstore_read(f"/local/domain/0/backend/vbd/{domid}/{vdev}/state")
-        return front, back
+        front = f"/local/domain/{guest.number}/device/vbd/{vdev}/state"
+        back = f"/local/domain/0/backend/vbd/{guest.number}/{vdev}/state"
+        read = f"for k in {front} {back}; do xenstore-read $k 2>/dev/null || echo; done"
+        states = self.dom0.run(read).stdout.split("\n")
+        return states[0] or None, states[1] or None
 
     def check_services(self) -> None:
         """Raise LabError(services) if one of Xen's daemons in dom0 has died."""
         if not self.outer.alive():
             raise LabError("qemu", f"ended; see {self.run}")
+        if not self._daemons:
+            listed = self.dom0.run("pgrep -l -x 'xenstored|xenconsoled'", check=False).stdout
+            self._daemons = dict(line.split()[::-1] for line in listed.splitlines())
         for daemon in ("xenstored", "xenconsoled"):
-            if not self.dom0.run(["pgrep", "-x", daemon], check=False).ok:
+            number = self._daemons.get(daemon)
+            (seen,) = self.dom0.look(f"/proc/{number}/comm") if number else (None,)
+            if seen is None or (seen.text or "").strip() != daemon:
                 raise LabError("services", f"{daemon} died in dom0; see {self.run}/consoles")
 
     # -- disks ------------------------------------------------------------------------------
 
     def _unique(self, prefix: str) -> str:
+        """A name in dom0 that nobody else has, who may use the same lab."""
         self._counter += 1
-        return f"{prefix}{self._counter}"
+        return f"{prefix}{os.getpid()}x{self._counter}"
 
     def ram_disk(self, mib: int = 64) -> BackingDisk:
         """A disk in dom0's memory (brd under dm-linear): neither flush nor discard."""
         name = self._unique("ram")
-        self.dom0.run("test -b /dev/ram0 || modprobe brd rd_nr=8 rd_size=524288")
-        free = (
-            "cd /sys/block; for r in ram?; do "
-            '[ -n "$(ls $r/holders)" ] || { echo /dev/$r; break; }; done'
+        # One at a time: another test run may want one in the same dom0.
+        take = (
+            "test -b /dev/ram0 || modprobe brd rd_nr=8 rd_size=524288; cd /sys/block; "
+            'for r in ram?; do [ -z "$(ls $r/holders)" ] || continue; '
+            f"dmsetup create {name} --table '0 {mib * 2048} linear /dev/'$r' 0' && echo /dev/$r; "
+            "break; done"
         )
-        ram = self.dom0.output(free)
+        ram = self.dom0.output(["flock", "/run/lab/ram.lock", "bash", "-c", take])
         if not ram:
             raise LabError("dom0", "all 8 RAM disks are in use: remove() some")
-        table = f"0 {mib * 2048} linear {ram} 0"
         undo = [f"dmsetup remove {name}", f"blockdev --flushbufs {ram}"]
-        return self._keep(BackingDisk(self.dom0, device_mapper(self.dom0, name, table), undo))
+        return self._keep(BackingDisk(self.dom0, node_of(self.dom0, name), undo))
 
     def loop_disk(self, mib: int = 64, *, sector_size: int = 512) -> LoopDisk:
         """A loop device over a sparse file in dom0's memory: flush and discard."""

@@ -29,11 +29,13 @@ from .errors import LabError
 from .image import Image
 from .progress import say
 
-TCG_CPU = "qemu64,+svm,+npt,+ssse3,+sse4.1,+sse4.2,+popcnt,+pdpe1gb"
-MEMORY = "6G"
+# rdrand: a guest without it waits seconds for its first random number.
+TCG_CPU = "qemu64,+svm,+npt,+ssse3,+sse4.1,+sse4.2,+popcnt,+pdpe1gb,+rdrand"
+MEMORY = "6G"  # as much as dom0 and five guests
 DOM0_MEMORY = "2G"
+# spec-ctrl=no: what keeps guests from each other's caches costs each exit, and there is no cache.
 XEN_COMMAND_LINE = (
-    "console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all noreboot "
+    "console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all noreboot spec-ctrl=no "
     f"dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY} dom0_max_vcpus=2"
 )
 DOM0_COMMAND_LINE = (
@@ -134,7 +136,8 @@ class Outer:
         self.ports = dict(ports)
         self.pid = pid
         self.console = ConsoleLog(run / "xen-console.log")
-        self.dom0 = Machine("dom0", ports["dom0"])
+        self.commands = run / "commands.log"
+        self.dom0 = Machine("dom0", ports["dom0"], self.commands)
 
     @classmethod
     def start(
