@@ -62,7 +62,7 @@ build/null_server: bench/null_server.c
 	@mkdir -p build
 	@$(CC) -O2 -std=gnu11 -Wall -Wextra -Werror -o $@ $<
 
-test: ## everything: lint, unit and native tests, sanitizers, the lab in all guest types
+test: ## everything: lint, unit and native tests, sanitizers, the lab in all guests
 	@$(MAKE) --no-print-directory build setup-lab
 	@$(BIN)/python tools/test.py all
 
@@ -84,7 +84,7 @@ native-tsan: setup ## the C tests under ThreadSanitizer
 test-xen: build setup-lab ## the lab: GUEST=hvm|pvh|pv|pvh612, K=marker (disk, survive, services, ...)
 	@$(LAB) test --guest $(GUEST) $(if $(K),-k '$(K)')
 
-soak: build setup-lab ## the long counts; the lab's are resumable, results in build/soak/
+soak: build setup-lab ## the long tests and counts; the lab's are resumable, results in build/soak/
 	@PVFRONT_REPEATS=10 $(BIN)/pytest tests/functional
 	@$(if $(K),true,$(BIN)/python tests/hostile/test_random_faults.py $${PVFRONT_FAULT_SECONDS:-3600})
 	@$(if $(K),true,$(BIN)/python tests/hostile/test_backend_comes_and_goes.py $${PVFRONT_ABSENCES:-10000})

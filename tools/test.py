@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """Runs the test stages and adds up what they counted.
 
-`all` runs in two lanes: the lab, whose emulated machine leaves half a core idle, and beside it,
-with the lowest priority, everything else, whose output is shown stage by stage as each ends.
-Any other list of stages runs one after the other.
+`all` runs in two lanes. One runs a guest of the lab, whose emulated machine leaves more than half
+a core idle, the other, with the lowest priority, everything else; then each runs one more guest of
+the same lab as long as there are more. `lab` is the guests alone. What is not of the first lane is
+shown stage by stage, as each ends. Any other list of stages runs one after the other, each kind of
+guest in a lab of its own.
 
 Every stage leaves a JUnit file under build/junit/; the sum of all of them is the last line. A
 stage that fails without saying which test failed (it could not build, the lab did not boot)
@@ -12,7 +14,9 @@ counts as one failure, so that a broken stage is never a green run.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -30,11 +34,12 @@ LOGS = ROOT / "build" / "log"
 
 LINT = ["ruff", "mypy"]
 FAST = [*LINT, "unit", "hostile", "native", "asan", "tsan", "fuzz", "mutate"]
-LAB = ["hvm", "pvh", "pv"]  # pvh612 is run by name: make test-xen GUEST=pvh612
+LAB = ["hvm", "pvh612", "pv", "pvh"]  # the longest first
 GROUPS = {"lint": LINT, "fast": FAST, "lab": LAB, "all": [*FAST, *LAB]}
 
-_output = threading.local()
-"""`file`: where this thread's stages write; absent: our own output."""
+_this = threading.local()
+"""Of a thread's stages. `file`: where they write; absent: our own output. `nice`: they come last.
+`shared`: their guests are in a lab that runs already."""
 
 
 @dataclass
@@ -59,9 +64,10 @@ def run(*command: str | Path) -> int:
     env["PATH"] = f"{BIN}:{env['PATH']}"
     env["PYTHONPATH"] = str(ROOT / "ci" / "xen-nested")
     sys.stdout.flush()
-    file = getattr(_output, "file", None)
+    file = getattr(_this, "file", None)
+    nice = ["nice", "-n", "19"] if getattr(_this, "nice", False) else []
     return subprocess.run(
-        [str(c) for c in (*(["nice", "-n", "19"] if file else []), *command)],
+        [str(c) for c in (*nice, *command)],
         cwd=ROOT,
         env=env,
         check=False,
@@ -139,7 +145,9 @@ def stage(name: str) -> int:
         case "mutate":
             return run(BIN / "python", "tools/mutate.py", "--sample", "3", "--junit", junit)
         case "hvm" | "pvh" | "pv" | "pvh612":
-            return run(BIN / "python", "-m", "lab", "test", "--guest", name, f"--junit={junit}")
+            where = ["--lab-shared"] if getattr(_this, "shared", False) else []
+            guest = ["--guest", name, f"--junit={junit}"]
+            return run(BIN / "python", "-m", "lab", "test", *where, *guest)
     raise ValueError(name)
 
 
@@ -173,22 +181,69 @@ def aloud(name: str) -> Ended:
 
 
 def aside(name: str) -> Ended:
-    """Runs a stage beside others: with low priority, its output in a file and shown at its end."""
+    """Runs a stage beside others: its output in a file and shown at its end."""
     log = LOGS / f"{name}.log"
-    with log.open("w") as _output.file:
+    with log.open("w") as _this.file:
         ended = timed(name)
     text = log.read_text(errors="replace")
-    print(f"== {name} (beside the lab)\n{text}{ended}\n", end="", flush=True)
+    print(f"== {name} (beside others)\n{text}{ended}\n", end="", flush=True)
     return ended
 
 
-def lane(names: list[str], how: Callable[[str], Ended], ended: list[Ended]) -> None:
+def lane(names: list[str], how: Callable[[str], Ended], ended: list[Ended], **this: bool) -> None:
+    vars(_this).update(this)
     for name in names:
         try:
             ended.append(how(name))
         except Exception as error:  # a lane that ends early must not look green
             print(f"test: stage {name}: {error!r}", flush=True)
             ended.append(Ended(name, Count(failed=1), 0.0))
+
+
+def in_lanes(beside: list[str], ended: list[Ended]) -> None:
+    """The lab's guests, and what runs beside the first of them.
+
+    The lab ends when its holder's standard input does: with us, at the latest.
+    """
+    left: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for kind in LAB[1:]:
+        left.put(kind)
+    ready = threading.Event()
+    there = False
+
+    def guests(how: Callable[[str], Ended]) -> None:
+        ready.wait()
+        while not left.empty():
+            with contextlib.suppress(queue.Empty):
+                kind = left.get_nowait()
+                if there:
+                    lane([kind], how, ended, nice=False, shared=True)
+                else:
+                    ended.append(Ended(kind, Count(failed=1), 0.0))
+
+    def other() -> None:
+        lane(beside, aside, ended, nice=True)
+        guests(aside)
+
+    second = threading.Thread(target=other, daemon=True)  # an interrupt ends us
+    second.start()
+    with subprocess.Popen(
+        [BIN / "python", "-m", "lab", "hold", *[f"--guest={kind}" for kind in LAB]],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "ci" / "xen-nested")},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdin
+        assert holder.stdout
+        there = holder.stdout.readline().strip() == "ready"
+        ready.set()
+        if there:
+            lane(LAB[:1], aloud, ended, shared=True)
+        else:
+            print("test: there is no lab", flush=True)
+            ended.append(Ended(LAB[0], Count(failed=1), 0.0))
+        guests(aloud)
+        second.join()
+        holder.stdin.close()
 
 
 def main() -> int:
@@ -199,11 +254,8 @@ def main() -> int:
     if unknown:
         raise SystemExit(f"test: no stage {unknown[0]!r}; there are {', '.join(GROUPS['all'])}")
     ended: list[Ended] = []
-    if sys.argv[1:] == ["all"]:
-        beside = threading.Thread(target=lane, args=(FAST, aside, ended))
-        beside.start()
-        lane(LAB, aloud, ended)
-        beside.join()
+    if sys.argv[1:] in (["all"], ["lab"]):
+        in_lanes([name for name in names if name not in LAB], ended)
     else:
         lane(names, aloud, ended)
     total = sum((e.count for e in ended), Count())
