@@ -132,3 +132,8 @@ def test_at_boot_fstab_mounts_our_disk_and_lvm_finds_its_volume_on_it(
     assert guest.run("systemctl is-active -q dev-pvfront-xvdb.device", check=False).ok
     for name in ("xvdb", "xvdc"):
         assert enabled.state(name)["phase"] == "connected"
+    guest.run("umount /srv/data /srv/volume && vgremove -q -f -y lab")
+    for name, backing in (("xvdb", data), ("xvdc", volume)):
+        enabled.detach(name)
+        backing.remove()
+    guest.dirty = False  # it is now as if they had been attached while it ran
