@@ -102,6 +102,8 @@ def test_list_shows_every_device_with_its_owner_and_status_one_in_full(world: Wo
         plain = world.pvfront("status", disk.name).stdout
         answer = disk.status()
         assert answer["phase"] == "connected"
+        assert answer["geometry"] == disk.state()["geometry"]
+        assert answer["rings"] == disk.state()["rings"]
         assert str(answer["worker_pid"]) in plain
         assert world.running()
 
