@@ -280,6 +280,7 @@ class DeviceLoop:
                 if await asyncio.to_thread(frontend.busy) is None:
                     # The backend answers a write, and ours was Closed before it was Closing.
                     await device.write_state(XenbusState.CLOSED, again=True)
+                    await frontend.close()
                     await self._detach(drained=False)
                     return True
                 left = min(left or self.deadlines.busy_poll, self.deadlines.busy_poll)
@@ -354,11 +355,13 @@ class DeviceLoop:
                 await self._enter(Phase.CONNECTED, "detach withdrawn")
                 return False
         await self._enter(Phase.CLOSING, "detached by the toolstack")
+        # First nobody can begin a request: one that comes while the worker is quiet (udev probes a
+        # disk that is new) is not read, and would be waited for until the toolstack gives up.
+        await self.frontend.close()
         await self._detach(drained=await self.frontend.quiesce(self.deadlines.detach))
         return True
 
     async def _detach(self, *, drained: bool) -> None:
-        await self.frontend.close()
         with contextlib.suppress(PvfrontError):
             await self.walk.disconnect(drained=drained)
         await self.frontend.end()
