@@ -274,8 +274,11 @@ int pvf_queue_target(struct pvf_queue *q, int fd, const char **why)
 	if (!fstat(fd, &st) && S_ISCHR(st.st_mode))
 		return take_ublk(q, fd, why);
 	*why = "the NBD socket cannot be watched";
-	return pvf_target_open(&q->target, fd, q->epoll_fd,
-			       (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET);
+	int rc = pvf_target_open(&q->target, fd, q->epoll_fd,
+				 (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET);
+
+	q->target.several = q->queues > 1;
+	return rc;
 }
 
 void pvf_queue_start(struct pvf_queue *q, const struct pvf_geometry *geo)

@@ -71,6 +71,14 @@ void pvf_target_event(struct pvf_target *t, uint32_t events)
 	}
 }
 
+/* Whether the client has gone, whatever it has left to be read. */
+static bool hung_up(const struct pvf_target *t)
+{
+	struct msghdr nothing = {0};
+
+	return sendmsg(t->fd, &nothing, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EPIPE;
+}
+
 /* Receives into `iov`, of which the first `wanted` bytes are payload and the rest is `ahead`.
  * Returns the payload bytes that came; `t->turn` counts all. */
 static size_t receive(struct pvf_target *t, struct iovec *iov, int n, size_t wanted, bool boundary)
@@ -93,6 +101,12 @@ static size_t receive(struct pvf_target *t, struct iovec *iov, int n, size_t wan
 		end(t, boundary ? 0 : ECONNRESET,
 		    boundary ? "the client closed the NBD socket"
 			     : "the client closed the NBD socket within a request");
+		return 0;
+	}
+	/* What a client of several sockets left in one that it hung up it has sent on another since: a look
+	 * at the socket before the bytes were taken would be too early. */
+	if (t->several && hung_up(t)) {
+		end(t, 0, "the client closed the NBD socket");
 		return 0;
 	}
 	/* Less than asked for empties a stream socket; what comes later is a new edge. An end whose

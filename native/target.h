@@ -32,6 +32,7 @@ struct pvf_target {
 	bool disc;      /* the client said NBD_CMD_DISC: answer what is left, then end */
 	bool starved;   /* intake waits for pages or for an entry, which sending frees */
 	bool bulky;     /* the last write was a large one */
+	bool several;   /* the client has other sockets too */
 	bool gone;      /* `error` and `why` say how it ended */
 	int error;      /* 0: in order */
 	const char *why;

@@ -371,14 +371,19 @@ class SocketTarget:
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        new = self._path.with_suffix(".new")
         try:
             # Left by a supervisor that is gone: only one at a time serves a class of devices.
-            self._path.unlink(missing_ok=True)
-            listener.bind(str(self._path))
-            self._path.chmod(0o600)
+            new.unlink(missing_ok=True)
+            listener.bind(str(new))
+            new.chmod(0o600)
             listener.listen(CLIENTS)
+            # Whoever sees the socket can connect to it.
+            new.replace(self._path)
         except OSError as error:
             listener.close()
+            with contextlib.suppress(OSError):
+                new.unlink()
             raise TargetError(
                 f"{self.label}: no socket can be made at {self._path}: {error.strerror or error}",
                 hint="a socket's path has at most 107 bytes" if error.errno is None else None,
