@@ -22,7 +22,7 @@ Theory of operation
     the owner may have died with ``suspend`` just written.
 
     A worker whose service has ended has ports that nobody would unbind. So nothing is suspended
-    before every living worker was put away by some service (`uncovered`).
+    before every worker that has event channels was put away by some service (`uncovered`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from .cgroup import own_cgroup
+from .holdings import has_event_channels
 from .suspend_group import Devices, Group, SuspendError
 from .unixserver import LINE, hang_up, listening
 
@@ -55,15 +56,21 @@ Answer = dict[str, Any]
 
 
 def uncovered(run_dir: Path, names: Collection[str], proc: Path = Path("/proc")) -> list[str]:
-    """A line for each living worker that serves none of the devices `names`."""
+    """A line for each worker that has event channels and serves none of the devices `names`.
+
+    A state file may outlive its worker, and the pid in it may be somebody else's by now.
+    """
     found = []
     for path in sorted(run_dir.glob("*-*.json")):
         if path.stem in names:
             continue
         with contextlib.suppress(OSError, ValueError, AttributeError):
             pid = json.loads(path.read_text()).get("worker_pid")
-            if isinstance(pid, int) and (proc / str(pid)).exists():
-                found.append(f"{path.stem}: its worker (pid {pid}) runs, but no service serves it")
+            if isinstance(pid, int) and has_event_channels(proc / str(pid)):
+                found.append(
+                    f"{path.stem}: its worker (pid {pid}) has event channels, "
+                    "but no service serves it"
+                )
     return found
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pvfront.holdings import EVTCHN, GNTALLOC, Holder, count_pages, count_ports, of_guest, of_host
+import pytest
+
+from pvfront.holdings import (
+    EVTCHN,
+    GNTALLOC,
+    Holder,
+    count_pages,
+    count_ports,
+    has_event_channels,
+    of_guest,
+    of_host,
+)
 
 INTERRUPTS = """\
            CPU0       CPU1
@@ -60,6 +71,41 @@ def test_processes_that_hold_something_are_found_and_the_others_not(tmp_path: Pa
     assert (found.ports, found.ports_of_programs) == (6, 2)
     assert found.deferred is None, "nobody knows"
     assert found.mapped is None
+
+
+def test_who_has_event_channels_is_told_by_its_open_files(tmp_path: Path) -> None:
+    process(tmp_path, 70, "pvfront-worker", "/dev/null", EVTCHN)
+    process(tmp_path, 71, "pvfront-worker", "/dev/null", GNTALLOC)
+    process(tmp_path, 72, "zombie")
+    (tmp_path / "73").mkdir()  # has ended while we looked
+    assert has_event_channels(tmp_path / "70")
+    for pid in (71, 72, 73, 74):
+        assert not has_event_channels(tmp_path / str(pid)), pid
+
+
+@pytest.mark.parametrize("denied", ["iterdir", "readlink"])
+def test_a_process_that_cannot_be_looked_into_is_taken_to_have_event_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denied: str
+) -> None:
+    process(tmp_path, 70, "secret", "/dev/null")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, denied, refuse)
+    assert has_event_channels(tmp_path / "70")
+
+
+def test_a_process_that_ends_while_its_open_files_are_read_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process(tmp_path, 70, "pvfront-worker", EVTCHN)
+
+    def gone(path: Path) -> None:
+        raise ProcessLookupError(3, "No such process", str(path))
+
+    monkeypatch.setattr(Path, "readlink", gone)
+    assert not has_event_channels(tmp_path / "70")
 
 
 def test_the_books_of_a_host_tell_also_what_is_mapped() -> None:

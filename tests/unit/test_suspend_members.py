@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -157,8 +157,17 @@ async def test_what_writes_itself_back_is_named_once_for_all_services(pair: Pair
     assert [line for line in pair.story if line.startswith("sync")] == ["sync /dev/vbd-51728"]
 
 
+@pytest.fixture
+def event_channels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A file that this process has open, in the place of /dev/xen/evtchn."""
+    node = tmp_path_factory.mktemp("dev") / "evtchn"
+    with node.open("w"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pvfront.holdings.EVTCHN", str(node))
+        yield str(node)
+
+
 async def test_a_worker_that_no_service_serves_refuses_the_suspend_and_is_named(
-    pair: Pair,
+    pair: Pair, event_channels: str
 ) -> None:
     (pair.run_dir / "vif-7.json").write_text(json.dumps({"worker_pid": os.getpid()}))
     (pair.run_dir / "vif-8.json").write_text(json.dumps({"worker_pid": None}))
@@ -167,12 +176,19 @@ async def test_a_worker_that_no_service_serves_refuses_the_suspend_and_is_named(
     await pair.settled(pair.disks, refused=1)
     assert "suspend written" not in pair.story
     why = str(pair.disks.suspend.status()["last_refusal"])
-    assert f"vif-7: its worker (pid {os.getpid()}) runs, but no service serves it" in why
+    named = f"vif-7: its worker (pid {os.getpid()}) has event channels, but no service serves it"
+    assert named in why
     assert "vif-8" not in why
     assert {"vbd-51728 open", "vif-0 open"} <= set(pair.story)
 
 
-def test_a_worker_whose_device_was_put_away_is_covered(tmp_path: Path) -> None:
+async def test_a_pid_that_is_somebody_elses_by_now_refuses_nothing(pair: Pair) -> None:
+    (pair.run_dir / "vif-7.json").write_text(json.dumps({"worker_pid": os.getpid()}))
+    pair.world.toolstack_asks()
+    await pair.settled(pair.disks, suspended=1)
+
+
+def test_a_worker_whose_device_was_put_away_is_covered(tmp_path: Path, event_channels: str) -> None:
     (tmp_path / "vif-0.json").write_text(json.dumps({"worker_pid": os.getpid()}))
     (tmp_path / "vif-1.json").write_text("{oops")
     (tmp_path / "suspend.json").write_text("{}")
