@@ -14,10 +14,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 from unittest import mock
 
 import pytest
+from fakefrontend import FakeFrontend
 from fuzzing import ODD, examples
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -37,8 +37,6 @@ from pvfront import walk as walk_module
 from pvfront import xenbus as xenbus_module
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
-from pvfront.startlimit import Limits
-from pvfront.trace import Note
 from pvfront.xenbus import XenbusDevice
 
 FRONT = "/local/domain/5/device/vbd/51728"
@@ -60,45 +58,19 @@ NODES = [FRONT, BACK, f"{FRONT}/state", f"{FRONT}/backend", f"{BACK}/state"]
 ERRORS = [PvfrontError("it cannot"), OSError(28, "No space left"), TimeoutError("late")]
 
 
-class Disk:
-    """A frontend that keeps account of what it holds, and fails when it is told to."""
+class Disk(FakeFrontend):
+    """Keeps account of what it holds, and fails when it is told to."""
 
     def __init__(self) -> None:
-        self.trouble: str | None = None
-        self.pending = False
-        self.generation = 0
-        self.os_path = ""
+        super().__init__()
         self.held = self.started = self.target = self.ended = False
         self.ports_kept = 0
-        self.in_use: str | None = None
-        self.adopts = False
         self.drains = True
         self.fails: dict[str, Exception] = {}
-        self.poke: Callable[[], None] = lambda: None
 
     def _may_fail(self, what: str) -> None:
         if what in self.fails:
             raise self.fails.pop(what)
-
-    start_limits = Limits()
-
-    def on_poke(self, poke: Callable[[], None]) -> None:
-        self.poke = poke
-
-    def on_note(self, note: Note) -> None:
-        self.note = note
-
-    def details(self) -> dict[str, Any]:
-        return {}
-
-    def in_flight(self) -> int:
-        return 0
-
-    def stale_key(self, key: str) -> bool:
-        return key in ("ring-ref", "event-channel")
-
-    def stolen(self) -> bool:
-        return False
 
     async def adopt(self, device: XenbusDevice) -> bool:
         if self.adopts:
@@ -135,11 +107,6 @@ class Disk:
     async def detach(self, *, keep_target: bool) -> None:
         self.held = self.started = False
         self.target = self.target and keep_target
-
-    def busy(self) -> str | None:
-        return self.in_use
-
-    async def fail_after(self, seconds: float) -> None: ...
 
     async def close(self) -> None:
         self.target = False

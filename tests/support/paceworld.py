@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import pytest
+from fakefrontend import FakeFrontend
 from memstore import MemStore, Refused
 from memwire import connect
 from vclock import Clock, VirtualLoop
@@ -17,58 +18,25 @@ from pvfront import device as device_module
 from pvfront import walk as walk_module
 from pvfront import xenbus as xenbus_module
 from pvfront.device import DeviceLoop, Goal, Phase
-from pvfront.startlimit import Limits
-from pvfront.trace import Note
 from pvfront.xenbus import XenbusDevice
 
 FRONT = "/local/domain/5/device/vbd/51728"
 BACK = "/local/domain/0/backend/vbd/5/51728"
 
 
-class Disk:
+class Disk(FakeFrontend):
     """A frontend whose connections last as long as the test says."""
-
-    pending = False
-    os_path = ""
 
     def __init__(self, lasts: Callable[[int], float | None]) -> None:
         """`lasts`: seconds of a generation's connection; None, until somebody ends it."""
-        self.trouble: str | None = None
-        self.generation = 0
+        super().__init__()
         self.held = False
-        self.calls: list[str] = []
         self.began: list[float] = []
         self.lasts = lasts
-        self.poke: Callable[[], None] = lambda: None
-
-    start_limits = Limits()
-
-    def on_poke(self, poke: Callable[[], None]) -> None:
-        self.poke = poke
-
-    def on_note(self, note: Note) -> None:
-        self.note = note
-
-    def details(self) -> dict[str, Any]:
-        return {}
-
-    def in_flight(self) -> int:
-        return 0
-
-    def stale_key(self, key: str) -> bool:
-        return key == "ring-ref"
-
-    def stolen(self) -> bool:
-        return False
-
-    async def adopt(self, device: XenbusDevice) -> bool:
-        return False
 
     async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
-        self.trouble = None
-        self.generation += 1
         self.held = True
-        return {"ring-ref": "8"}
+        return await super().attach(device)
 
     async def start(self, device: XenbusDevice) -> None:
         loop = asyncio.get_running_loop()
@@ -81,27 +49,12 @@ class Disk:
         self.trouble = "the backend broke rule 1"
         self.poke()
 
-    async def update(self, device: XenbusDevice) -> None: ...
-
-    async def quiesce(self, timeout: float) -> bool:
-        return True
-
     async def detach(self, *, keep_target: bool) -> None:
         self.held = False
 
-    def busy(self) -> str | None:
-        return None
-
-    async def fail_after(self, seconds: float) -> None: ...
-
-    async def close(self) -> None:
-        self.calls.append("close")
-
     async def end(self) -> None:
         assert not self.held
-        self.calls.append("end")
-
-    async def poisoned(self) -> None: ...
+        await super().end()
 
     @property
     def gaps(self) -> list[float]:

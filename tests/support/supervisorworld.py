@@ -10,18 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from fakefrontend import FakeFrontend
 from memstore import MemStore
 from waiting import PATIENCE, eventually
 
 from pvfront.device import Phase
 from pvfront.errors import PvfrontError
-from pvfront.startlimit import Limits
 from pvfront.supervisor import Supervisor
-from pvfront.trace import Note
 from pvfront.xenbus import XenbusDevice
 from pvfront.xenstore import Xenstore
 
@@ -37,75 +36,21 @@ def back(devid: int) -> str:
     return f"/local/domain/0/backend/vbd/5/{devid}"
 
 
-class Disk:
-    """A frontend that holds nothing."""
+class Disk(FakeFrontend):
+    """One whose end can be held up."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.trouble: str | None = None
-        self.pending = False
-        self.generation = 0
+        super().__init__()
         self.os_path = f"/dev/{name}"
-        self.in_use: str | None = None
-        self.adopts = False
-        self.calls: list[str] = []
         self.hangs = False
-
-    start_limits = Limits()
-
-    def on_poke(self, poke: Callable[[], None]) -> None:
-        self.poke = poke
-
-    def on_note(self, note: Note) -> None:
-        self.note = note
 
     def details(self) -> dict[str, Any]:
         return {"os_device": self.os_path}
 
-    def in_flight(self) -> int:
-        return 3
-
-    def stale_key(self, key: str) -> bool:
-        return key == "ring-ref"
-
-    def stolen(self) -> bool:
-        return False
-
-    async def adopt(self, device: XenbusDevice) -> bool:
-        return self.adopts
-
-    async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
-        self.calls.append("attach")
-        self.generation += 1
-        return {"ring-ref": "8"}
-
-    async def start(self, device: XenbusDevice) -> None:
-        self.calls.append("start")
-
-    async def update(self, device: XenbusDevice) -> None: ...
-
     async def quiesce(self, timeout: float) -> bool:
-        self.calls.append("quiesce")
         if self.hangs:
             await asyncio.sleep(3600)
-        return True
-
-    async def detach(self, *, keep_target: bool) -> None:
-        self.calls.append("detach")
-
-    def busy(self) -> str | None:
-        return self.in_use
-
-    async def fail_after(self, seconds: float) -> None:
-        self.calls.append(f"fail after {seconds:g}")
-
-    async def close(self) -> None:
-        self.calls.append("close")
-
-    async def end(self) -> None:
-        self.calls.append("end")
-
-    async def poisoned(self) -> None: ...
+        return await super().quiesce(timeout)
 
 
 class Class:

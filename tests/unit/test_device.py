@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fakefrontend import FakeFrontend
 from memstore import MemStore, Refused, SocketServer
 from vclock import Clock, VirtualLoop
 from waiting import PATIENCE
@@ -21,8 +21,6 @@ from waiting import PATIENCE
 from pvfront import device, walk, xenbus
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
-from pvfront.startlimit import Limits
-from pvfront.trace import Note
 from pvfront.walk import Deadlines
 from pvfront.xenbus import XenbusDevice
 from pvfront.xenstore import Xenstore
@@ -33,42 +31,15 @@ BACK = "/local/domain/0/backend/vbd/5/51728"
 QUICK = Deadlines(init_wait=0.6, connected=0.6, closing=0.6, drain=0.5, detach=0.5, busy_poll=0.02)
 
 
-class Disk:
-    """A frontend that holds nothing but a record of what it was asked."""
+class Disk(FakeFrontend):
+    """Refuses what no frontend may be asked, and what a test says."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.trouble: str | None = None
-        self.pending = False
-        self.generation = 0
-        self.os_path = ""
+        super().__init__()
         self.held = False
         self.target = False
-        self.in_use: str | None = None
-        self.adopts = False
         self.fail_attach: Exception | None = None
         self.drains = True
-        self.poke: Callable[[], None] = lambda: None
-
-    start_limits = Limits()
-
-    def on_poke(self, poke: Callable[[], None]) -> None:
-        self.poke = poke
-
-    def on_note(self, note: Note) -> None:
-        self.note = note
-
-    def details(self) -> dict[str, Any]:
-        return {}
-
-    def in_flight(self) -> int:
-        return 0
-
-    def stale_key(self, key: str) -> bool:
-        return key in ("ring-ref", "event-channel")
-
-    def stolen(self) -> bool:
-        return False
 
     async def adopt(self, device: XenbusDevice) -> bool:
         self.held = self.adopts
@@ -76,47 +47,33 @@ class Disk:
 
     async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
         assert not self.held, "attached twice without a detach"
-        self.calls.append("attach")
         if self.fail_attach is not None:
+            self.calls.append("attach")
             error, self.fail_attach = self.fail_attach, None
             raise error
         self.held = True
-        self.trouble = None
-        self.generation += 1
-        return {"ring-ref": str(self.generation), "event-channel": "7"}
+        return await super().attach(device)
 
     async def start(self, device: XenbusDevice) -> None:
         assert device.view.backend.value == 4, "started before the backend was Connected"
-        self.calls.append("start")
+        await super().start(device)
         self.target = True
 
-    async def update(self, device: XenbusDevice) -> None:
-        self.calls.append("update")
-        self.pending = False
-
     async def quiesce(self, timeout: float) -> bool:
-        self.calls.append("quiesce")
+        await super().quiesce(timeout)
         return self.drains
 
     async def detach(self, *, keep_target: bool) -> None:
-        self.calls.append("detach keep" if keep_target else "detach")
+        await super().detach(keep_target=keep_target)
         self.held = False
         self.target = self.target and keep_target
 
-    def busy(self) -> str | None:
-        return self.in_use
-
-    async def fail_after(self, seconds: float) -> None: ...
-
     async def close(self) -> None:
-        self.calls.append("close")
+        await super().close()
         self.target = False
 
-    async def end(self) -> None:
-        self.calls.append("end")
-
     async def poisoned(self) -> None:
-        self.calls.append("poisoned")
+        await super().poisoned()
         self.held = False
 
 

@@ -262,7 +262,7 @@ async def test_a_stop_drains_closes_and_gives_back(world: World) -> None:
     assert await world.stopped() == 0
     for devid in (B, C):
         calls = world.klass.disks[f"vbd-{devid}"].calls
-        assert calls == ["attach", "start", "close", "quiesce", "detach", "end"]
+        assert calls == ["attach", "start", "close", "quiesce", "detach keep", "end"]
         assert world.mem.value(f"{front(devid)}/state") == b"6"
         assert world.klass.count("give back", devid) == 1
     assert world.klass.calls[-1] == ("release", "")
@@ -335,7 +335,7 @@ async def test_what_an_earlier_supervisor_left_is_adopted(world: World) -> None:
     world.mem.set(f"{back(B)}/state", b"4", "n0,r5")
     world.serve()
     await world.connected(B)
-    assert world.klass.disks[f"vbd-{B}"].calls == []
+    assert not {"attach", "start"} & set(world.klass.disks[f"vbd-{B}"].calls)
     assert world.supervisor.served[B].loop.reason == "adopted"
 
 
