@@ -348,11 +348,13 @@ class Supervisor:
     # -- devices ---------------------------------------------------------------------------
 
     async def _follow(self, bus: Bus) -> None:
-        async for ids in bus.changes():
+        async for ids, touched in bus.changes():
             new = set(ids) - self._seen_ids
             self._seen_ids = set(ids)
             # Each in a task of its own: a driver that does not let go of one is nobody else's wait.
             begun = {self._spawn(self._met(devid), f"begin {devid}") for devid in sorted(new)}
+            for devid in sorted(touched - new):
+                self._spawn(self._again(devid), f"again {devid}")
             if not self._listed.is_set():
                 self._first = begun
                 self._listed.set()
@@ -453,9 +455,10 @@ class Supervisor:
     async def _cannot(self, devid: int, error: Exception, strict: bool) -> None:
         if strict:
             raise error
-        self.refused[devid] = str(error)
-        self._show_refused()
-        log.warning("%s: not served: %s", self.klass.label(devid), error)
+        if self.refused.get(devid) != str(error):
+            self.refused[devid] = str(error)
+            self._show_refused()
+            log.warning("%s: not served: %s", self.klass.label(devid), error)
         await self._pass_on(devid)
 
     def _show_refused(self) -> None:
@@ -488,7 +491,9 @@ class Supervisor:
             self._spawn(self._again(devid), f"again {devid}")
 
     async def _again(self, devid: int) -> None:
-        """Serves an id again that was detached and is there once more."""
+        """Serves an id again that was detached and is there once more, as the toolstack made it."""
+        if devid in self.served and not self.served[devid].task.done():
+            return  # its loop sees to it, and looks here when it ends
         try:
             path = f"{self.home}device/{self.klass.klass}/{devid}/state"
             if self.wanted(devid) and await self.store.read_opt(path) == "1":

@@ -270,18 +270,26 @@ class Bus:
             return []
         return sorted(int(n) for n in names if n.isascii() and n.isdigit() and len(n) <= 10)
 
-    async def changes(self) -> AsyncIterator[list[int]]:
-        """Yields the ids now, and again whenever the list changes."""
+    async def changes(self) -> AsyncIterator[tuple[list[int], set[int]]]:
+        """Yields the ids now, and again whenever the list changes or one of its nodes does.
+
+        The second of each pair are ids whose node itself was made, removed or made anew: one that
+        was detached and attached again before we looked is in the list before and after.
+        """
         last: list[int] | None = None
+        depth = self.path.count("/")
         async with self.store.watch(self.path) as watch:
             async for fired in watch:
-                # Keys below a device change all the time; only the list counts here.
-                if last is not None and fired.rstrip("/").count("/") > self.path.count("/") + 1:
+                below = fired.rstrip("/").count("/") - depth
+                # Keys below a device change all the time; only the devices count here.
+                if last is not None and below > 1:
                     continue
                 now = await self.ids()
-                if now != last:
+                name = fired.rstrip("/").rpartition("/")[2]
+                touched = {devid for devid in now if below < 1 or name == str(devid)}
+                if now != last or touched:
                     last = now
-                    yield now
+                    yield now, touched
 
 
 @contextlib.asynccontextmanager

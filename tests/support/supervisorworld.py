@@ -23,6 +23,7 @@ from pvfront.errors import PvfrontError
 from pvfront.supervisor import Supervisor
 from pvfront.xenbus import XenbusDevice
 from pvfront.xenstore import Xenstore
+from pvfront.xswire import Permission
 
 B, C, D = 51728, 51744, 51760
 LABELS = {B: "xvdb", C: "xvdc", D: "xvdd"}
@@ -162,6 +163,28 @@ class World:
             async with attempt as t:
                 await t.remove(front(devid))
                 await t.remove(back(devid))
+
+    async def replace(self, devid: int) -> None:
+        """A detach's end and an attach of the same id that nobody can see apart."""
+        ends = {
+            back(devid): (
+                {"state": "2", "online": "1", "frontend": front(devid)},
+                [Permission(0), Permission(5, read=True)],
+            ),
+            front(devid): (
+                {"state": "1", "backend-id": "0", "backend": back(devid)},
+                [Permission(5), Permission(0, read=True)],
+            ),
+        }
+        async for attempt in self.dom0.transaction():
+            async with attempt as t:
+                for path, (keys, permissions) in ends.items():
+                    await t.remove(path)
+                    await t.mkdir(path)
+                    await t.set_permissions(path, permissions)
+                    for key, value in keys.items():
+                        await t.write(f"{path}/{key}", value)
+                        await t.set_permissions(f"{path}/{key}", permissions)
 
     async def _backend(self, devid: int) -> None:
         async with self.dom0.watch(f"{front(devid)}/state") as watch:

@@ -239,6 +239,25 @@ async def test_an_orderly_detach_ends_the_loop_and_the_id_is_served_again(world:
     await world.connected(B)
 
 
+async def test_an_id_that_is_back_before_the_list_was_read_again_is_served_again(
+    world: World,
+) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    first = world.supervisor.served[B]
+    await world.dom0.write(f"{back(B)}/online", "0")
+    await world.dom0.write(f"{back(B)}/state", "5")
+    await world.eventually("the end of the loop", first.task.done)
+    await world.eventually(
+        "the look at what became of it",
+        lambda: not [t for t in asyncio.all_tasks() if t.get_name().startswith("again ")],
+    )
+    await world.replace(B)
+    await world.eventually("a second loop", lambda: world.supervisor.served[B] is not first)
+    await world.connected(B)
+
+
 async def test_one_device_is_begun_once_however_often_it_is_seen(world: World) -> None:
     world.klass.taking = asyncio.Event()
     world.plug(B)
