@@ -55,7 +55,7 @@ from typing import Any, Protocol
 from .cgroup import FreezeFailed, Freezer
 from .errors import PvfrontError
 from .fssync import sync_devices
-from .suspend_group import Devices, Group, NotOwner, Participants, SuspendError
+from .suspend_group import Devices, Group, NotOwner, Participants, SuspendError, Watched
 from .suspend_machine import (
     Action,
     Armed,
@@ -164,7 +164,7 @@ class SystemEffects:
         self._log.close()
 
 
-class Suspend:
+class Suspend(Watched):
     """The one owner of suspend in this domain.
 
     `run` does it all until it is cancelled; other services join it (suspend_members.py). Devices
@@ -188,6 +188,7 @@ class Suspend:
 
         Raises CannotVeto or DeviceUnavailable: this process or kernel cannot own suspend.
         """
+        super().__init__()
         self._store = store
         self._limits = limits or Limits()
         self._effects = effects or SystemEffects(run_dir)
@@ -209,7 +210,6 @@ class Suspend:
         self._resumed_anew = asyncio.Event()
         self._open = asyncio.Event()
         self._open.set()
-        self._changed = asyncio.Event()
 
     # -- for others ------------------------------------------------------------------------
 
@@ -246,16 +246,6 @@ class Suspend:
     async def may_bind(self) -> None:
         """Returns when ports may be bound: not between closing for a suspend and its end."""
         await self._open.wait()
-
-    async def until(self, condition: Callable[[Suspend], bool], timeout: float) -> None:
-        """Waits for a state, for `status` and tests. Raises TimeoutError that names the state."""
-        try:
-            async with asyncio.timeout(timeout):
-                while not condition(self):
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            raise TimeoutError(f"suspend: never came; now {self.status()}") from None
 
     def disarm(self) -> None:
         """Takes the veto back. Only when `run` has ended and no port of ours is bound."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection
-from typing import Protocol
+from typing import Protocol, Self
 
 from .errors import PvfrontError
 
@@ -134,6 +135,27 @@ class Devices:
     def poison(self) -> None:
         for device in self._participants():
             device.poisoned()
+
+
+class Watched(ABC):
+    """One process's part in suspend, whose state others wait for."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+        """Set whenever something that `status` says has changed."""
+
+    @abstractmethod
+    def status(self) -> dict[str, object]: ...
+
+    async def until(self, condition: Callable[[Self], bool], timeout: float | None) -> None:
+        """Waits for a state, for `status` and tests. Raises TimeoutError that names the state."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not condition(self):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise TimeoutError(f"suspend: never came; now {self.status()}") from None
 
 
 async def each(

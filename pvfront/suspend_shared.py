@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .fssync import sync_devices
 from .suspend import RUN_DIR, Store, Suspend
-from .suspend_group import Devices, NotOwner, Participants
+from .suspend_group import Devices, NotOwner, Participants, Watched
 from .suspend_machine import UNTRIED, Limits
 from .suspend_members import AGAIN, Member
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _REOPEN = 3600.0  # nobody waits for it
 
 
-class SharedSuspend:
+class SharedSuspend(Watched):
     """Owns suspend if no other service does, and takes its place when that ends."""
 
     def __init__(
@@ -37,6 +37,7 @@ class SharedSuspend:
         run_dir: Path = RUN_DIR,
     ) -> None:
         """`service`: for messages, "pvfront-vbd". Raises CannotVeto or DeviceUnavailable."""
+        super().__init__()
         self._limits = limits or Limits()
 
         def new() -> Suspend:
@@ -49,7 +50,6 @@ class SharedSuspend:
         self._devices = Devices(participants, sync_devices)
         self._member = Member(run_dir, service, self._devices, self._on_open)
         self._member_open = False
-        self._changed = asyncio.Event()
         self._reopening: asyncio.Task[None] | None = None
 
     # -- for others ------------------------------------------------------------------------
@@ -69,18 +69,6 @@ class SharedSuspend:
     async def may_bind(self) -> None:
         """Returns when ports may be bound: somebody owns suspend, and no suspend is going on."""
         await self.until(lambda s: s._open, None)
-
-    async def until(
-        self, condition: Callable[[SharedSuspend], bool], timeout: float | None
-    ) -> None:
-        """Waits for a state. Raises TimeoutError that names the state."""
-        try:
-            async with asyncio.timeout(timeout):
-                while not condition(self):
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            raise TimeoutError(f"suspend: never came; now {self.status()}") from None
 
     def disarm(self) -> None:
         """Takes the veto back, unless it is another's. Only when `run` has ended."""
