@@ -86,8 +86,8 @@ test-xen: build setup-lab ## the lab: GUEST=hvm|pvh|pv|pvh612, K=marker (disk, s
 
 soak: build setup-lab ## the long tests and counts; the lab's are resumable, results in build/soak/
 	@PVFRONT_REPEATS=10 $(BIN)/pytest tests/functional
-	@$(if $(K),true,$(BIN)/python tests/hostile/test_random_faults.py $${PVFRONT_FAULT_SECONDS:-3600})
-	@$(if $(K),true,$(BIN)/python tests/hostile/test_backend_comes_and_goes.py $${PVFRONT_ABSENCES:-10000})
+	@$(if $(K),true,$(BIN)/python tests/hostile/soak.py faults $${PVFRONT_FAULT_SECONDS:-3600})
+	@$(if $(K),true,$(BIN)/python tests/hostile/soak.py absences $${PVFRONT_ABSENCES:-10000})
 	@$(LAB) soak --guest $(GUEST) $(if $(K),-k '$(K)')
 
 xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
