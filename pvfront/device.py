@@ -357,8 +357,10 @@ class DeviceLoop:
         await self._enter(Phase.CLOSING, "detached by the toolstack")
         # First nobody can begin a request: one that comes while the worker is quiet (udev probes a
         # disk that is new) is not read, and would be waited for until the toolstack gives up.
-        await self.frontend.close()
-        await self._detach(drained=await self.frontend.quiesce(self.deadlines.detach))
+        clock = asyncio.get_running_loop().time
+        until = clock() + self.deadlines.detach
+        await self.frontend.close(drain=self.deadlines.detach)
+        await self._detach(drained=await self.frontend.quiesce(max(0.0, until - clock())))
         return True
 
     async def _detach(self, *, drained: bool) -> None:

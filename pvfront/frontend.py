@@ -98,8 +98,11 @@ class Frontend(Protocol):
         """
         ...
 
-    async def close(self) -> None:
-        """Closes the OS device. Never raises; idempotent."""
+    async def close(self, *, drain: float = 10.0) -> None:
+        """Closes the OS device; requests that have not ended within `drain` seconds fail.
+
+        Never raises; idempotent.
+        """
         ...
 
     async def end(self) -> None:

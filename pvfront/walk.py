@@ -37,7 +37,7 @@ class Deadlines:
     connected: float = 30.0
     closing: float = 10.0
     drain: float = 30.0
-    detach: float = 8.0  # the toolstack's own patience with a detach is 10 s
+    detach: float = 6.0  # for requests; the toolstack's own patience with a detach is 10 s
     busy_poll: float = 1.0
 
 

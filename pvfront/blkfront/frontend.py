@@ -564,12 +564,10 @@ class DiskFrontend:
         except PvfrontError as error:
             log.warning("%s", error)
 
-    async def close(self) -> None:
+    async def close(self, *, drain: float = 10.0) -> None:
         try:
-            if self._worker is None:
-                await self.target.close(drain=0.0)  # nobody is there to answer
-            else:
-                await self.target.close()
+            # Without a worker nobody is there to answer.
+            await self.target.close(drain=drain if self._worker is not None else 0.0)
         except PvfrontError as error:
             # The device waits for a worker that does not read: without it the kernel gives up.
             log.warning("%s; ending the worker", error)

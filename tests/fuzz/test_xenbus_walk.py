@@ -108,7 +108,7 @@ class Disk(FakeFrontend):
         self.held = self.started = False
         self.target = self.target and keep_target
 
-    async def close(self) -> None:
+    async def close(self, *, drain: float = 10.0) -> None:
         self.target = False
 
     async def end(self) -> None:

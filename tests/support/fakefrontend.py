@@ -73,7 +73,7 @@ class FakeFrontend:
     async def fail_after(self, seconds: float) -> None:
         self.calls.append(f"fail after {seconds:g}")
 
-    async def close(self) -> None:
+    async def close(self, *, drain: float = 10.0) -> None:
         self.calls.append("close")
 
     async def end(self) -> None:

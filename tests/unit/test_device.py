@@ -68,8 +68,8 @@ class Disk(FakeFrontend):
         self.held = False
         self.target = self.target and keep_target
 
-    async def close(self) -> None:
-        await super().close()
+    async def close(self, *, drain: float = 10.0) -> None:
+        await super().close(drain=drain)
         self.target = False
 
     async def poisoned(self) -> None:
@@ -337,12 +337,17 @@ async def test_a_detach_ends_within_the_toolstacks_10_s_though_no_request_is_eve
 ) -> None:
     asked: list[float] = []
 
-    async def never(timeout: float) -> bool:
+    async def close(*, drain: float = 10.0) -> None:
+        asked.append(drain)
+        await asyncio.sleep(drain)
+
+    async def quiesce(timeout: float) -> bool:
         asked.append(timeout)
         await asyncio.sleep(timeout)
         return False
 
-    monkeypatch.setattr(world.disk, "quiesce", never)
+    monkeypatch.setattr(world.disk, "close", close)
+    monkeypatch.setattr(world.disk, "quiesce", quiesce)
     world.nodes()
     world.deadlines = Deadlines()
     loop = await world.connected()
@@ -350,7 +355,7 @@ async def test_a_detach_ends_within_the_toolstacks_10_s_though_no_request_is_eve
     began = asyncio.get_running_loop().time()
     await world.backend.write("5")
     await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
-    assert asked
+    assert asked[0] > 0
     assert sum(asked) <= asyncio.get_running_loop().time() - began < 10
     assert world.states() == ("6", "6")
 
