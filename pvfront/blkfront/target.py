@@ -545,11 +545,14 @@ def hung_up(end: socket.socket) -> bool:
     return any(events & (select.POLLHUP | select.POLLRDHUP) for _, events in poll.poll(0))
 
 
-async def _command(work: Callable[[], T], what: str) -> T:
-    """A netlink command in a thread of its own. Raises TargetError if it hangs."""
+async def command(work: Callable[[], T], what: str, seconds: float, hint: str) -> T:
+    """A command to the kernel in a thread of its own. Raises TargetError if it hangs."""
     try:
-        return await threads.to_its_end(what, work, _COMMAND_DEADLINE)
+        return await threads.to_its_end(what, work, seconds)
     except threads.Late as error:
-        raise TargetError(
-            str(error), hint="the kernel waits for a worker that does not read its socket"
-        ) from error
+        raise TargetError(str(error), hint=hint) from error
+
+
+async def _command(work: Callable[[], T], what: str) -> T:
+    hint = "the kernel waits for a worker that does not read its socket"
+    return await command(work, what, _COMMAND_DEADLINE, hint)

@@ -43,10 +43,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from .. import sysfs, threads
+from .. import sysfs
 from .blockdisk import POLL, BlockDisk, within
 from .features import DiskGeometry
-from .target import Clients, TargetError
+from .target import Clients, TargetError, command
 from .ublkcontrol import (
     COMMAND_SECONDS,
     DEAD,
@@ -373,8 +373,4 @@ def present(roots: sysfs.Roots = sysfs.SYSTEM) -> frozenset[int]:
 
 
 async def _command(work: Callable[[], T], what: str) -> T:
-    """A command in a thread of its own. Raises TargetError if it hangs."""
-    try:
-        return await threads.to_its_end(what, work, COMMAND_SECONDS + 5.0)
-    except threads.Late as error:
-        raise TargetError(str(error), hint="the kernel waits for the worker") from error
+    return await command(work, what, COMMAND_SECONDS + 5.0, "the kernel waits for the worker")
