@@ -35,7 +35,7 @@ _SOCKET_PATH_MAX = 107
 """Bytes of sun_path, without its NUL."""
 
 _LONGEST_NAME = "run/vbd-4294967295.sock"
-_HUB_SECONDS = 10.0
+_HUB_SECONDS = 60.0
 
 
 class Host:

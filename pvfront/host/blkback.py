@@ -42,7 +42,7 @@ from pvfront.xenstore import Xenstore
 
 __all__ = ["BlkBackend", "BlkBackendError", "Fault", "Features", "Misstep", "main"]
 
-ANSWER_SECONDS = 20.0
+ANSWER_SECONDS = 60.0
 
 
 class BlkBackendError(PvfrontError):

@@ -21,7 +21,7 @@ from pvfront.host._blkback import ffi, lib
 from pvfront.host.faults import Fault, FaultError
 from pvfront.host.params import Source
 
-HUB_SECONDS = 10.0
+HUB_SECONDS = 60.0
 
 _STATS = (
     "requests", "responses", "reads", "writes", "flushes", "barriers", "discards", "indirect",

@@ -15,8 +15,11 @@ from pathlib import Path
 
 from pvfront.errors import PvfrontError
 
-START_SECONDS = 20.0
-STOP_SECONDS = 10.0
+START_SECONDS = 60.0
+"""As every deadline of the host's processes for each other: for what hangs. Where a machine has no
+time for them, a tenth of a second's work takes many."""
+STOP_SECONDS = 70.0
+"""More than a supervisor takes for its own end (supervisor.STOP_DEADLINE)."""
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)

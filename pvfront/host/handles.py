@@ -32,7 +32,7 @@ from pvfront.handle import PAGE_SIZE, DeviceHandle, check_domid
 from pvfront.host._host import ffi, lib
 from pvfront.platform import HOST_DOMID, HOST_VARIABLE
 
-HUB_SECONDS = 10
+HUB_SECONDS = 60
 """The hub answers a request in microseconds. If it does not in this time, it never will."""
 
 _ANSWER_MAX = 1 << 19

@@ -23,7 +23,7 @@ from pvfront.host.child import Child
 
 __all__ = ["DiskService", "DiskServiceError"]
 
-READY_SECONDS = 30.0
+READY_SECONDS = 90.0
 WORKER = "pvfront-worker"
 
 
