@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+from waiting import PATIENCE, wait_for
 from world import Backing, Mode, Seen
 
 from pvfront.blkfront.vdev import parse_name
@@ -36,7 +37,6 @@ from pvfront.host.blkback import BlkBackend, Fault
 
 T = TypeVar("T")
 
-PATIENCE = 60.0
 MIB = 1 << 20
 BAD = ("Traceback", "Sanitizer", "the device loop failed")
 
@@ -208,7 +208,7 @@ class EmbeddedDisk:
         """
         path = self.world.directory / "between.nbd"
         path.unlink(missing_ok=True)
-        image = f"driver=nbd,server.type=unix,server.path={self.socket},reconnect-delay=60"
+        image = f"driver=nbd,server.type=unix,server.path={self.socket},reconnect-delay=600"
         process = self.world.start_process(
             "qemu-nbd", "--image-opts", image, "--socket", str(path), "--persistent"
         )
@@ -455,15 +455,11 @@ class EmbeddedWorld:
     # -- waiting -------------------------------------------------------------------------------
 
     def wait_until(self, what: str, holds: Callable[[], T], deadline: float = PATIENCE) -> T:
-        end = time.monotonic() + deadline
-        while True:
-            value = holds()
-            if value:
-                return value
-            if time.monotonic() > end:
-                log = self.log.read_text() if self.log.exists() else ""
-                raise AssertionError(f"this never came: {what}; last: {value!r}\n{log}")
-            time.sleep(0.02)
+        def why() -> str:
+            return self.log.read_text() if self.log.exists() else ""
+
+        found: T = wait_for(what, holds, why=why, seconds=deadline)
+        return found
 
     def assert_no_io_errors(self) -> None:
         stats = self.do(self.backend.stats())

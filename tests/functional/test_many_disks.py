@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from embedded_world import FIO, PATIENCE, EmbeddedDisk, EmbeddedWorld, kib, needs
+from embedded_world import FIO, EmbeddedDisk, EmbeddedWorld, kib, needs
+from waiting import PATIENCE
 
 pytestmark = [pytest.mark.disk, pytest.mark.embedded]
 

@@ -292,7 +292,7 @@ async def test_closed_is_said_with_requests_in_flight_and_the_next_is_refused() 
 async def test_the_toolstack_takes_a_disk_away_and_brings_another() -> None:
     async with disk() as (host, backend, frontend):
         await frontend.connect()
-        detach = asyncio.create_task(host.detach_disk(1, VBD))
+        detach = asyncio.create_task(host.detach_disk(1, VBD, timeout=PATIENCE))
         await frontend.backend_is(CLOSING)
         await frontend.say(CLOSING)
         await frontend.say(CLOSED)

@@ -81,6 +81,16 @@ class World:
 
         await eventually("the program's disk connected", is_connected)
 
+    async def program(self) -> int:
+        """The pid of the program that has the disk, as status shows it."""
+
+        async def shown() -> object:
+            return (await self.status())["worker_pid"]
+
+        pid = await eventually("the program's pid in status", shown)
+        assert isinstance(pid, int)
+        return pid
+
     async def backend_is(self, state: str) -> bool:
         return await self.host.store.read(BACKEND_STATE) == state
 
@@ -161,8 +171,7 @@ async def test_a_script_runs_one_user_of_the_disk_after_another(world: World) ->
 async def test_a_killed_program_leaves_nothing(world: World) -> None:
     lender = await world.start("vbd", "lend", "xvdb", "--", BENCH, "--runtime", "1000")
     await world.connected()
-    pid = (await world.status())["worker_pid"]
-    assert isinstance(pid, int)
+    pid = await world.program()
     assert psutil.Process(pid).name().startswith("pvfront-disk-be")
     os.kill(pid, signal.SIGKILL)
     await world.ended(lender, 137)
@@ -198,8 +207,7 @@ async def test_a_lent_disk_is_detached_when_its_program_has_ended(world: World) 
     detach = asyncio.create_task(world.host.detach_disk(1, 51728, timeout=2 * PATIENCE))
     await eventually("the backend asks for the disk", lambda: world.backend_is("5"))
     assert not detach.done()
-    pid = (await world.status())["worker_pid"]
-    assert isinstance(pid, int)
+    pid = await world.program()
     os.kill(pid, signal.SIGTERM)
     await world.ended(lender, 143)
     await detach

@@ -222,4 +222,4 @@ def test_no_descriptor_is_left_behind(hub):
                 pass
             mapping = taker.map(1, pool.grefs)
         mapping.unmap()
-    assert count() == before
+    assert count() <= before
