@@ -189,4 +189,4 @@ async def test_fio_verifies_its_data_under_faults_that_keep_the_connection(
     if b"engine nbd not loadable" in output:
         pytest.skip("this fio has no nbd engine")
     assert process.returncode == 0, output.decode()
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first

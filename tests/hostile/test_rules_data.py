@@ -74,7 +74,7 @@ async def test_rule_17_a_new_connection_shows_nothing_of_the_former(disk: Disk) 
     client = await disk.client()
     await client.write(0, SECRET * 256)
     await disk.state(6)
-    await disk.connected(after=1)
+    await disk.connected(after=disk.first)
     await disk.fault(Fault.look(WORD))
     await disk.leave()
     client = await disk.client()
@@ -159,7 +159,7 @@ async def test_rule_20_pages_of_an_unanswered_read_are_not_used_again(disk: Disk
     await disk.fault()
     for i in range(28):
         assert await client.read(MIB + PIECE * i, PIECE) == data[i]
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first
 
 
 async def test_rule_20_no_client_is_served_before_the_former_s_requests_are_answered(
@@ -181,7 +181,7 @@ async def test_rule_20_no_client_is_served_before_the_former_s_requests_are_answ
     await disk.release()
     await finished(new)
     assert await client.read(0, 4096) == b"n" * 4096
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first
 
 
 async def test_rule_20_grants_that_are_mapped_are_never_granted_again(
@@ -197,7 +197,7 @@ async def test_rule_20_grants_that_are_mapped_are_never_granted_again(
     os.kill((await disk.shown())["worker_pid"], 9)
     await disk.logged("ended by signal 9")
     await disk.release()
-    await disk.connected(after=1)
+    await disk.connected(after=disk.first)
     assert not set(await disk.ring_refs()) & set(before)
     assert world.host.dump()["deferred"] >= 1
     ring.junk()  # of nobody any more
@@ -228,7 +228,7 @@ async def test_rule_21_a_broken_ring_is_left_alone_until_the_backend_has_closed(
     assert held() == before
     assert (await disk.stats()).state == lib.PVF_BROKEN
     await disk.misstep()
-    await disk.connected(after=1)
+    await disk.connected(after=disk.first)
     ends = [await outcome(reply) for reply in doomed]
     assert all(isinstance(end, bytes | ConnectionError) for end in ends)
     await disk.works()
@@ -243,7 +243,7 @@ async def test_rule_21_what_a_broken_connection_had_acknowledged_is_on_the_disk(
     ends = [await outcome(client.start(WRITE, 4096 * i, 4096, data[i])) for i in range(len(data))]
     done = [i for i, end in enumerate(ends) if not isinstance(end, Exception)]
     assert len(done) == 40
-    await disk.connected(after=1)
+    await disk.connected(after=disk.first)
     await disk.leave()
     client = await disk.client()
     for i in done:
@@ -269,7 +269,7 @@ async def test_rule_22_scribbling_over_completed_pages_reaches_no_other_request(
     assert (await disk.stats()).wakeups - before < 2000
     await disk.fault()
     await client.flush()
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first
 
 
 async def test_rule_22_pages_that_a_backend_keeps_mapped_are_scribbled_over_while_free(
@@ -295,7 +295,7 @@ async def test_rule_22_pages_that_a_backend_keeps_mapped_are_scribbled_over_whil
         await client.write(4 * MIB, data[:length])
         assert await client.read(4 * MIB, length) == data[:length]
     assert await client.read(0, len(data)) == data
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first
 
 
 async def test_a_page_rewritten_while_its_payload_is_sent_stays_within_its_reply(

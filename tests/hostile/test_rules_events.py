@@ -47,7 +47,7 @@ async def test_rule_23_a_storm_of_events_wakes_an_idle_worker_a_few_times(disk: 
         assert await client.read(4096 * i, 4096) == data
     await disk.fault()
     await client.flush()
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first
 
 
 async def test_rule_23_wake_ups_of_a_masked_port_stop_nothing(disk: Disk) -> None:
@@ -60,24 +60,29 @@ async def test_rule_23_wake_ups_of_a_masked_port_stop_nothing(disk: Disk) -> Non
         await client.write(0, data)
         assert await client.read(0, 65536) == data, i
     await disk.fault()
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first
 
 
 @pytest.mark.parametrize("op", ["read", "write", "flush", "discard"])
 async def test_rule_24_a_lost_event_is_found_by_the_watchdog(disk: Disk, op: str) -> None:
     client = await disk.client()
     await client.write(0, b"\x07" * 4096)
-    await disk.fault(Fault.lose_event(op=op, count=1))  # type: ignore[arg-type]
-    if op == "read":
-        assert await client.read(0, 4096) == b"\x07" * 4096
-    elif op == "write":
-        await client.write(0, b"\x08" * 4096)
-    elif op == "flush":
-        await client.flush()
-    else:
-        await client.trim(0, 65536)
-    await disk.counted("a hit of the watchdog", lambda s: s.watchdog_hits)
-    assert (await disk.shown())["generation"] == 1
+
+    async def hit() -> int:
+        """Not each time: what is answered before the worker sleeps needs no event."""
+        await disk.fault(Fault.lose_event(op=op, count=1))  # type: ignore[arg-type]
+        if op == "read":
+            assert await client.read(0, 4096) == b"\x07" * 4096
+        elif op == "write":
+            await client.write(0, b"\x07" * 4096)
+        elif op == "flush":
+            await client.flush()
+        else:
+            await client.trim(MIB, 65536)
+        return (await disk.stats()).watchdog_hits
+
+    await eventually("a hit of the watchdog", hit)
+    assert (await disk.shown())["generation"] == disk.first
 
 
 async def test_rule_24_a_request_for_events_that_is_overwritten_is_found_by_the_watchdog(
@@ -86,13 +91,21 @@ async def test_rule_24_a_request_for_events_that_is_overwritten_is_found_by_the_
     client = await disk.client()
     await client.write(0, bytes(4096))
     ring = await disk.ring()
-    await disk.fault(Fault.stall(op="write", count=1))
-    reply = client.start(WRITE, 0, 4096, b"\x09" * 4096)
-    await disk.fired("stall")
-    ring.words[RSP_EVENT] ^= 0x40000000
-    await disk.release()
-    await finished(reply)
-    await disk.counted("a hit of the watchdog", lambda s: s.watchdog_hits)
+    stalls = 0
+
+    async def hit() -> int:
+        """Not each time: a worker that was about to ask for events does so after this."""
+        nonlocal stalls
+        stalls += 1
+        await disk.fault(Fault.stall(op="write", count=1))
+        reply = client.start(WRITE, 0, 4096, b"\x09" * 4096)
+        await disk.fired("stall", stalls)
+        ring.words[RSP_EVENT] ^= 0x40000000
+        await disk.release()
+        await finished(reply)
+        return (await disk.stats()).watchdog_hits
+
+    await eventually("a hit of the watchdog", hit)
 
 
 async def test_rule_24_nobody_watches_a_ring_without_requests(disk: Disk) -> None:
@@ -124,4 +137,4 @@ async def test_storm_losses_delays_and_reordering_at_once_keep_every_byte(disk: 
         )
     await disk.fault()
     assert await client.read(0, len(model)) == model
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first

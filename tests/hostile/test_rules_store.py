@@ -121,7 +121,7 @@ async def test_rule_25_a_disk_that_shrinks_under_a_client_refuses_what_lies_beyo
         assert isinstance(error, NbdError)
         assert error.number == number
     assert await client.read(0, MIB) == data
-    assert (await disk.shown())["generation"] == 1
+    assert (await disk.shown())["generation"] == disk.first
 
 
 async def test_rule_25_keys_that_change_between_two_reads_are_taken_as_one_or_the_other(
@@ -159,7 +159,7 @@ async def test_rule_26_any_state_while_connected_is_walked_out_of(disk: Disk, st
     await disk.fired("delay")
     await disk.state(state)
     ends = [await outcome(reply) for reply in replies]
-    await disk.connected(after=1)
+    await disk.connected(after=disk.first)
     await disk.works()
     client = await disk.client()
     for i, end in enumerate(ends):
@@ -185,13 +185,13 @@ async def test_rule_26_any_state_at_any_step_of_the_walk_ends_connected(
     if step in ("probe", "closed", "reconnect") or (step == "connect" and state == 4):
         # A backend that stays where it jumped to waits for nothing: a human helps.
         await disk.state(5)
-    await disk.connected(after=int(step not in ("probe", "connect")))
+    await disk.connected(after=disk.first)
     await disk.works()
 
 
 async def test_rule_26_closed_in_the_middle_of_i_o_loses_no_acknowledged_write(disk: Disk) -> None:
     data: dict[int, bytes] = {}
-    generation = 1
+    generation = disk.first
     for turn in range(5):
         client = await disk.client()
         await disk.fault(Fault.delay(0, 4))
@@ -216,7 +216,7 @@ async def test_rule_26_closing_again_and_again_is_one_close(disk: Disk) -> None:
     await client.write(0, b"\x77" * 4096)
     for _ in range(10):
         await disk.state(5)
-    await disk.connected(after=1)
+    await disk.connected(after=disk.first)
     client = await disk.client() if not client.alive else client
     assert await client.read(0, 4096) == b"\x77" * 4096
     await disk.works()
@@ -318,7 +318,7 @@ async def test_rule_26_a_backend_killed_mid_i_o_that_returns_poorer_is_used_as_i
         queues=1,
     )  # fmt: skip
     ends = [await outcome(reply) for reply in replies]
-    await disk.connected(after=1)
+    await disk.connected(after=disk.first)
     await disk.leave()
     client = await disk.client()
     assert not client.flags & (SEND_FLUSH | SEND_TRIM)
@@ -372,10 +372,11 @@ async def test_rule_27_one_stuck_backend_keeps_no_other_disk_waiting(
 ) -> None:
     await world.backend.misstep(Misstep.silence(at="connect"))
     stuck = await attach(wait=False)
-    await stuck.until("it waits", lambda s: s and s["frontend_state"] == "Initialised (3)")
-    await world.backend.misstep()
-    await stuck.misstep(Misstep.silence(at="connect"))
-    other = await attach()
+    other = await attach(wait=False)
+    for disk in (stuck, other):
+        await disk.until("it waits", lambda s: s and s["frontend_state"] == "Initialised (3)")
+    await other.misstep()
+    await other.connected()
     await other.works()
     await world.host.detach_disk(1, other.vdev, timeout=PATIENCE)
     other.gone = True
