@@ -73,7 +73,10 @@ class FakeDevice:
 
 def dead(sock: socket.socket) -> bool:
     poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
+    try:
+        poll.register(sock, select.POLLRDHUP)
+    except ValueError:
+        return True  # closed, by the thread of a command
     return bool(poll.poll(0))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from nbdkernel import FakeDevice, FakeKernel, Worker, dead
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 from pvfront.blkfront import nbd, target
 from pvfront.blkfront.features import DiskGeometry
@@ -40,6 +40,16 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKern
 
 def disk(kernel: FakeKernel) -> NbdTarget:
     return NbdTarget(ID, "xvdb", roots=kernel.roots)
+
+
+async def serve(
+    kernel: FakeKernel, geometry: DiskGeometry = DISK, *, queues: int = 1
+) -> tuple[NbdTarget, Worker]:
+    """A disk and the worker that serves it."""
+    disk_target = disk(kernel)
+    worker = kernel.worker(await disk_target.attach(geometry, queues=queues))
+    await disk_target.publish(geometry)
+    return disk_target, worker
 
 
 def device(kernel: FakeKernel, index: int = 0) -> FakeDevice:
@@ -90,9 +100,7 @@ async def test_only_what_the_backend_has_is_offered(
 
 
 async def test_the_link_names_the_device_and_nothing_else_is_left(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     link = kernel.roots.dev / "pvfront/xvdb"
     assert disk_target.link == str(link)
     assert str(link.readlink()) == "../nbd0"
@@ -100,9 +108,7 @@ async def test_the_link_names_the_device_and_nothing_else_is_left(kernel: FakeKe
 
 
 async def test_a_dead_socket_is_replaced_without_touching_the_size(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    first = kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, first = await serve(kernel)
     first.die()
     kernel.log.clear()
     second = kernel.worker(await disk_target.attach(DISK))
@@ -114,9 +120,7 @@ async def test_a_dead_socket_is_replaced_without_touching_the_size(kernel: FakeK
 async def test_requests_that_nobody_will_serve_fail_in_time_until_somebody_does(
     kernel: FakeKernel,
 ) -> None:
-    disk_target = disk(kernel)
-    worker = kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, worker = await serve(kernel)
     kernel.log.clear()
     await disk_target.fail_after(10.0)
     assert kernel.log == ["reconfigure sockets=0 size=None dead=10"]
@@ -127,9 +131,7 @@ async def test_requests_that_nobody_will_serve_fail_in_time_until_somebody_does(
 
 
 async def test_a_socket_that_the_kernel_dropped_is_never_handed_out(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    first = kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, first = await serve(kernel)
     first.die()
     kernel.notices_late = 2
     kernel.log.clear()
@@ -151,9 +153,7 @@ async def test_a_kernel_that_keeps_a_living_socket_is_an_error_after_the_deadlin
 async def test_a_device_that_somebody_disconnected_is_replaced_by_a_new_one(
     kernel: FakeKernel,
 ) -> None:
-    disk_target = disk(kernel)
-    first = kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, first = await serve(kernel)
     kernel.still_open = True
     kernel.control(kernel.roots).disconnect(0)
     kernel.worker(await disk_target.attach(DISK))
@@ -197,9 +197,7 @@ async def test_a_device_has_the_queues_of_its_first_connect(
 
 
 async def test_fewer_queues_replace_as_many_dead_sockets(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    first = kernel.worker(await disk_target.attach(DISK, queues=3))
-    await disk_target.publish(DISK)
+    disk_target, first = await serve(kernel, queues=3)
     first.die()
     second = kernel.worker(await disk_target.attach(DISK, queues=2))
     assert len(second.socks) == 2
@@ -213,9 +211,7 @@ async def test_fewer_queues_replace_as_many_dead_sockets(kernel: FakeKernel) -> 
 async def test_sockets_that_the_kernel_lets_go_of_late_are_replaced_one_by_one(
     kernel: FakeKernel,
 ) -> None:
-    disk_target = disk(kernel)
-    first = kernel.worker(await disk_target.attach(DISK, queues=3))
-    await disk_target.publish(DISK)
+    disk_target, first = await serve(kernel, queues=3)
     first.socks[0].close()
     attaching = asyncio.create_task(disk_target.attach(DISK, queues=3))
     await eventually("another socket", lambda: not dead(device(kernel).socks[0]))
@@ -263,9 +259,7 @@ async def test_what_nbd_cannot_carry_is_there_for_udev_before_the_size(
 async def test_udev_looks_again_when_only_such_properties_have_changed(
     kernel: FakeKernel,
 ) -> None:
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     assert device(kernel).get("uevent") == ""
     await disk_target.publish(replace(DISK, physical_sector_size=4096))
     assert device(kernel).get("uevent") == "change"
@@ -301,9 +295,7 @@ async def test_a_device_that_was_never_published_is_ended_by_the_next_supervisor
 async def test_a_lost_feature_is_taken_away_and_stays_away_over_a_resize(
     kernel: FakeKernel,
 ) -> None:
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     await disk_target.feature_off("flush")
     await disk_target.feature_off("discard")
     assert device(kernel).get("queue/write_cache") == "write through"
@@ -314,9 +306,7 @@ async def test_a_lost_feature_is_taken_away_and_stays_away_over_a_resize(
 
 
 async def test_a_feature_taken_away_stays_away_after_adoption(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     await disk_target.feature_off("discard")
     later = disk(kernel)
     await later.adopt()
@@ -326,27 +316,21 @@ async def test_a_feature_taken_away_stays_away_after_adoption(kernel: FakeKernel
 
 
 async def test_a_feature_that_a_new_backend_lacks_is_taken_away(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     await disk_target.publish(DiskGeometry(131072))
     assert device(kernel).get("queue/write_cache") == "write through"
     assert device(kernel).get("queue/discard_max_bytes") == "0"
 
 
 async def test_an_unchanged_disk_is_not_configured_again(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     kernel.log.clear()
     await disk_target.publish(DISK)
     assert kernel.log == []
 
 
 async def test_another_sector_size_on_a_connected_disk_is_refused(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     with pytest.raises(TargetError, match="from 512 to 4096"):
         await disk_target.publish(DiskGeometry(131072, sector_size=4096))
 
@@ -359,9 +343,7 @@ async def test_publishing_what_was_never_attached_is_refused(kernel: FakeKernel)
 async def test_close_refuses_requests_first_then_disconnects_and_removes_the_link(
     kernel: FakeKernel,
 ) -> None:
-    disk_target = disk(kernel)
-    worker = kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, worker = await serve(kernel)
     kernel.log.clear()
     await disk_target.close()
     assert kernel.log == [
@@ -376,9 +358,7 @@ async def test_close_refuses_requests_first_then_disconnects_and_removes_the_lin
 
 
 async def test_close_waits_for_requests_in_flight(kernel: FakeKernel) -> None:
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     device(kernel).put("inflight", "       1        3")
     assert disk_target.in_flight() == 4
     closing = asyncio.create_task(disk_target.close(drain=30))
@@ -390,12 +370,11 @@ async def test_close_waits_for_requests_in_flight(kernel: FakeKernel) -> None:
 
 
 async def test_what_waits_for_a_worker_that_will_not_come_fails_before_the_disconnect(
-    kernel: FakeKernel,
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resize and a disconnect would wait for what waits for a connection."""
-    disk_target = disk(kernel)
-    worker = kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    monkeypatch.setattr(target, "_REFUSED", PATIENCE)
+    disk_target, worker = await serve(kernel)
     worker.die()
     device(kernel).put("inflight", "       0        1")  # with its request timer, it comes
     kernel.log.clear()
@@ -408,7 +387,7 @@ async def test_what_waits_for_a_worker_that_will_not_come_fails_before_the_disco
     )
     await eventually("a living one", lambda: not dead(device(kernel).held))
     waiting = device(kernel).held
-    waiting.settimeout(60)
+    waiting.settimeout(PATIENCE)
     await asyncio.to_thread(waiting.sendall, bytes.fromhex("2560951300000000") + bytes(20))
     reply = await asyncio.to_thread(waiting.recv, 16)
     assert reply[:8] == bytes.fromhex("6744669800000005"), "an I/O error"
@@ -458,9 +437,7 @@ async def test_a_device_that_stays_open_is_let_go_of(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, "_LAST_CLOSE", 0.1)
-    disk_target = disk(kernel)
-    kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
+    disk_target, _ = await serve(kernel)
     kernel.still_open = True
     await disk_target.close()
     assert disk_target.name == ""
@@ -494,10 +471,3 @@ async def test_a_command_that_hangs_is_a_target_error_with_a_hint(
         await target._command(release.wait, "nbd resize")
     release.set()
     assert "does not read" in str(caught.value.hint)
-
-
-async def serve(kernel: FakeKernel) -> Worker:
-    disk_target = disk(kernel)
-    worker = kernel.worker(await disk_target.attach(DISK))
-    await disk_target.publish(DISK)
-    return worker

@@ -193,6 +193,12 @@ async def serve(made: UblkTarget, geometry: DiskGeometry = DISK) -> None:
     await made.publish(geometry)
 
 
+async def served(kernel: Kernel) -> UblkTarget:
+    made = target(kernel)
+    await serve(made)
+    return made
+
+
 async def test_the_disk_appears_when_the_worker_serves(kernel: Kernel) -> None:
     made = target(kernel)
     fds = await made.attach(DISK)
@@ -208,8 +214,7 @@ async def test_the_disk_appears_when_the_worker_serves(kernel: Kernel) -> None:
 
 
 async def test_what_nbd_cannot_carry_reaches_the_kernel(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    await served(kernel)
     assert kernel.devices[0].disk == UblkDisk(131072, 512, 4096, 8192, 512, False, True)
 
 
@@ -221,16 +226,14 @@ async def test_a_disk_without_discard_has_no_granularity(kernel: Kernel) -> None
 
 
 async def test_a_generation_that_ends_asks_nothing_of_the_kernel(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     kernel.log.clear()
     await made.publish(DISK)
     assert set(kernel.log) == {"info"}
 
 
 async def test_a_dead_worker_is_replaced_once_the_kernel_has_let_go_of_it(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     kernel.worker_dies(0, noticed_after=9)
     await serve(made)
     assert kernel.devices[0].info.state == LIVE
@@ -239,8 +242,7 @@ async def test_a_dead_worker_is_replaced_once_the_kernel_has_let_go_of_it(kernel
 
 
 async def test_a_worker_that_died_before_it_served_is_replaced_too(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     kernel.worker_dies(0)
     os.close((await made.attach(DISK))[0])
     await serve(made)
@@ -248,15 +250,13 @@ async def test_a_worker_that_died_before_it_served_is_replaced_too(kernel: Kerne
 
 
 async def test_a_worker_that_lives_cannot_be_replaced(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     with pytest.raises(TargetError, match="did not let go of its former worker"):
         await made.attach(DISK, deadline=0.05)
 
 
 async def test_a_device_that_was_stopped_is_made_anew(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     kernel.state(0, DEAD)
     await serve(made)
     assert [d.info.state for d in kernel.devices.values()] == [LIVE]
@@ -265,8 +265,7 @@ async def test_a_device_that_was_stopped_is_made_anew(kernel: Kernel) -> None:
 async def test_a_later_supervisor_finds_the_disk_by_its_number(kernel: Kernel) -> None:
     other = UblkTarget(51744, "xvdc", roots=kernel.roots)
     await serve(other)
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     found = target(kernel)
     assert await found.adopt()
     assert found.name == made.name == "ublkb1"
@@ -280,8 +279,7 @@ async def test_what_was_never_started_is_removed_when_it_is_found(kernel: Kernel
 
 
 async def test_a_feature_that_was_taken_away_stays_away(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     await made.feature_off("flush")
     await made.feature_off("discard")
     assert kernel.get(0, "queue/write_cache") == "write through"
@@ -293,8 +291,7 @@ async def test_a_feature_that_was_taken_away_stays_away(kernel: Kernel) -> None:
 
 
 async def test_a_disk_that_nobody_has_open_is_made_anew_with_its_new_size(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     larger = replace(DISK, sectors=262144)
     await made.publish(larger)
     assert kernel.devices == {}
@@ -306,8 +303,7 @@ async def test_a_disk_that_nobody_has_open_is_made_anew_with_its_new_size(kernel
 async def test_a_resize_of_an_open_disk_is_said_once_and_waits_for_its_close(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     users = ["ublkb0 is open in fio (4711)"]
     monkeypatch.setattr(UblkTarget, "open_anywhere", lambda self: users[0] if users else None)
     larger = replace(DISK, sectors=262144)
@@ -326,8 +322,7 @@ async def test_a_resize_of_an_open_disk_is_said_once_and_waits_for_its_close(
 async def test_a_size_that_comes_back_waits_for_nobody(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     monkeypatch.setattr(UblkTarget, "open_anywhere", lambda self: "ublkb0 is mounted at /srv")
     await made.publish(replace(DISK, sectors=262144))
     await made.publish(DISK)
@@ -337,16 +332,14 @@ async def test_a_size_that_comes_back_waits_for_nobody(
 async def test_another_sector_size_of_a_disk_in_use_is_refused(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     monkeypatch.setattr(UblkTarget, "open_anywhere", lambda self: "ublkb0 is mounted at /srv")
     with pytest.raises(TargetError, match="sector size changed from 512 to 4096"):
         await made.publish(replace(DISK, sector_size=4096))
 
 
 async def test_close_ends_the_device_and_its_link(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     await made.close()
     assert kernel.devices == {}
     assert kernel.link(made) is None
@@ -355,8 +348,7 @@ async def test_close_ends_the_device_and_its_link(kernel: Kernel) -> None:
 
 
 async def test_close_does_not_stop_a_disk_whose_worker_answers_nothing(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     kernel.put(0, "inflight", "       1        2")
     with pytest.raises(TargetError, match="3 requests did not end"):
         await made.close(drain=0.01)
@@ -364,8 +356,7 @@ async def test_close_does_not_stop_a_disk_whose_worker_answers_nothing(kernel: K
 
 
 async def test_close_fails_the_requests_of_a_worker_that_has_ended(kernel: Kernel) -> None:
-    made = target(kernel)
-    await serve(made)
+    made = await served(kernel)
     kernel.put(0, "inflight", "       1        2")
     made.server_pid = NOBODY
     kernel.worker_dies(0, noticed_after=5)
