@@ -109,7 +109,7 @@ async def run(*command: str, status: int = 0) -> str:
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    out, errors = await asyncio.wait_for(process.communicate(), 60)
+    out, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
     assert process.returncode == status, f"{command}: {process.returncode}\n{out!r}\n{errors!r}"
     return (out if status == 0 else errors).decode()
 
@@ -204,7 +204,7 @@ async def test_a_client_that_leaves_is_no_trouble_and_the_next_finds_its_data(
     for round_ in range(3):
         client = await world.client()
         await asyncio.to_thread(client.write, 512 * round_, bytes([65 + round_]) * 512)
-        assert world.disk.busy() is not None
+        await eventually("served", lambda: world.disk.busy())
         client.sock.close()
     await eventually("nobody connected", lambda: world.disk.busy() is None)
     assert world.host.disk[:1536] == b"A" * 512 + b"B" * 512 + b"C" * 512

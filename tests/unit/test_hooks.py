@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE
+from waiting import PATIENCE, eventually
 
 from pvfront import hooks
 from pvfront.hooks import Hooks
@@ -101,7 +101,7 @@ async def test_a_hook_that_hangs_is_killed_with_all_that_it_started(
         await told(to)
         assert "hook hangs: killed: not done with resize in 1 s" in caplog.text
     for pid in map(int, pids.read_text().split()):
-        assert ended(pid)
+        await eventually("the end of what it started", lambda pid=pid: ended(pid))
 
 
 async def test_endless_output_is_cut_but_read(
@@ -135,4 +135,4 @@ async def test_close_ends_what_runs(tmp_path: Path) -> None:
     to.tell("resize", {})
     pid = int(await asyncio.wait_for(asyncio.to_thread(pids.read_text), PATIENCE))
     await to.close()
-    assert ended(pid)
+    await eventually("its end", lambda: ended(pid))

@@ -202,6 +202,7 @@ async def test_whether_the_machine_stops_is_systemds_to_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, status: int, stopping: bool
 ) -> None:
     monkeypatch.setattr(service, "_SYSTEMD", tmp_path)
+    monkeypatch.setattr(service, "_SYSTEMCTL_DEADLINE", PATIENCE)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not await service.system_is_stopping(), "there is no systemctl"
     tool = tmp_path / "systemctl"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from pvfront.parking import NAME, CannotPark, park
 
@@ -55,7 +56,7 @@ def holder() -> Iterator[subprocess.Popen[bytes]]:
 async def test_the_ports_outlive_the_process_that_bound_them(
     holder: subprocess.Popen[bytes],
 ) -> None:
-    parker, count = await park(holder.pid, node=NODE)
+    parker, count = await park(holder.pid, node=NODE, timeout=PATIENCE)
     try:
         assert count == 2
         holder.kill()
@@ -69,9 +70,9 @@ async def test_the_ports_outlive_the_process_that_bound_them(
 
 
 async def test_a_process_without_ports_leaves_no_parker_behind() -> None:
-    assert await park(os.getpid(), node=NODE) == (0, 0)
+    assert await park(os.getpid(), node=NODE, timeout=PATIENCE) == (0, 0)
 
 
 async def test_a_process_that_is_gone_is_reported(ended: int) -> None:
     with pytest.raises(CannotPark, match=f"process {ended}: its ports cannot be taken over"):
-        await park(ended, node=NODE)
+        await park(ended, node=NODE, timeout=PATIENCE)

@@ -392,7 +392,7 @@ async def test_fifty_workers_come_and_go_without_a_descriptor_or_a_zombie_left(
             assert await worker.ended(PATIENCE)
         device.close()
         assert not is_zombie_or_alive(worker.pid)
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 # -- workers that cannot be started ----------------------------------------------------------------

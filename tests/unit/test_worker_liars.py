@@ -274,7 +274,9 @@ async def test_commands_go_one_at_a_time(liar: Liar) -> None:
     first = asyncio.create_task(worker.quiesce(1, PATIENCE))
     second = asyncio.create_task(worker.detach(1, keep_target=True))
     assert await liar.asked() == lib.PVF_CTL_QUIESCE
-    await asyncio.sleep(0.02)
+    for _ in range(10):  # turns of the loop: more than the second needs to come to its wait
+        await asyncio.sleep(0)
+    assert not second.done()
     assert liar.sock is not None
     with pytest.raises(BlockingIOError):
         liar.sock.recv(8192)
