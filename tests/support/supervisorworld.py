@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Several devices on a store in memory, for the tests of their supervisor.
+"""Several devices on a store in memory, for the tests of their supervisor; its fixtures.
 
 The class of devices is made up: it records what it is asked, and its frontends hold nothing. The
 backend of each device answers as blkback does.
@@ -10,14 +10,20 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fakefrontend import FakeFrontend
-from memstore import MemStore
+from memstore import MemStore, SocketServer
+from vclock import Clock, VirtualLoop
 from waiting import PATIENCE, eventually
 
+from pvfront import device as device_module
+from pvfront import supervisor as supervisor_module
+from pvfront import walk as walk_module
+from pvfront import xenbus as xenbus_module
 from pvfront.device import Phase
 from pvfront.errors import PvfrontError
 from pvfront.supervisor import Supervisor
@@ -243,3 +249,43 @@ class World:
             return holds()
 
         await eventually(what, look, why=lambda: f"calls {self.klass.calls}")
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """In virtual time: the module sets LOOP_FACTORY."""
+
+    async def running() -> bool:
+        return False
+
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    for module in (device_module, walk_module, xenbus_module):
+        monkeypatch.setattr(module, "time", Clock(loop))
+    monkeypatch.setattr(supervisor_module, "system_is_stopping", running)
+    mem = MemStore()
+    inside, outside = SocketServer(mem, domid=5), SocketServer(mem, domid=0)
+    await inside.start(str(tmp_path / "guest"))
+    await outside.start(str(tmp_path / "dom0"))
+    async with (
+        await Xenstore.connect(str(tmp_path / "guest")) as guest,
+        await Xenstore.connect(str(tmp_path / "dom0")) as dom0,
+    ):
+        made = World(mem, guest, dom0, tmp_path / "run")
+        yield made
+        tasks = [*made.supervisors, *made.backends.values()]
+        if made.supervisors:
+            tasks += [s.task for s in made.supervisor.served.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await inside.stop()
+    await outside.stop()
+
+
+@pytest.fixture
+def notified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Notified]:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    made = Notified(tmp_path / "notify")
+    yield made
+    made.sock.close()
