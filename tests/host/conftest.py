@@ -15,11 +15,15 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "guest")]
 pytest.register_assert_rewrite("blkpeer", "hubclient", "test_event_channels", "test_grants")
 
+import fuzzing  # noqa: E402, F401 (it registers the profile)
 from hubclient import HUB, answers, dump  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from waiting import PATIENCE, wait_for  # noqa: E402
 
 from pvfront.host.handles import EmbeddedGrantMapper  # noqa: E402
 from pvfront.platform import platform  # noqa: E402
+
+settings.load_profile("steady")
 
 EMPTY = {"ok": True, "ports": [], "grants": [], "deferred": 0}
 

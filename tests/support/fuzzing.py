@@ -10,6 +10,16 @@ LONG_RUN = 40
 """The `long` profile draws so many times more examples than a normal run."""
 
 
+settings.register_profile(
+    "steady",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+"""The same examples each time, and no opinion of how fast a machine is."""
+
+
 def examples(count: int, **more: object) -> settings:
     """`count` examples, the same each time; under the profile `long` many more and others."""
     long = settings.get_current_profile_name() == "long"
