@@ -42,10 +42,17 @@ class Child:
         command: Sequence[str],
         log: Path,
         environ: Mapping[str, str] | None = None,
+        *,
+        tell_again: float | None = None,
     ) -> None:
-        """Starts `command`. what: its name in errors. Raises PvfrontError."""
+        """Starts `command`. what: its name in errors. Raises PvfrontError.
+
+        tell_again: seconds after which the signal that ends it is sent once more, for a program
+        that misses one which comes just before it sleeps.
+        """
         self.what = what
         self.log = log
+        self.tell_again = tell_again
         try:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
@@ -90,11 +97,16 @@ class Child:
         """Ends it, by force if it does not end; its status. Twice is harmless."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-            deadline = time.monotonic() + STOP_SECONDS
+            told = time.monotonic()
+            deadline = told + STOP_SECONDS
             while self.process.poll() is None:
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline:
                     self.process.kill()
                     break
+                if self.tell_again is not None and now - told > self.tell_again:
+                    self.process.send_signal(number)
+                    told = now
                 await asyncio.sleep(0.005)
         return self.process.wait()
 

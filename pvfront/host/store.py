@@ -74,6 +74,7 @@ async def start(directory: Path, settings: Mapping[str, object] | None = None) -
         ],
         directory / "store.log",
         {"LD_PRELOAD": os.fspath(SHIM), "OXENSTORED_SOCKET": os.fspath(path)},
+        tell_again=1.0,
     )
     try:
         await child.listening(path, socket.SOCK_STREAM)

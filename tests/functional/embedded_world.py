@@ -303,7 +303,7 @@ class EmbeddedWorld:
         """Runs a command in the domain, whatever its status."""
         done = subprocess.run(
             command, env=self.environ, cwd=self.directory, capture_output=True, text=True,
-            timeout=2 * PATIENCE, check=False,
+            timeout=5 * PATIENCE, check=False,
         )  # fmt: skip
         return Ended(command, done.returncode, done.stdout, done.stderr)
 

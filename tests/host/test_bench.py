@@ -27,7 +27,7 @@ def test_a_short_round_gives_figures_for_every_peer_and_a_picture(tmp_path: Path
     result = subprocess.run(
         [sys.executable, BENCH / "host.py", "--quick", "--match=read 4k QD32 fio",
          f"--null-server={null_server}", f"--output={tmp_path}"],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "bench.json").read_text())

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
 from pvfront.host.demo import TOOLS
 
@@ -55,7 +55,7 @@ def start(environ: dict[str, str]) -> subprocess.Popen[str]:
 
 def test_the_demo_verifies_both_sides_and_leaves_nothing(environ: dict[str, str]) -> None:
     with start(environ) as process:
-        text, _ = process.communicate(timeout=240)
+        text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     assert "read by the client" in text
     assert "event channels: 0, grants: 0, grants still mapped: 0" in text
@@ -70,5 +70,5 @@ def test_the_demo_interrupted_ends_all_that_it_started(environ: dict[str, str]) 
                 break
         process.send_signal(signal.SIGINT)
         text = process.stdout.read()
-        assert process.wait(timeout=60) == 130, text
+        assert process.wait(timeout=PATIENCE) == 130, text
     nothing_left_behind()

@@ -82,7 +82,7 @@ class Served:
             *command, env=self.environ, cwd=self.host.directory,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        out, errors = await asyncio.wait_for(process.communicate(), 2 * PATIENCE)
+        out, errors = await asyncio.wait_for(process.communicate(), 5 * PATIENCE)
         assert process.returncode == status, (
             f"{command}: {process.returncode}\n{out.decode()}\n{errors.decode()}\n"
             f"{self.log.read_text() if self.log.exists() else ''}"

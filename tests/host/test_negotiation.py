@@ -50,7 +50,7 @@ class Place:
         process = await asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
         )
-        out, _ = await asyncio.wait_for(process.communicate(), 2 * PATIENCE)
+        out, _ = await asyncio.wait_for(process.communicate(), 5 * PATIENCE)
         assert process.returncode == status, f"{command}: {process.returncode}\n{out.decode()}"
         return out.decode()
 

@@ -13,6 +13,7 @@ from waiting import PATIENCE, wait_for
 
 from pvfront.errors import PvfrontError
 from pvfront.host import Host, store
+from pvfront.host.child import Child
 from pvfront.platform import platform
 
 
@@ -105,6 +106,14 @@ async def test_an_oxenstored_that_ends_at_once_is_told_with_its_last_words(monke
     monkeypatch.setenv("OXENSTORED", str(program))
     with pytest.raises(PvfrontError, match="ended with status 3: no licence"):
         await store.start(tmp_path)
+
+
+async def test_a_process_that_misses_its_first_signal_is_told_again(tmp_path):
+    ready = tmp_path / "ready"
+    script = f"trap 'trap - TERM' TERM; : > {ready}; while :; do sleep 0.1; done"
+    child = Child("deaf", ["sh", "-c", script], tmp_path / "log", tell_again=0.2)
+    wait_for("its trap", ready.exists)
+    assert await child.stop() == -signal.SIGTERM
 
 
 async def test_a_path_that_is_too_long_for_a_socket_is_said_so(tmp_path):

@@ -109,7 +109,7 @@ async def run(*command: str, status: int = 0) -> str:
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    out, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
+    out, errors = await asyncio.wait_for(process.communicate(), 5 * PATIENCE)
     assert process.returncode == status, f"{command}: {process.returncode}\n{out!r}\n{errors!r}"
     return (out if status == 0 else errors).decode()
 

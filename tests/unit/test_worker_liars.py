@@ -154,7 +154,7 @@ async def test_what_does_not_greet_is_not_adopted(
 async def test_what_does_not_speak_at_all_is_given_up(
     liar: Liar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HELLO_DEADLINE", 0.2)
+    monkeypatch.setattr(module._peer_pid, "__defaults__", (0.2,))
     assert await Worker.adopt(NAME, tmp_path) is None
 
 
