@@ -11,10 +11,8 @@ or after the end.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from unittest import mock
 
 import pytest
 from fakefrontend import FakeFrontend
@@ -30,11 +28,8 @@ from hypothesis.stateful import (
 )
 from memstore import MemStore, Refused
 from memwire import connect
-from vclock import Clock, VirtualLoop
+from vclock import VirtualLoop, keep_time
 
-from pvfront import device as device_module
-from pvfront import walk as walk_module
-from pvfront import xenbus as xenbus_module
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
 from pvfront.xenbus import XenbusDevice
@@ -135,10 +130,8 @@ class Walk(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = VirtualLoop()
-        clock = Clock(self.loop)
-        self.patches = contextlib.ExitStack()
-        for module in (device_module, walk_module, xenbus_module):
-            self.patches.enter_context(mock.patch.object(module, "time", clock))
+        self.patches = pytest.MonkeyPatch()
+        keep_time(self.patches, self.loop)
         self.mem = Store()
         self.mem.on_change = self.changed  # type: ignore[method-assign]
         self.honest = False
@@ -371,7 +364,7 @@ class Walk(RuleBasedStateMachine):
         finally:
             self.loop.run_until_complete(self.clean())
             self.loop.close()
-            self.patches.close()
+            self.patches.undo()
 
     def it_ends_well(self) -> None:
         assert self.walk is not None

@@ -200,17 +200,25 @@ async def test_a_disk_attached_later_is_served_and_a_detach_completes(served: Se
     await eventually("no socket of the disk", lambda: not socket.exists())
 
 
-async def test_a_restarted_supervisor_adopts_and_the_client_notices_nothing(
+async def written_by_one_that_stays(
     served: Served,
-) -> None:
+) -> tuple[asyncio.subprocess.Process, dict[str, Any]]:
+    """A client that has written and is told more later; what status shows then."""
     client = await asyncio.create_subprocess_exec(
         "qemu-io", "-f", "raw", served.uri(), stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert client.stdin is not None
     client.stdin.write(b"write -P 7 0 64k\n")
-    before = await served.until("the write", lambda s: s["statistics"]["write"]["bytes"])
+    return client, await served.until("the write", lambda s: s["statistics"]["write"]["bytes"])
+
+
+async def test_a_restarted_supervisor_adopts_and_the_client_notices_nothing(
+    served: Served,
+) -> None:
+    client, before = await written_by_one_that_stays(served)
     await served.stop(signal.SIGKILL)
+    assert client.stdin is not None
     client.stdin.write(b"write -P 8 64k 64k\n")
     await client.stdin.drain()
     await served.serve("xvdb")
@@ -241,13 +249,7 @@ async def test_a_backend_that_was_killed_serves_the_next_client_when_it_is_back(
 async def test_a_walk_that_the_backend_begins_is_a_new_generation_and_a_pause_for_the_client(
     served: Served,
 ) -> None:
-    client = await asyncio.create_subprocess_exec(
-        "qemu-io", "-f", "raw", served.uri(), stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert client.stdin is not None
-    client.stdin.write(b"write -P 7 0 64k\n")
-    before = await served.until("the write", lambda s: s["statistics"]["write"]["bytes"])
+    client, before = await written_by_one_that_stays(served)
     await served.backend.state(5)
     await served.until(
         "the reconnection",

@@ -7,8 +7,9 @@ What a virtual clock (vclock.py) needs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from memstore import Client, MemStore
 
@@ -47,3 +48,11 @@ async def connect(store: MemStore, domid: int, *, timeout: float = 10.0) -> Xens
     link = Link("memory")
     Wire(link, store, domid)
     return Xenstore("memory", timeout, link, device=False)
+
+
+@contextlib.asynccontextmanager
+async def both_ends() -> AsyncIterator[tuple[MemStore, Xenstore, Xenstore]]:
+    """A store, and what a guest (5) and domain 0 see of it."""
+    store = MemStore()
+    async with await connect(store, domid=5) as guest, await connect(store, domid=0) as dom0:
+        yield store, guest, dom0

@@ -12,11 +12,8 @@ import pytest
 from fakefrontend import FakeFrontend
 from memstore import MemStore, Refused
 from memwire import connect
-from vclock import Clock, VirtualLoop
+from vclock import VirtualLoop, keep_time
 
-from pvfront import device as device_module
-from pvfront import walk as walk_module
-from pvfront import xenbus as xenbus_module
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.xenbus import XenbusDevice
 
@@ -97,8 +94,7 @@ def play(
 ) -> Disk:
     """Serves a disk while `story` runs."""
     loop = VirtualLoop()
-    for module in (device_module, walk_module, xenbus_module):
-        monkeypatch.setattr(module, "time", Clock(loop))
+    keep_time(monkeypatch, loop)
 
     async def run() -> Disk:
         mem = Store()

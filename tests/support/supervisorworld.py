@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 from fakefrontend import FakeFrontend
-from memstore import MemStore, SocketServer
-from vclock import Clock, VirtualLoop
+from memstore import MemStore
+from memwire import both_ends
+from vclock import keep_time
 from waiting import PATIENCE, eventually
 
-from pvfront import device as device_module
 from pvfront import supervisor as supervisor_module
-from pvfront import walk as walk_module
-from pvfront import xenbus as xenbus_module
 from pvfront.device import Phase
 from pvfront.errors import PvfrontError
 from pvfront.supervisor import Supervisor
@@ -258,19 +256,9 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     async def running() -> bool:
         return False
 
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    for module in (device_module, walk_module, xenbus_module):
-        monkeypatch.setattr(module, "time", Clock(loop))
+    keep_time(monkeypatch, asyncio.get_running_loop())
     monkeypatch.setattr(supervisor_module, "system_is_stopping", running)
-    mem = MemStore()
-    inside, outside = SocketServer(mem, domid=5), SocketServer(mem, domid=0)
-    await inside.start(str(tmp_path / "guest"))
-    await outside.start(str(tmp_path / "dom0"))
-    async with (
-        await Xenstore.connect(str(tmp_path / "guest")) as guest,
-        await Xenstore.connect(str(tmp_path / "dom0")) as dom0,
-    ):
+    async with both_ends() as (mem, guest, dom0):
         made = World(mem, guest, dom0, tmp_path / "run")
         yield made
         tasks = [*made.supervisors, *made.backends.values()]
@@ -279,8 +267,6 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    await inside.stop()
-    await outside.stop()
 
 
 @pytest.fixture

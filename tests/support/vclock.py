@@ -12,6 +12,10 @@ import selectors
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+from pvfront import device, walk, xenbus
+
 
 class _Selector(selectors.SelectSelector):
     """Never sleeps: what it would have slept is added to the loop's time."""
@@ -31,7 +35,7 @@ class _Selector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """`time` also answers for the `time` module where one is patched with the loop's `clock`."""
+    """Its `time` is also that of modules which `keep_time` has patched."""
 
     def __init__(self) -> None:
         self._selector_of_time = _Selector()
@@ -49,6 +53,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         except Exception as error:
             future.set_exception(error)
         return future
+
+
+def keep_time(patch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop) -> None:
+    """A device's loop and all below it have the time of `loop`."""
+    assert isinstance(loop, VirtualLoop)
+    for module in (device, walk, xenbus):
+        patch.setattr(module, "time", Clock(loop))
 
 
 class Clock:

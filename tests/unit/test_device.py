@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 
 import pytest
 from fakefrontend import FakeFrontend
-from memstore import MemStore, Refused, SocketServer
-from vclock import Clock, VirtualLoop
+from memstore import MemStore, Refused
+from memwire import both_ends
+from vclock import VirtualLoop, keep_time
 from waiting import PATIENCE
 
-from pvfront import device, walk, xenbus
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
 from pvfront.walk import Deadlines
@@ -180,19 +179,9 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    for module in (device, walk, xenbus):
-        monkeypatch.setattr(module, "time", Clock(loop))
-    mem = MemStore()
-    inside, outside = SocketServer(mem, domid=5), SocketServer(mem, domid=0)
-    await inside.start(str(tmp_path / "guest"))
-    await outside.start(str(tmp_path / "dom0"))
-    async with (
-        await Xenstore.connect(str(tmp_path / "guest")) as guest,
-        await Xenstore.connect(str(tmp_path / "dom0")) as dom0,
-    ):
+async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    keep_time(monkeypatch, asyncio.get_running_loop())
+    async with both_ends() as (mem, guest, dom0):
         made = World(mem, guest, dom0)
         try:
             yield made
@@ -202,8 +191,6 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
             await asyncio.gather(*made.tasks, return_exceptions=True)
             if made.loop is not None:
                 await made.loop.device.close()
-    await inside.stop()
-    await outside.stop()
 
 
 @pytest.mark.parametrize("front", [1, 2, 3, 4, 5, 6])
