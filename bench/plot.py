@@ -63,7 +63,7 @@ def svg(figures: Sequence[Mapping[str, Any]], ours: str, where: str) -> str:
     return page(LEFT + WIDTH + RIGHT, y, out)
 
 
-TARGETS = ["nbd", "ublk", "direct"]
+TARGETS = ["nbd", "direct", "ublk", "nbd 6.12"]
 RATIO_WIDTH, RATIO_MOST = 260, 2.6  # of a panel: pixels, and the ratio where bars are cut off
 
 
@@ -77,7 +77,8 @@ def aim(job: str, target: str, panel: str) -> float:
 def ratios(figures: Sequence[Mapping[str, Any]], peer: str) -> str:
     """Two panels, rate and CPU time: a row for each job, in it a bar for each target's ratio.
 
-    Names are "JOB", "JOB TARGET" (without one: nbd) and the same with " CPU" at the end.
+    Names are "JOB", "JOB TARGET" (without one: nbd) and the same with " CPU" at the end; others are
+    left out.
     """
     found = {str(figure["figure"]): float(figure["ratio"]) for figure in figures}
     jobs = list(dict.fromkeys(" ".join(name.split()[:4]) for name in found))

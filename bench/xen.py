@@ -10,7 +10,12 @@ copies and both of pvfront's processes are in it. Context switches and interrupt
 the same way.
 
 Without --guest and --target: nbd and direct in an HVM guest, ublk in the PVH guest whose kernel has
-it. A guest that the emulator triple-faults is started again, and its job with it.
+it and nbd in the same guest. A guest that the emulator triple-faults is started again, and its job
+with it.
+
+A figure's name is its job's, the target's if that is not nbd, what is unusual about the guest, and
+what was counted if that is not the rate: "disk read 4k QD32", "disk read 4k QD32 ublk CPU",
+"disk read 4k QD32 nbd 6.12", "disk read 4k QD32 nbd 2 vCPUs switches".
 
 `--profile` measures nothing: it shows where one job's time goes, for both disks, in
 build/bench-xen/: perf in the guest, system calls of the worker, its counters for each request,
@@ -46,7 +51,7 @@ SECONDS = 6
 PROFILED = 16  # seconds; some go by before perf has begun
 OURS, THEIRS = "/dev/pvfront/xvdb", "/dev/xvdc"
 LENT = "xvdb, lent"  # no device: to a program
-USUAL: Mapping[Kind, list[str]] = {"hvm": ["nbd", "direct"], "pvh612": ["ublk"]}
+USUAL: Mapping[Kind, list[str]] = {"hvm": ["nbd", "direct"], "pvh612": ["ublk", "nbd"]}
 LOSSES = 3  # of a guest, to the emulator
 
 
@@ -184,13 +189,17 @@ def serve(pvf: Pvfront, target: str) -> None:
     pvf.wait_served()
 
 
-def title(target: str, job: Job) -> str:
-    return job.title if target == "nbd" else f"{job.title} {target}"
+def title(job: Job, target: str, kind: Kind, vcpus: int) -> str:
+    guest = " 6.12" if kind == "pvh612" and target == "nbd" else ""
+    if vcpus > 1:
+        guest += f" {vcpus} vCPUs"
+    return f"{job.title} {target}{guest}" if guest or target != "nbd" else job.title
 
 
-def bench(pvf: Pvfront, target: str, job: Job, rounds: int, seconds: int) -> list[Figure]:
-    """A figure of the rate, and one of each thing that was counted."""
-    name = title(target, job)
+def bench(
+    pvf: Pvfront, name: str, target: str, job: Job, rounds: int, seconds: int
+) -> list[Figure]:
+    """A figure of the rate, called `name`, and one of each thing that was counted."""
     ours = LENT if target == "direct" else OURS
     samples: dict[str, list[Sample]] = {ours: [], THEIRS: []}
     for _ in range(rounds):
@@ -282,6 +291,7 @@ class Options:
     rounds: int
     seconds: int
     profile: bool
+    vcpus: int
 
 
 def one_life(
@@ -289,23 +299,28 @@ def one_life(
 ) -> Iterator[list[Figure]]:
     """What a guest of that kind gives, job by job, but for those already `done`: their titles."""
     guest = lab.guest(kind)
-    if not guest.running():
+    if options.vcpus > 1:
+        if guest.running():
+            guest.destroy()
+        guest.create(options={"vcpus": options.vcpus})
+    elif not guest.running():
         guest.create()
     payload.install_if_other(guest)
     with disks(lab, guest) as pvf:
         for target in wanted or targets(guest):
-            left = [job for job in jobs if title(target, job) not in done]
+            names = {title(job, target, kind, options.vcpus): job for job in jobs}
+            left = {name: job for name, job in names.items() if name not in done}
             if left:
                 serve(pvf, target)
-            for job in left:
+            for name, job in left.items():
                 if not options.profile:
-                    yield bench(pvf, target, job, options.rounds, options.seconds)
+                    yield bench(pvf, name, target, job, options.rounds, options.seconds)
                 elif target != "direct":
                     PROFILES.mkdir(parents=True, exist_ok=True)
                     path = PROFILES / f"{target}-{job.title.replace(' ', '-')}.txt"
                     path.write_text(profile(pvf, job, max(options.seconds, PROFILED)))
                     say(f"{path}")
-                done.add(title(target, job))
+                done.add(name)
 
 
 def in_guest(
@@ -333,6 +348,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=SECONDS)
     parser.add_argument("--target", action="append", help="nbd, ublk, direct; default: all")
+    parser.add_argument("--vcpus", type=int, default=1, help="of a guest (default: 1)")
     parser.add_argument("--match", default="", help="only the jobs with this in their title")
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     parser.add_argument("--lab-attach", action="store_true", help="use the lab that runs already")
@@ -347,7 +363,7 @@ def main() -> int:
     else:
         image = payload.build(payload.find_wheel())
         lab = Lab.up(image, owner="bench", wait=1800, kinds=kinds)
-    options = Options(given.rounds, given.seconds, given.profile)
+    options = Options(given.rounds, given.seconds, given.profile, given.vcpus)
     figures: dict[str, Figure] = {}
     if given.add and OUTPUT.exists():
         figures = {found["figure"]: Figure(**found) for found in json.loads(OUTPUT.read_text())}
