@@ -447,6 +447,8 @@ class DeviceLoop:
         if kind is Kind.DIED:
             self._deaths.died(time.monotonic(), text)
         self._note(kind, text, **facts)
+        if kind is Kind.STALL:
+            self._tell()  # no state of either end changes
 
     def _viewed(self, before: View | None, now: View) -> None:
         """Notes what has changed of both ends."""

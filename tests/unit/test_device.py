@@ -20,6 +20,7 @@ from waiting import PATIENCE
 
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
+from pvfront.trace import Kind
 from pvfront.walk import Deadlines
 from pvfront.xenbus import XenbusDevice
 from pvfront.xenstore import Xenstore
@@ -289,6 +290,16 @@ async def test_a_resize_is_an_update_not_a_reconnect(world: World) -> None:
     await world.eventually("an update", lambda: "update" in world.disk.calls)
     await world.eventually("status of it", lambda: "update" in world.told[-1])
     assert world.disk.generation == 1
+
+
+async def test_a_backend_that_stalls_is_told_to_status_though_no_state_has_changed(
+    world: World,
+) -> None:
+    world.nodes()
+    await world.connected()
+    before = len(world.told)
+    world.disk.note(Kind.STALL, "no answer for 10 s", seconds=10, in_flight=1)
+    assert len(world.told) > before
 
 
 async def test_a_detach_closes_both_ends_and_ends_the_loop(world: World) -> None:
