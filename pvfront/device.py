@@ -164,6 +164,7 @@ class DeviceLoop:
 
     async def _run(self) -> None:
         pause = RETRY_FIRST
+        self.walk.told = self.device.view.told
         if await self.frontend.adopt(self.device):
             self.walk.attached = self.walk.published = True
             await self._enter(Phase.CONNECTED, "adopted")
@@ -293,7 +294,7 @@ class DeviceLoop:
     async def _serve(self) -> bool:
         """Stays Connected. True: the device was detached for good; False: walk again."""
         device, frontend = self.device, self.frontend
-        seen = device.view.serial
+        seen, told = device.view.serial, self.walk.told
         while True:
             self._poked.clear()
             if self.goal is not Goal.CONNECTED:
@@ -331,8 +332,9 @@ class DeviceLoop:
                     f"someone else wrote the frontend's state: {view.frontend.label}",
                 )
                 return False
-            if view.serial != seen or frontend.pending:
-                seen = view.serial
+            seen = view.serial
+            if view.told != told or frontend.pending:
+                told = view.told
                 await frontend.update(device)
                 self._tell()
             await self._poked.wait()

@@ -35,6 +35,7 @@ from .errors import PvfrontError
 from .frontend import Frontend
 from .questions import answering
 from .service import system_is_stopping
+from .sharedwatch import Following
 from .statefile import save_state, state_of, write_json
 from .states import XenbusState
 from .suspend_group import Participants, SuspendParticipant
@@ -52,6 +53,7 @@ OTHERS_AFTER = (0.1, 0.9)
 # The kernel may announce a device to us before it has made it.
 TAKE_AGAIN_AFTER = (0.1, 0.4, 1.0, 2.0)
 _NEVER = 1e9  # seconds
+_SHOWN = 4  # devices that the unit's status names
 
 
 def sd_notify(*lines: str) -> None:
@@ -192,6 +194,7 @@ class Supervisor:
         self._failure: PvfrontError | None = None
         self._power_off = False  # the machine stops, not only we
         self._suspend = suspend(self._participants) if suspend is not None else None
+        self._said = ""
         self._seen_ids: set[int] = set()
         self._beginning: dict[int, asyncio.Lock] = {}
         self._listed = asyncio.Event()
@@ -283,9 +286,9 @@ class Supervisor:
                     for loop in first
                 )
             )
-        good = sum(s.loop.phase is Phase.CONNECTED for s in self.served.values())
-        sd_notify("READY=1", f"STATUS=serving {good} of {len(self.served)} devices")
-        log.info("ready: serving %d of %d devices", good, len(self.served))
+        self._said = self._status()
+        sd_notify("READY=1", f"STATUS={self._said}")
+        log.info("ready: %s", self._said)
 
     async def _end(self, background: Collection[asyncio.Task[None]]) -> None:
         # Hot plug and suspend stop first: nothing new may begin while we close.
@@ -383,9 +386,11 @@ class Supervisor:
     async def _follow_others(self) -> None:
         """Hands devices of other classes to the kernel: hot plug is held for the whole bus."""
         ours = f"{self.home}device/{self.klass.klass}"
-        async with self.store.watch(f"{self.home}device") as watch:
-            async for fired in watch:
-                if fired == ours or fired.startswith(ours + "/"):
+        root = f"{self.home}device"
+        async with Following(self.store, root, root) as following:
+            while True:
+                fired = await following.news()
+                if all(path == ours or path.startswith(ours + "/") for path in fired):
                     continue
                 # The kernel makes the device when it gets the same event, maybe after us.
                 for pause in OTHERS_AFTER:
@@ -504,14 +509,20 @@ class Supervisor:
     def _participants(self) -> Collection[SuspendParticipant]:
         return [_Parker(s.loop) for s in self.served.values() if not s.task.done()]
 
+    def _status(self) -> str:
+        """For `systemctl status`: how many are served, and what is with some of the others."""
+        loops = {d: s.loop for d, s in self.served.items() if s.loop.phase is not Phase.CLOSED}
+        others = [d for d, loop in sorted(loops.items()) if loop.phase is not Phase.CONNECTED]
+        text = f"serving {len(loops) - len(others)} of {len(loops)} devices"
+        shown = [f"{self.klass.label(d)} {loops[d].phase.value}" for d in others[:_SHOWN]]
+        if len(others) > _SHOWN:
+            shown.append(f"{len(others) - _SHOWN} more")
+        return f"{text}: {', '.join(shown)}" if shown else text
+
     def _phase_changed(self, loop: DeviceLoop) -> None:
-        sd_notify(
-            "STATUS="
-            + ", ".join(
-                f"{self.klass.label(devid)} {s.loop.phase.value}"
-                for devid, s in sorted(self.served.items())
-            )
-        )
+        if (status := self._status()) != self._said:
+            self._said = status
+            sd_notify(f"STATUS={status}")
         try:
             save_state(self.run_dir, loop)
         except OSError as error:

@@ -64,6 +64,7 @@ class Walk:
         self.attached = False  # the frontend holds ports and grants
         self.published = False  # the keys in the store are those of what is held
         self.poisoned = False  # the domain slept while attached
+        self.told = 0  # `View.told` before the backend's keys were read to serve it
         self._in_vain: Step | None = None  # the wait that ended without what was waited for
         self._may_bind = may_bind
         self._note = note
@@ -129,6 +130,7 @@ class Walk:
                     await device.publish(dict(keys), XenbusState.INITIALISED)
                     self.published = True
                 case Step.CONNECT:
+                    self.told = view.told
                     await self.frontend.start(device)
                     await device.write_state(XenbusState.CONNECTED)
                 case Step.PAUSE_THEN_WRITE_CLOSING:

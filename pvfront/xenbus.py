@@ -7,12 +7,16 @@ Theory of operation
     end owns a ``state`` key (XenbusState); a handshake is nothing but both ends reading the
     other's.
 
-    `Bus` follows ``device/<class>`` and says which ids came and went. `XenbusDevice` watches one
+    `Bus` follows ``device/<class>`` and says which ids came and went. `XenbusDevice` follows one
     device's keys and condenses them into a `View`: both states, ``online``, and whether the nodes
-    are there at all. Watches say only "look again": every view is a fresh read, so a coalesced
-    or lost event costs a delay and never a wrong view. `XenbusDevice.until` is the only wait
+    are there at all. Watches say only "look again": a key that fired is read afresh, so a coalesced
+    event costs nothing and an early one never a wrong view. `XenbusDevice.until` is the only wait
     there is: it has a deadline and its error names the end that is stuck and the state it is
     stuck in.
+
+    All devices share two watches (sharedwatch.py): one of ``device``, one of the directory that
+    holds their backends. To read is what costs, a turn through another domain for each key: of
+    what nobody has written nothing is read again.
 
     Everything read here was written by another domain. States parse to UNKNOWN when they are
     nonsense; a ``backend`` path or id that changes under us counts as a vanished device.
@@ -24,18 +28,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from .errors import PvfrontError
 from .negotiate import parse_uint
+from .sharedwatch import Following
 from .states import XenbusState, parse_state
-from .xenstore import Xenstore
+from .xenstore import Xenstore, XenstoreError, XenstoreLost
 
 log = logging.getLogger(__name__)
 
 # The largest domain id that can be a backend: DOMID_FIRST_RESERVED - 1 (xen.h).
 MAX_DOMID = 0x7FEF
+
+_LOOK_AGAIN = 1.0  # seconds after a read that failed
 
 
 class HandshakeTimeout(PvfrontError, TimeoutError):
@@ -52,6 +59,8 @@ class View:
 
     `present`: the frontend node is there, and so is the backend that it names. `moved`: it names
     another backend than the one that was opened, as after a restore under a new domain id.
+    `serial` grows with each look, `told` with each write of the backend's state, so that one that
+    writes the same state again is seen (blkback: state 4 again is a resize).
     """
 
     frontend: XenbusState
@@ -60,6 +69,7 @@ class View:
     present: bool
     moved: bool = False
     serial: int = 0
+    told: int = 0
 
     def __str__(self) -> str:
         if self.moved:
@@ -91,6 +101,11 @@ class XenbusDevice:
         self.on_view: Callable[[View, View], None] = lambda before, now: None
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stack = contextlib.AsyncExitStack()
+        self._home = path.removesuffix(f"/{klass}/{devid}")
+        self._read: dict[str, tuple[int, str | None]] = {}  # by path: the look, and its value
+        self._looks = 0
+        self._told = 0
 
     @classmethod
     async def open(cls, store: Xenstore, klass: str, devid: int, *, home: str = "") -> XenbusDevice:
@@ -118,39 +133,82 @@ class XenbusDevice:
         await self._begin()
 
     async def _begin(self) -> None:
-        for watched in (
-            f"{self.path}/state",
-            f"{self.path}/backend",
-            f"{self.backend}/state",
-            f"{self.backend}/online",
-        ):
-            self._tasks.append(asyncio.create_task(self._follow(watched), name=watched))
+        self._read.clear()
+        ends = (
+            (self._home, self.path, ("state", "backend")),
+            (self.backend.rpartition("/")[0] or self.backend, self.backend, ("state", "online")),
+        )
+        for directory, path, keys in ends:
+            following = await self._stack.enter_async_context(
+                Following(self.store, directory, path)
+            )
+            work = self._follow(following, keys)
+            self._tasks.append(asyncio.create_task(work, name=f"follow {path}"))
         await self.refresh()
 
     async def close(self) -> None:
-        """Drops the watches; the device's keys are left as they are. Idempotent."""
+        """Follows the keys no more; they are left as they are. Idempotent."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stack.aclose()
 
-    async def _follow(self, path: str) -> None:
-        async with self.store.watch(path) as watch:
-            async for _ in watch:
-                await self.refresh()
+    async def _follow(self, following: Following, keys: Collection[str]) -> None:
+        """Reads again which of one end's keys have fired."""
+        end, fired = following.path, frozenset[str]()
+        while True:
+            try:
+                fired |= await following.news()
+                # What is above a key fired for it too.
+                seen = [f"{end}/{k}" for k in keys if any(_holds(p, f"{end}/{k}") for p in fired)]
+                self._told += f"{self.backend}/state" in seen
+                if seen:
+                    await self._look(*seen)
+                fired = frozenset()
+            except XenstoreLost:
+                return  # whoever asks the store for anything is told
+            except XenstoreError as error:
+                # gather() drops a cancellation that meets the failure of what it waits for.
+                if (task := asyncio.current_task()) is None or task.cancelling():
+                    return
+                log.warning("%s: %s", self.name, error)
+                await asyncio.sleep(_LOOK_AGAIN)
 
     async def refresh(self) -> View:
-        """Reads both ends afresh and wakes whoever waits for a change.
-
-        `View.serial` grows with each refresh, so that a backend that writes the same state
-        again (blkback: state 4 again is a resize) is seen.
-        """
-        frontend, backend, online, where = await asyncio.gather(
-            self.store.read_opt(f"{self.path}/state"),
-            self.store.read_opt(f"{self.backend}/state"),
-            self.store.read_opt(f"{self.backend}/online"),
-            self.store.read_opt(f"{self.path}/backend"),
+        """Reads both ends afresh and wakes whoever waits for a change."""
+        front, back = self.path, self.backend
+        return await self._look(
+            f"{front}/state", f"{back}/state", f"{back}/online", f"{front}/backend"
         )
+
+    async def _look(self, *paths: str) -> View:
+        """Reads these keys; what is known of the others holds."""
+        self._looks += 1
+        look = self._looks
+        values = await asyncio.gather(*map(self._value, paths))
+        return await self._seen(look, dict(zip(paths, values, strict=True)))
+
+    async def _value(self, path: str) -> str | None:
+        """None for a key that is not there: of what is missing in a directory that is not ours to
+        read, as a backend's is once the toolstack has removed it, xenstored says EACCES.
+        """
+        try:
+            return await self.store.read_opt(path)
+        except PermissionError:
+            return None
+
+    async def _seen(self, look: int, values: Mapping[str, str | None]) -> View:
+        """Makes the view of what a look has found, but for what a later one knows better."""
+        for path, value in values.items():
+            if self._read.get(path, (0, None))[0] < look:
+                self._read[path] = look, value
+
+        def known(path: str) -> str | None:
+            return self._read.get(path, (0, None))[1]
+
+        frontend, backend = known(f"{self.path}/state"), known(f"{self.backend}/state")
+        where = known(f"{self.path}/backend")
         moved = where is not None and where.rstrip("/") != self.backend
         present = frontend is not None and backend is not None and where is not None and not moved
         async with self._changed:
@@ -158,10 +216,11 @@ class XenbusDevice:
             self.view = View(
                 frontend=parse_state(frontend),
                 backend=parse_state(backend),
-                online=online == "1",
+                online=known(f"{self.backend}/online") == "1",
                 present=present,
                 moved=moved,
                 serial=before.serial + 1,
+                told=self._told,
             )
             self.on_view(before, self.view)
             self._changed.notify_all()
@@ -211,7 +270,7 @@ class XenbusDevice:
                     raise DeviceGone(f"{self.name}: {path} vanished")
                 if again or now != str(int(state)):
                     await t.write(path, str(int(state)))
-        await self.refresh()
+        await self._wrote(state)
 
     async def publish(self, keys: dict[str, str], state: XenbusState) -> None:
         """Writes the frontend's keys and its state in one transaction."""
@@ -222,7 +281,12 @@ class XenbusDevice:
                 for key, value in keys.items():
                     await t.write(f"{self.path}/{key}", value)
                 await t.write(f"{self.path}/state", str(int(state)))
-        await self.refresh()
+        await self._wrote(state)
+
+    async def _wrote(self, state: XenbusState) -> None:
+        """Our own state is known; looks that began before may have found the one before."""
+        self._looks += 1
+        await self._seen(self._looks, {f"{self.path}/state": str(int(state))})
 
     async def remove_keys(self, keys: Callable[[str], bool]) -> list[str]:
         """Removes the frontend keys that `keys` accepts; returns their names."""
@@ -234,9 +298,14 @@ class XenbusDevice:
                     await t.remove(f"{self.path}/{key}")
         return removed
 
-    async def backend_keys(self) -> dict[str, str]:
-        """Every key of the backend's directory, one level deep. Hostile text, unparsed."""
+    async def backend_keys(self, wanted: Collection[str] | None = None) -> dict[str, str]:
+        """The keys of the backend's directory, `wanted` or all, one level deep.
+
+        Hostile text, unparsed.
+        """
         names = await self.store.directory(self.backend)
+        if wanted is not None:
+            names = [name for name in names if name in wanted]
         values = await asyncio.gather(
             *(self.store.read_opt(f"{self.backend}/{name}") for name in names)
         )
@@ -277,19 +346,23 @@ class Bus:
         was detached and attached again before we looked is in the list before and after.
         """
         last: list[int] | None = None
-        depth = self.path.count("/")
-        async with self.store.watch(self.path) as watch:
-            async for fired in watch:
-                below = fired.rstrip("/").count("/") - depth
+        async with Following(self.store, self.path.rpartition("/")[0], self.path) as following:
+            fired = frozenset((self.path,)) if following.live else await following.news()
+            while True:
                 # Keys below a device change all the time; only the devices count here.
-                if last is not None and below > 1:
-                    continue
-                now = await self.ids()
-                name = fired.rstrip("/").rpartition("/")[2]
-                touched = {devid for devid in now if below < 1 or name == str(devid)}
-                if now != last or touched:
-                    last = now
-                    yield now, touched
+                paths = {path for path in fired if not path.startswith(f"{self.path}/")}
+                names = {path.removeprefix(f"{self.path}/") for path in fired - paths}
+                if last is None or paths or not all("/" in name for name in names):
+                    now = await self.ids()
+                    touched = {devid for devid in now if paths or str(devid) in names}
+                    if now != last or touched:
+                        last = now
+                        yield now, touched
+                fired = await following.news()
+
+
+def _holds(above: str, path: str) -> bool:
+    return path == above or path.startswith(f"{above}/")
 
 
 @contextlib.asynccontextmanager

@@ -2,8 +2,9 @@
 """The store: an asyncio client of xenstored over /dev/xen/xenbus or a Unix socket.
 
 Tasks share one connection (xslink.py, where the rules of the device are) and may call at the same
-time. Every call has a timeout and can be cancelled; a write that timed out may still happen. When
-the connection breaks, all calls and watches raise XenstoreLost with the same reason.
+time. Every call has a timeout, which begins when its request is sent (xslink.py), and can be
+cancelled; a write that timed out may still happen. When the connection breaks, all calls and
+watches raise XenstoreLost with the same reason.
 
 Text is UTF-8 with surrogateescape in both directions, so 8-bit values survive. Whatever comes out
 of the store is hostile input.
@@ -21,8 +22,7 @@ import socket
 import stat
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
@@ -33,10 +33,12 @@ from pvfront.xslink import (
     DeviceTransport,
     DeviceWatchTransport,
     Link,
+    Slots,
     SocketTransport,
     Undo,
     XenstoreLost,
     XenstoreTimeout,
+    deadline,
 )
 from pvfront.xswire import (
     SOCKET_REPLY_MAX,
@@ -135,13 +137,12 @@ class _Operations(ABC):
         A large directory that changes meanwhile is read again from its start, until the timeout.
         """
         payload = self._terminated(path, "directory")
-        seconds = self._seconds(timeout)
-        async with _deadline("directory", path, seconds):
-            try:
-                return split_strings(await self._call(Op.DIRECTORY, path, payload, timeout))
-            except XenstoreError as exc:
-                if exc.errno != errno.E2BIG:
-                    raise
+        try:
+            return split_strings(await self._call(Op.DIRECTORY, path, payload, timeout))
+        except XenstoreError as exc:
+            if exc.errno != errno.E2BIG:
+                raise
+        async with deadline("directory", path, self._seconds(timeout)):
             while True:
                 names = await self._directory_in_parts(path, payload, timeout)
                 if names is not None:
@@ -205,7 +206,7 @@ class Xenstore(_Operations):
         self._device = device
         self._watch_links: set[Link] = set()
         self._tokens = itertools.count()
-        self._transactions = asyncio.Semaphore(_TRANSACTIONS)
+        self._transactions = Slots(_TRANSACTIONS)
 
     @classmethod
     async def connect(
@@ -228,7 +229,7 @@ class Xenstore(_Operations):
             if device:
                 DeviceTransport(link, _open_device(where))
             else:
-                async with _deadline("connect", where, timeout):
+                async with deadline("connect", where, timeout):
                     await asyncio.get_running_loop().create_unix_connection(
                         lambda: SocketTransport(link), sock=await _connected(where)
                     )
@@ -312,8 +313,9 @@ class Xenstore(_Operations):
         tx_id: int = 0,
         undo: Undo | None = None,
     ) -> bytes:
-        async with _deadline(op.name.lower(), path, self._seconds(timeout)):
-            return await self._link.request(op, path, payload, tx_id, undo)
+        return await self._link.request(
+            op, path, payload, tx_id, undo, seconds=self._seconds(timeout)
+        )
 
     def _watch_link(self, path: str) -> Link:
         """The link that a new watch lives on: its own on the device, the common one on a socket."""
@@ -388,10 +390,7 @@ class Transaction(_Operations):
 
     async def __aenter__(self) -> Self:
         store = self._store
-        # Nothing was asked of the store yet: it is ours who keep this one waiting.
-        busy = f"{_TRANSACTIONS} transactions of this connection are open, and none ended"
-        async with _deadline("transaction", "", store.timeout, busy):
-            await store._transactions.acquire()
+        await store._transactions.acquire(store.timeout)
         try:
             reply = await store._call(
                 Op.TRANSACTION_START, "", b"\0", None, undo=lambda reply: _abort(_number(reply))
@@ -469,8 +468,9 @@ class Watch:
         if link is self._store._link:
             undo = lambda reply: (Op.UNWATCH, 0, payload)  # noqa: E731
         try:
-            async with _deadline("watch", self.path, self._store.timeout):
-                await link.request(Op.WATCH, self.path, payload, undo=undo)
+            await link.request(
+                Op.WATCH, self.path, payload, undo=undo, seconds=self._store.timeout
+            )
         except BaseException:
             self._link = None
             del link.watches[token]
@@ -513,20 +513,6 @@ class Watch:
                 path = self.path
             self._pending[path] = None
         self._changed.set()
-
-
-@asynccontextmanager
-async def _deadline(
-    op: str, path: str, seconds: float, what: str = "no answer"
-) -> AsyncIterator[None]:
-    """Cancels its block after `seconds` and raises XenstoreTimeout: `what` did not come."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except XenstoreError:
-        raise
-    except TimeoutError:
-        raise XenstoreTimeout(op, path, seconds, what) from None
 
 
 def _number(reply: bytes) -> int:

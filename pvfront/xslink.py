@@ -7,10 +7,14 @@ allows are in flight at once. When anything is wrong with the connection itself 
 device, end of file, a packet that cannot be), the link fails as a whole: every pending and every
 later call raises XenstoreLost with that one reason.
 
+Requests of transactions go before all others: an open transaction is in the way of others, here and
+in the store, and the longer it is the more often it conflicts.
+
 A call can be given up at any time (timeout, cancellation). Its request id stays taken until the
 late reply comes, so that ids never collide and a late reply is no surprise; a late reply that
-created something (a transaction, a watch) is undone. On the device a request without a reply holds
-up all later ones, which then time out too.
+created something (a transaction, a watch) is undone. The time of a request begins when it is sent:
+that many others go before it is no fault of the store's. One that waits is given up when the store
+has answered nobody for as long: on the device a request without a reply holds up all later ones.
 
 /dev/xen/xenbus (drivers/xen/xenbus/xenbus_dev_frontend.c) has rules of its own:
 
@@ -40,7 +44,8 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +92,47 @@ class XenstoreLost(XenstoreError):
         super().__init__(code, op, path, f"connection to {where} lost: {reason}")
 
 
+@asynccontextmanager
+async def deadline(
+    op: str, path: str, seconds: float, what: str = "no answer"
+) -> AsyncIterator[asyncio.Timeout]:
+    """Cancels its block after `seconds` and raises XenstoreTimeout: `what` did not come."""
+    try:
+        async with asyncio.timeout(seconds) as timeout:
+            yield timeout
+    except XenstoreError:
+        raise
+    except TimeoutError:
+        raise XenstoreTimeout(op, path, seconds, what) from None
+
+
+class Slots:
+    """Leave for `count` transactions at a time, in the order in which it was asked for."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free = asyncio.Semaphore(count)
+        self._waiting: dict[asyncio.Timeout, float] = {}
+
+    async def acquire(self, seconds: float) -> None:
+        """Raises XenstoreTimeout if none is released for so long; a queue that moves is fine."""
+        # Nothing was asked of the store yet: it is ours who keep this one waiting.
+        busy = f"{self._count} transactions of this connection are open, and none ended"
+        async with deadline("transaction", "", seconds, busy) as late:
+            self._waiting[late] = seconds
+            try:
+                await self._free.acquire()
+            finally:
+                del self._waiting[late]
+
+    def release(self) -> None:
+        self._free.release()
+        now = asyncio.get_running_loop().time()
+        for late, seconds in self._waiting.items():
+            if not late.expired():
+                late.reschedule(now + seconds)
+
+
 @dataclass(slots=True)
 class Failure:
     """Why a link is dead. Each caller gets an exception of its own made from it."""
@@ -109,6 +155,9 @@ class Request:
     """None: nobody waits, the reply is only counted."""
     undo: Undo | None = None
     """What to send if the reply comes and nobody waits for it any more."""
+    since: float = 0.0
+    """When it was sent or, until then, queued, by the event loop's clock."""
+    sent: bool = False
 
     @property
     def name(self) -> str:
@@ -138,7 +187,11 @@ class Link:
         """By token, who takes the events."""
         self.failure: Failure | None = None
         self._parser = Parser(reply_max)
+        self._first: deque[Request] = deque()
+        """Those of transactions, which go before the queue."""
         self._queue: deque[Request] = deque()
+        self._heard = 0.0
+        """When the store last answered anybody, by the event loop's clock."""
         self._requests: dict[int, Request] = {}
         """Those in flight, given up or not, by request id."""
         self._last_id = -1
@@ -150,22 +203,46 @@ class Link:
         payload: bytes,
         tx_id: int = 0,
         undo: Undo | None = None,
+        *,
+        seconds: float,
     ) -> bytes:
-        """Sends a request and returns the reply's payload. The caller sets the timeout."""
+        """Sends a request and returns the reply's payload.
+
+        Raises XenstoreTimeout if `seconds` pass without a reply after it was sent, or without any
+        while it waits to be.
+        """
         self._check(op, path, payload)
-        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        request = Request(op, path, tx_id, payload, reply, undo)
-        self._queue.append(request)
+        loop = asyncio.get_running_loop()
+        reply: asyncio.Future[bytes] = loop.create_future()
+        request = Request(op, path, tx_id, payload, reply, undo, loop.time())
+        queue = self._first if tx_id or op is Op.TRANSACTION_START else self._queue
+        queue.append(request)
         self._pump()
+        timer = loop.call_later(seconds, self._late, request, seconds)
         try:
             return await reply
         except asyncio.CancelledError:
-            if request in self._queue:
-                self._queue.remove(request)  # never sent
             if undo is not None and not reply.cancelled() and reply.exception() is None:
                 # Cancelled in the instant between the reply and this task's turn.
                 self._undo(undo, reply.result())
             raise
+        finally:
+            timer.cancel()
+            if not request.sent and request in queue:
+                queue.remove(request)
+
+    def _late(self, request: Request, seconds: float) -> None:
+        """The timer of a request: gives it up, or looks again later."""
+        assert request.reply is not None
+        if request.reply.done():
+            return
+        loop = asyncio.get_running_loop()
+        since = request.since if request.sent else max(request.since, self._heard)
+        left = since + seconds - loop.time()
+        if left > 0:
+            loop.call_later(left, self._late, request, seconds)
+        else:
+            request.reply.set_exception(XenstoreTimeout(request.name, request.path, seconds))
 
     def post(self, op: Op, tx_id: int, payload: bytes) -> None:
         """Sends a request whose outcome nobody needs, as the next. Never fails, never waits."""
@@ -174,7 +251,7 @@ class Link:
         except XenstoreError as exc:
             _log.debug("not sent: %s", exc)
         else:
-            self._queue.appendleft(Request(op, "", tx_id, payload, None))
+            self._first.appendleft(Request(op, "", tx_id, payload, None))
             self._pump()
 
     def feed(self, data: bytes) -> None:
@@ -202,9 +279,9 @@ class Link:
         if self.failure is not None:
             return
         failure = self.failure = Failure(code, self.where, reason)
-        requests = [*self._requests.values(), *self._queue]
-        self._requests.clear()
-        self._queue.clear()
+        requests = [*self._requests.values(), *self._first, *self._queue]
+        for held in (self._requests, self._first, self._queue):
+            held.clear()
         for request in requests:
             self._settle(request, failure.error(request.name, request.path))
         for sink in self.watches.values():
@@ -242,9 +319,12 @@ class Link:
         """Sends what is queued, as far as the transport allows."""
         assert self.transport is not None
         while (
-            self._queue and self.failure is None and len(self._requests) < self.transport.in_flight
+            (queue := self._first or self._queue)
+            and self.failure is None
+            and len(self._requests) < self.transport.in_flight
         ):
-            request = self._queue.popleft()
+            request = queue.popleft()
+            request.sent, request.since = True, asyncio.get_running_loop().time()
             req_id = self._last_id = next_request_id(self._last_id, self._requests)
             frame = encode(request.op, req_id, request.tx_id, request.payload)
             self._requests[req_id] = request
@@ -275,6 +355,7 @@ class Link:
         if packet.op not in (request.op, Op.ERROR):
             raise WireError(f"{packet.op.name} as the reply to {request.op.name}")
         del self._requests[packet.req_id]
+        self._heard = asyncio.get_running_loop().time()
         if packet.op is Op.ERROR:
             self._settle(request, error_from_reply(request.name, request.path, packet.payload))
         else:

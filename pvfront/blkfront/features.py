@@ -61,6 +61,8 @@ GEOMETRY_KEYS = (
     "discard-alignment",
     "discard-secure",
 )
+BACKEND_KEYS = frozenset((*LIMIT_KEYS, *GEOMETRY_KEYS, "device-type"))
+"""All that is read of a backend; toolstacks and hotplug scripts keep as many again there."""
 
 _STALE = re.compile(
     r"ring-ref\d*|event-channel|protocol|ring-page-order|num-ring-pages"

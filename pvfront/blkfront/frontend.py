@@ -258,8 +258,7 @@ class DiskFrontend:
                 else:
                     await self.detach(keep_target=False)
             return False
-        self.geometry = await self._read_geometry(device)
-        self.limits = await self._read_limits(device)
+        await self._read(device)
         self._adopt_shape(worker)
         self._hold(hello.has_target)
         await self._publish()
@@ -286,7 +285,7 @@ class DiskFrontend:
         self._broken = False
         self._generation += 1
         worker = await self._living_worker()
-        self.limits = await self._read_limits(device)
+        self.limits = self._parse_limits(await device.backend_keys(features.LIMIT_KEYS))
         assert worker.hello is not None
         most = min(self._most_queues, worker.hello.queues) if _is_blkback(device) else 1
         asked = rings.wanted(self.limits, self.settings, most)
@@ -345,17 +344,23 @@ class DiskFrontend:
             level = logging.WARNING if made.refused else logging.INFO
             log.log(level, "%s: %s instead of %s: %s", self.name, shape, asked, why)
 
-    async def _read_limits(self, device: XenbusDevice) -> RingLimits:
-        limits, problems = features.parse_limits(await device.backend_keys())
+    async def _read(self, device: XenbusDevice) -> None:
+        """Reads the backend's keys, and what follows from them."""
+        keys = await device.backend_keys(features.BACKEND_KEYS)
+        self.geometry = await self._parse_geometry(device, keys)
+        self.limits = self._parse_limits(keys)
+
+    def _parse_limits(self, keys: Mapping[str, str]) -> RingLimits:
+        limits, problems = features.parse_limits(keys)
         for problem in problems:
             log.warning("%s: backend key %s", self.name, problem)
         return limits
 
     async def start(self, device: XenbusDevice) -> None:
         before = self.geometry
-        self.geometry = await self._read_geometry(device)
-        self.limits = await self._read_limits(device)
+        await self._read(device)
         assert self.shape is not None
+        assert self.geometry is not None
         self.shape = rings.started(self.shape, self.limits, self.settings)
         self.off.clear()
         if before is not None:
@@ -452,10 +457,9 @@ class DiskFrontend:
         }
         self._tell_event(event, facts)
 
-    async def _read_geometry(
-        self, device: XenbusDevice, *, may_be_empty: bool = False
+    async def _parse_geometry(
+        self, device: XenbusDevice, keys: Mapping[str, str], *, may_be_empty: bool = False
     ) -> DiskGeometry:
-        keys = await device.backend_keys()
         geometry, problems = features.parse_geometry(
             keys,
             device_type=await device.store.read_opt(f"{device.path}/device-type"),
@@ -482,7 +486,8 @@ class DiskFrontend:
             await self.target.feature_off("flush" if feature == "flush" else "discard")
         self._wanted_off.clear()
         before = self.geometry
-        geometry = await self._read_geometry(device, may_be_empty=before is not None)
+        keys = await device.backend_keys(features.BACKEND_KEYS)
+        geometry = await self._parse_geometry(device, keys, may_be_empty=before is not None)
         if before is not None and geometry.sectors != before.sectors:
             self.geometry = geometry
             if geometry.sectors:

@@ -151,7 +151,7 @@ def test_whatever_a_store_sends_each_question_is_answered_or_fails_with_the_conn
         wire = Wire(link)
         events: list[str | None] = []
         link.watches[b"1"] = events.append
-        calls = [asyncio.ensure_future(link.request(op, "a", b"a\0")) for op in ops]
+        calls = [asyncio.ensure_future(link.request(op, "a", b"a\0", seconds=60.0)) for op in ops]
         await asyncio.sleep(0)
         assert len(wire.sent) == len(ops)
         for part in cut(stream, sizes):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,8 +212,8 @@ class Device:
         self.view = View(XenbusState.CONNECTED, XenbusState.CONNECTED, True, True)
         self.store = self
 
-    async def backend_keys(self) -> dict[str, str]:
-        return dict(self.keys)
+    async def backend_keys(self, wanted: Collection[str] | None = None) -> dict[str, str]:
+        return {k: v for k, v in self.keys.items() if wanted is None or k in wanted}
 
     async def read_opt(self, path: str) -> str | None:
         return self.front.get(path.removeprefix(f"{self.path}/"))

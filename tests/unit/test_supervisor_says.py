@@ -147,12 +147,11 @@ async def test_ready_is_said_once_every_device_has_a_result(
     await world.eventually("READY", lambda: "READY=1" in notified.lines())
     assert world.supervisor.served[B].loop.phase is Phase.CONNECTED
     assert "STATUS=serving 1 of 1 devices" in notified.lines()
-    assert "STATUS=xvdb connecting" in notified.lines()
-    assert "STATUS=xvdb connected" in notified.lines()
+    assert "STATUS=serving 0 of 1 devices: xvdb connecting" in notified.lines()
     assert "STOPPING=1" not in notified.lines()
     await world.stopped()
     lines = notified.lines()
-    assert lines.index("STOPPING=1") < lines.index("STATUS=xvdb closing")
+    assert lines.index("STOPPING=1") < lines.index("STATUS=serving 0 of 1 devices: xvdb closing")
     assert lines.count("READY=1") == 1
 
 
@@ -164,7 +163,21 @@ async def test_ready_does_not_wait_for_a_backend_for_ever(
     world.backends[B].cancel()
     world.serve([B])
     await world.eventually("READY", lambda: "READY=1" in notified.lines())
-    assert "STATUS=serving 0 of 1 devices" in notified.lines()
+    assert "STATUS=serving 0 of 1 devices: xvdb connecting" in notified.lines()
+
+
+async def test_the_status_names_a_few_of_those_that_are_not_served(
+    world: World, notified: Notified
+) -> None:
+    devids = range(B, B + 6 * 16, 16)
+    world.plug(*devids)
+    for devid in devids:
+        world.backends[devid].cancel()
+    world.serve()
+    names = "xvdb connecting, xvdc connecting, xvdd connecting, 51776 connecting, 2 more"
+    await world.eventually(
+        "a status of all", lambda: f"STATUS=serving 0 of 6 devices: {names}" in notified.lines()
+    )
 
 
 async def test_ready_is_said_without_any_device(world: World, notified: Notified) -> None:

@@ -256,3 +256,53 @@ async def test_a_store_that_is_forgotten_open_warns(device):
         del store
         gc.collect()
     await link.close()
+
+
+async def test_a_request_is_late_by_the_time_since_it_was_sent_or_the_store_last_answered(
+    store, world
+):
+    """What waits in our own queue is not the store's fault, as long as that moves."""
+    world.hold()
+    calls = [asyncio.create_task(store.read("data/x", timeout=60)) for _ in range(world.limit + 1)]
+    link, now = store._link, asyncio.get_running_loop().time
+    await eventually("one more than may be sent", lambda: len(link._queue) == 1)
+    (queued,), sent = link._queue, next(iter(link._requests.values()))
+    queued.since -= 1000
+    link._heard = now()
+    link._late(queued, 60)
+    assert not queued.reply.done()
+    link._heard -= 1000
+    link._late(queued, 60)
+    with pytest.raises(XenstoreTimeout, match="no answer within 60 s"):
+        await calls[-1]
+    assert not link._queue
+    link._heard = now()
+    link._late(sent, 60)
+    assert not sent.reply.done()
+    sent.since -= 1000
+    link._late(sent, 60)
+    with pytest.raises(XenstoreTimeout, match="no answer within 60 s"):
+        await calls[0]
+    world.release()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_transactions_go_before_what_waits_outside_of_them(store, world):
+    await store.write("data/x", "x")
+    world.hold()
+    reads = [asyncio.create_task(store.read("data/x")) for _ in range(10 * world.limit)]
+    await eventually("a full link", lambda: len(store._link._requests) == world.limit)
+
+    async def increment():
+        async for txn in store.transaction():
+            async with txn:
+                await txn.write("data/y", "y")
+
+    transaction = asyncio.create_task(increment())
+    await eventually("the transaction in the queue", lambda: store._link._first)
+    world.release()
+    await transaction
+    await asyncio.gather(*reads)
+    ops = [op for op, _, _ in world.sent()]
+    end = ops.index(memstore.TRANSACTION_END)
+    assert ops[:end].count(memstore.READ) <= 5 * world.limit  # a turn of others for each request

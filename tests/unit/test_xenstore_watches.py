@@ -166,11 +166,11 @@ async def test_the_request_descriptor_refuses_watches_and_the_watch_descriptor_a
     async with await device.connect() as store:
         for op in (Op.WATCH, Op.UNWATCH):
             with pytest.raises(ValueError, match="must not be sent on this descriptor"):
-                await store._link.request(op, "data", b"data\0x\0")
+                await store._link.request(op, "data", b"data\0x\0", seconds=10.0)
         async with store.watch("data") as watch:
             for op in (Op.UNWATCH, Op.READ, Op.TRANSACTION_START):
                 with pytest.raises(ValueError, match="must not be sent on this descriptor"):
-                    await watch._link.request(op, "data", b"data\0")
+                    await watch._link.request(op, "data", b"data\0", seconds=10.0)
 
 
 async def test_unwatch_is_never_sent_to_the_device(device):
