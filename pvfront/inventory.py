@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
+import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ NONE = "none"
 
 _ANSWER_DEADLINE = 180.0  # a release may drain, close and hand over
 _MAX_ID_DIGITS = 10
+_UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
 
 
 class NotAGuest(PvfrontError):
@@ -58,6 +61,7 @@ class Device:
     backend_state: str
     owner: str  # KERNEL, PVFRONT or NONE
     os_device: str  # "xvdb", "eth0", "/dev/nbd0"; "" if there is none
+    supervisor_pid: int | None = None  # of its class; None if none runs
 
     @property
     def bus_name(self) -> str:
@@ -90,10 +94,12 @@ async def devices(store: Xenstore, on: Platform | None = None) -> list[Device]:
     claims = on.claims()
     found = []
     for klass in sorted(await _directory(store, "device")):
+        pid = supervisor(klass, on.run_dir)
         for name in await _directory(store, f"device/{klass}"):
             # device/suspend/event-channel and the like are no devices.
             if name.isascii() and name.isdigit() and len(name) <= _MAX_ID_DIGITS:
-                found.append(await _device(store, claims, klass, int(name), on.run_dir))
+                device = await _device(store, claims, klass, int(name), on.run_dir)
+                found.append(replace(device, supervisor_pid=pid))
     return sorted(found, key=lambda device: (device.klass, device.id))
 
 
@@ -136,14 +142,56 @@ async def status(store: Xenstore, text: str, on: Platform | None = None) -> dict
         queues = statistics(state.get("worker_pid"), file)
         found["statistics"] = None if queues is None else total(queues)
         found["statistics_queues"] = queues
+        found["worker_runs"] = _runs(state.get("worker_pid"), on)
     found.update(device.as_json())
     refused = read_state(f"refused-{device.klass}", on.run_dir) or {}
     if state is None and str(device.id) in refused:
         found["refused"] = str(refused[str(device.id)])
+    if (trouble := without_service([device], on)) is not None:
+        found["without_service"] = trouble
     claim = on.claims().taken(device.bus_name)
     if claim is not None:
         found["kernel_had_bound"] = claim.kernel_had_bound
     return found
+
+
+def supervisor(klass: str, run_dir: Path) -> int | None:
+    """The pid of the supervisor of a class of devices; None if none runs. Asks it nothing."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        sock.connect(str(run_dir / f"supervisor-{klass}.sock"))
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return int(_UCRED.unpack(credentials)[0])
+    return None
+
+
+def without_service(found: Sequence[Device], on: Platform | None = None) -> tuple[str, str] | None:
+    """What it means that there are disks and nobody serves any, and what to do about it.
+
+    None if a supervisor runs, or there is no disk.
+    """
+    on = on or platform()
+    disks = [device for device in found if device.klass == "vbd"]
+    if not disks or any(device.supervisor_pid is not None for device in disks):
+        return None
+    text = "the disk service does not run"
+    ours = [device for device in disks if _has_worker(device, on)]
+    if ours:
+        text += (
+            f": {', '.join(device.name for device in ours)}: served by what it has left, "
+            "which nobody connects again"
+        )
+    what = "systemctl start pvfront-vbd" if on.name == "xen" else "pvfront vbd serve --all"
+    return text, what
+
+
+def _has_worker(device: Device, on: Platform) -> bool:
+    state = read_state(device.bus_name, on.run_dir)
+    return state is not None and _runs(state.get("worker_pid"), on)
+
+
+def _runs(pid: object, on: Platform) -> bool:
+    return isinstance(pid, int) and pid > 0 and (on.roots.proc / str(pid)).exists()
 
 
 def read_state(bus_name: str, run_dir: Path) -> dict[str, Any] | None:
@@ -234,7 +282,7 @@ async def _release_unserved(device: Device, on: Platform) -> str:
     """Nobody serves it: an old claim can end here, a living worker cannot."""
     state = read_state(device.bus_name, on.run_dir)
     pid = state.get("worker_pid") if state is not None else None
-    if isinstance(pid, int) and (on.roots.proc / str(pid)).exists():
+    if _runs(pid, on):
         raise NotServed(
             f"{device.name}: its worker (pid {pid}) runs, but no supervisor",
             hint="start one, it adopts the worker: systemctl start pvfront-vbd; then release"

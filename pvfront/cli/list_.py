@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import click
 
-from ..inventory import devices
+from ..inventory import devices, without_service
 from .output import as_json as json_option
-from .output import print_json, print_table, with_store
+from .output import note, print_json, print_table, with_store
 
 HEADER = ("CLASS", "ID", "NAME", "BACKEND", "FRONTEND STATE", "BACKEND STATE", "OWNER", "OS DEVICE")
 
@@ -17,7 +17,8 @@ HEADER = ("CLASS", "ID", "NAME", "BACKEND", "FRONTEND STATE", "BACKEND STATE", "
 def list_command(as_json: bool) -> None:
     """List every PV device: class, id, name, backend domain, states, owner, OS device.
 
-    The owner is kernel, pvfront or none.
+    The owner is kernel, pvfront or none. A line on standard error says if there are disks and the
+    disk service does not run.
     """
     found = with_store(devices)
     if as_json:
@@ -39,3 +40,5 @@ def list_command(as_json: bool) -> None:
             for device in found
         ],
     )
+    if (trouble := without_service(found)) is not None:
+        note(*trouble)

@@ -33,10 +33,12 @@ def with_store(work: Callable[[Xenstore], Awaitable[T]]) -> T:
 
 def complain(error: PvfrontError, program: str = "pvfront") -> None:
     """`pvfront: what is wrong (what to do)`, in one line."""
-    text = f"{program}: {error}"
-    if error.hint:
-        text += f" ({error.hint})"
-    click.echo(printable(text), err=True)
+    note(str(error), error.hint, program)
+
+
+def note(text: str, hint: str | None = None, program: str = "pvfront") -> None:
+    """A line on standard error."""
+    click.echo(printable(f"{program}: {text}" + (f" ({hint})" if hint else "")), err=True)
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,7 @@ import click
 
 from .. import figures, inventory
 from .output import as_json as json_option
-from .output import print_fields, print_json, print_table, with_store
+from .output import note, print_fields, print_json, print_table, with_store
 
 _TIMES = ("connected_since", "last_trouble_at")
 _FIRST = ("name", "class", "id", "owner", "os_device", "link", "phase", "reason")
@@ -23,6 +23,7 @@ _FIRST = ("name", "class", "id", "owner", "os_device", "link", "phase", "reason"
 def status(device: str, as_json: bool) -> None:
     """Show one DEVICE (xvdb, 51728, vbd-51728): states, geometry, worker, counters."""
     found = with_store(lambda store: inventory.status(store, device))
+    trouble = found.pop("without_service", None)
     if as_json:
         print_json(found)
         return
@@ -42,6 +43,8 @@ def status(device: str, as_json: bool) -> None:
         ):
             if rows:
                 print_table(header, rows, indent="  ")
+    if trouble is not None:
+        note(*trouble)
 
 
 def _lines(key: str, value: Any) -> Iterator[tuple[str, object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from memstore import MemStore, SocketServer
+from waiting import wait_for
 
 from pvfront import figures
 from pvfront.cli import main
@@ -108,6 +110,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def test_list_shows_each_device_with_its_owner(guest: Guest, pvfront: Run) -> None:
+    answering(guest, {"ok": True})
     code, out, err = pvfront("list")
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
@@ -121,6 +124,7 @@ def test_list_shows_each_device_with_its_owner(guest: Guest, pvfront: Run) -> No
 
 
 def test_list_as_json_has_every_column(guest: Guest, pvfront: Run) -> None:
+    answering(guest, {"ok": True})
     found = json.loads(pvfront("list", "--json")[1])
     assert found[1] == {
         "class": "vbd",
@@ -131,7 +135,37 @@ def test_list_as_json_has_every_column(guest: Guest, pvfront: Run) -> None:
         "backend_state": "Connected (4)",
         "owner": "pvfront",
         "os_device": "/dev/nbd0",
+        "supervisor_pid": os.getpid(),
     }
+
+
+def test_list_and_status_say_that_no_service_runs_and_what_it_has_left(
+    guest: Guest, pvfront: Run
+) -> None:
+    absent = "pvfront: the disk service does not run"
+    what = "(systemctl start pvfront-vbd)\n"
+    code, out, err = pvfront("list")
+    assert (code, err) == (0, f"{absent} {what}")
+    assert "Connected (4)" in out
+    assert {row["supervisor_pid"] for row in json.loads(pvfront("list", "--json")[1])} == {None}
+    assert pvfront("status", "xvda")[2] == f"{absent} {what}"
+    (guest.roots.proc / "77").mkdir(parents=True)
+    guest.state("vbd-51728", phase="connected", os_device="/dev/nbd0", worker_pid=77)
+    left = ": xvdb: served by what it has left, which nobody connects again "
+    assert pvfront("list")[2] == absent + left + what
+    assert pvfront("status", "xvdb")[2] == absent + left + what
+    found = json.loads(pvfront("status", "xvdb", "--json")[1])
+    assert (found["supervisor_pid"], found["worker_runs"]) == (None, True)
+    assert pvfront("status", "vif-0")[2] == ""
+    answering(guest, {"ok": True})
+    assert pvfront("list")[2] == pvfront("status", "xvdb")[2] == ""
+    assert json.loads(pvfront("status", "xvdb", "--json")[1])["supervisor_pid"] == os.getpid()
+
+
+def test_the_socket_of_a_service_that_died_is_nobody(guest: Guest, pvfront: Run) -> None:
+    answering(guest, {"ok": True})
+    guest.servers[0].get_loop().call_soon_threadsafe(guest.servers[0].close)
+    wait_for("the end of the service", lambda: "does not run" in pvfront("list")[2])
 
 
 def test_hostile_store_contents_do_not_reach_the_terminal(guest: Guest, pvfront: Run) -> None:
@@ -337,7 +371,10 @@ def answering(guest: Guest, answer: dict[str, Any]) -> list[Any]:
     asked: list[Any] = []
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.append(json.loads(await reader.readline()))
+        if not (line := await reader.readline()):  # only looked whether anybody is there
+            writer.close()
+            return
+        asked.append(json.loads(line))
         writer.write(json.dumps(answer).encode() + b"\n")
         await writer.drain()
         writer.close()
