@@ -103,6 +103,8 @@ class Walk:
             view = await device.refresh()
             if not view.present:
                 raise DeviceGone(f"{device.name}: removed")
+            if goal is states.Goal.CONNECTED and self.published and _is_asked_to_detach(view):
+                return  # of a connection that stands: its users are asked first (device.py)
             decision = next_step(
                 view.frontend,
                 view.backend,
@@ -206,6 +208,12 @@ class Walk:
             if text:
                 return f" (the backend says {text[:200]!r})"
         return ""
+
+
+def _is_asked_to_detach(view: View) -> bool:
+    ends = view.frontend, view.backend
+    closes = ((XenbusState.CONNECTED, end) for end in (XenbusState.CLOSING, XenbusState.CLOSED))
+    return not view.online and ends in closes
 
 
 _NAMES: dict[Step, str] = {

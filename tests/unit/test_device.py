@@ -20,6 +20,7 @@ from waiting import PATIENCE
 
 from pvfront.device import DeviceLoop, Goal, Phase
 from pvfront.errors import PvfrontError
+from pvfront.states import XenbusState
 from pvfront.trace import Kind
 from pvfront.walk import Deadlines
 from pvfront.xenbus import XenbusDevice
@@ -314,6 +315,41 @@ async def test_a_detach_closes_both_ends_and_ends_the_loop(world: World) -> None
     assert world.disk.calls[-4:] == ["close", "quiesce", "detach keep", "end"]
     with pytest.raises(Refused):
         world.mem.value(f"{FRONT}/ring-ref")
+
+
+async def test_a_detach_asked_for_at_the_end_of_the_walk_waits_for_the_end_of_use(
+    world: World,
+) -> None:
+    world.nodes()
+    world.disk.in_use = "mounted at /mnt"
+    react = world.backend.react
+
+    async def detach(state: str) -> None:
+        if state == "4":  # just now
+            await world.backend.store.write(f"{BACK}/online", "0")
+            await world.backend.write("5")
+            world.backend.react = react  # type: ignore[method-assign]
+        else:
+            await react(state)
+
+    write_state = XenbusDevice.write_state
+
+    async def connected_is_seen(device: XenbusDevice, state: XenbusState, **how: bool) -> None:
+        await write_state(device, state, **how)
+        if state is XenbusState.CONNECTED:
+            await world.eventually("the detach", lambda: world.states()[1] == "5")
+            await device.refresh()
+
+    world.backend.react = detach  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(XenbusDevice, "write_state", connected_is_seen)
+        loop = await world.start()
+        await loop.until_phase(Phase.DETACH_REFUSED, timeout=PATIENCE)
+    assert world.disk.held
+    assert "detach" not in world.disk.calls
+    world.disk.in_use = None
+    await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
+    assert world.states() == ("6", "6")
 
 
 async def test_a_detach_waits_for_the_end_of_use_and_the_disk_works_on(world: World) -> None:
