@@ -184,6 +184,9 @@ class DeviceLoop:
                     pass
             try:
                 if self.phase is not Phase.CONNECTED:
+                    if self.frontend.trouble is not None:
+                        # Of a walk that failed: whoever held what the keys name has died.
+                        self.walk.published = False
                     again = self.frontend.generation > 0
                     await self._enter(Phase.RECONNECTING if again else Phase.CONNECTING)
                     if not await self._unless_goal_changes(self.walk.connect()):

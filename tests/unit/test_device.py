@@ -208,6 +208,27 @@ async def test_whatever_states_are_found_the_walk_ends_connected(
     assert world.disk.calls[-2:] == ["attach", "start"]
 
 
+async def test_a_worker_that_dies_between_attach_and_start_begins_a_new_generation(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend is Connected to a ring that nobody holds any more."""
+    usual = world.disk.start
+
+    async def start(device: XenbusDevice) -> None:
+        if world.disk.generation == 1:
+            world.disk.trouble = "pid 7 ended by signal 9"
+            raise PvfrontError("there is no worker")
+        await usual(device)
+
+    monkeypatch.setattr(world.disk, "start", start)
+    world.nodes(1, 2)
+    loop = await world.start()
+    await loop.until_phase(Phase.FAILED, timeout=PATIENCE)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.disk.calls.count("attach") == world.disk.generation == 2
+    assert world.states() == ("4", "4")
+
+
 async def test_keys_and_initialised_appear_together_and_start_follows_connected(
     world: World,
 ) -> None:
