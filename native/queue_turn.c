@@ -262,9 +262,6 @@ void pvf_queue_event(struct pvf_queue *q, uint64_t data, uint32_t events)
 		if (timer_fired(q->watchdog_timer) && q->watching)
 			watchdog(q);
 		break;
-	case PVF_TAG_URING:
-		q->ublk.uring.event = true;
-		break;
 	}
 }
 

@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #define TAG_BITS 16
-#define MANY 16 /* completions; newer kernels stop at 20 pieces of task work */
 #define DESC_BYTES \
 	((PVF_UBLK_DEPTH * sizeof(struct ublksrv_io_desc) + PVF_PAGE_SIZE - 1) / PVF_PAGE_SIZE * \
 	 PVF_PAGE_SIZE)
@@ -21,7 +20,8 @@ int pvf_uring_make(struct pvf_uring *r, int epoll_fd, uint64_t tag, const char *
 {
 	struct io_uring_params params = {.flags = IORING_SETUP_R_DISABLED |
 						  IORING_SETUP_SINGLE_ISSUER |
-						  IORING_SETUP_DEFER_TASKRUN};
+						  IORING_SETUP_DEFER_TASKRUN |
+						  IORING_SETUP_TASKRUN_FLAG};
 	struct io_uring_restriction only = {.opcode = IORING_RESTRICTION_SQE_OP,
 					    .sqe_op = IORING_OP_URING_CMD};
 	/* Never read: each write is a new edge. */
@@ -106,7 +106,6 @@ static void command(struct pvf_uring *r, const struct pvf_ublk *u, uint32_t op, 
 
 static void completed(struct pvf_uring *r, struct pvf_ublk *u, const struct io_uring_cqe *cqe)
 {
-	r->outstanding--;
 	if (u->fd < 0 || cqe->user_data >> TAG_BITS != r->epoch)
 		return;
 	if (cqe->res == UBLK_IO_RES_OK)
@@ -117,19 +116,46 @@ static void completed(struct pvf_uring *r, struct pvf_ublk *u, const struct io_u
 		pvf_ublk_end(u, -cqe->res, "the kernel refused to hand over requests");
 }
 
-bool pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
+/* The kernel has something that only our io_uring_enter() makes completions of. */
+static bool waiting(const struct pvf_uring *r)
+{
+	return __atomic_load_n(r->ring.sq.kflags, __ATOMIC_SEQ_CST) &
+	       (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
+}
+
+/* Whether the kernel signals the eventfd. */
+static void want_events(struct pvf_uring *r, bool wanted)
+{
+	__atomic_store_n(r->ring.cq.kflags, wanted ? 0 : IORING_CQ_EVENTFD_DISABLED,
+			 __ATOMIC_SEQ_CST);
+}
+
+/* Submits what is ready, takes what has come. */
+static void enter(struct pvf_uring *r, struct pvf_ublk *u)
 {
 	struct io_uring_cqe *cqe;
 	unsigned head, seen = 0;
-	int rc = 0;
+	int rc = io_uring_submit_and_get_events(&r->ring);
 
+	if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
+		pvf_ublk_end(u, -rc, "io_uring failed");
+	io_uring_for_each_cqe (&r->ring, head, cqe) {
+		completed(r, u, cqe);
+		seen++;
+	}
+	io_uring_cq_advance(&r->ring, seen);
+}
+
+void pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
+{
 	if (!r->made || !(r->enabled || r->fetch))
-		return false;
+		return;
 	if (!r->enabled) {
-		rc = io_uring_enable_rings(&r->ring);
+		int rc = io_uring_enable_rings(&r->ring);
+
 		if (rc) {
 			pvf_ublk_end(u, -rc, "io_uring cannot be enabled");
-			return false;
+			return;
 		}
 		r->enabled = true;
 	}
@@ -142,23 +168,18 @@ bool pvf_uring_turn(struct pvf_uring *r, struct pvf_ublk *u)
 				u->commit[i].result);
 		u->commits = 0;
 	}
-	unsigned ready = io_uring_sq_ready(&r->ring);
-
-	if (!ready && !r->event)
-		return false;
-	rc = io_uring_submit_and_get_events(&r->ring);
-	r->event = false;
-	if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
-		pvf_ublk_end(u, -rc, "io_uring failed");
-	r->outstanding += ready - io_uring_sq_ready(&r->ring);
-	io_uring_for_each_cqe (&r->ring, head, cqe) {
-		completed(r, u, cqe);
-		seen++;
-	}
-	io_uring_cq_advance(&r->ring, seen);
-	/* The edge is gone, and the kernel may have stopped for this time, or in front of it. */
-	r->event = rc < 0 || seen >= MANY;
-	return r->event && !u->gone;
+	if (!io_uring_sq_ready(&r->ring) && !waiting(r))
+		return;
+	/* Or the completions that it makes would wake us for what is taken here. */
+	want_events(r, false);
+	enter(r, u);
+	want_events(r, true);
+	/* What came meanwhile told nobody, and newer kernels stop at 20 pieces of task work. From now on
+	 * the kernel tells. (Asked once: the flag may stay without there being anything.) */
+	if (waiting(r))
+		enter(r, u);
+	if (io_uring_sq_ready(&r->ring) && !u->gone)
+		eventfd_write(r->event_fd, 1);
 }
 
 /* As a source. Answers first: what they free, and the requests that they bring, are for this turn. */
@@ -169,7 +190,7 @@ static bool deliver(void *source, struct pvf_blk *blk)
 
 	/* Also called by who detaches, which is not the serving thread: commits wait for its turn. */
 	pvf_parts_deliver(&s->ublk.parts, blk);
-	return s->ublk.commits || (s->uring.enabled && io_uring_sq_ready(&s->uring.ring));
+	return s->ublk.commits;
 }
 
 static bool intake(void *source, struct pvf_blk *blk, bool no_new)
@@ -177,9 +198,8 @@ static bool intake(void *source, struct pvf_blk *blk, bool no_new)
 	struct pvf_ublk_source *s = source;
 
 	pvf_parts_deliver(&s->ublk.parts, blk);
-	bool more = pvf_uring_turn(&s->uring, &s->ublk);
-
-	return !s->ublk.gone && (pvf_parts_intake(&s->ublk.parts, blk, no_new) || more);
+	pvf_uring_turn(&s->uring, &s->ublk);
+	return !s->ublk.gone && pvf_parts_intake(&s->ublk.parts, blk, no_new);
 }
 
 static void restart(void *source)

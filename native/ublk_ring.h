@@ -7,10 +7,11 @@
  * filter (an unrestricted ring opens files and makes sockets). The thread that serves the queue
  * enables it, with its first turn: the kernel takes fetches and commits of a queue from one thread.
  *
- * Requests arrive as task work of the serving thread, which runs inside pvf_uring_turn()'s single
- * io_uring_enter() and nowhere else (IORING_SETUP_DEFER_TASKRUN). That there is some, an eventfd in
- * the queue's epoll tells. Not the ring's own descriptor: of that Linux 6.12 tells only after
- * an RCU grace period, some 10 ms later (io_local_work_wake_poll).
+ * Requests arrive as task work of the serving thread, which runs inside pvf_uring_turn()'s
+ * io_uring_enter() and nowhere else (IORING_SETUP_DEFER_TASKRUN). A flag in the ring says that there
+ * is some (IORING_SETUP_TASKRUN_FLAG), and an eventfd in the queue's epoll wakes who sleeps. Not the
+ * ring's own descriptor: of that Linux 6.12 tells only after an RCU grace period, some 10 ms later
+ * (io_local_work_wake_poll).
  */
 #ifndef PVF_UBLK_RING_H
 #define PVF_UBLK_RING_H
@@ -25,10 +26,8 @@ struct pvf_uring {
 	int event_fd;
 	bool made;
 	bool enabled;
-	bool fetch;           /* every tag is still to be fetched */
-	bool event;           /* something may have come */
-	uint32_t outstanding; /* commands that the kernel holds */
-	uint64_t epoch;       /* of the target, so that a former one's completions are told apart */
+	bool fetch;     /* every tag is still to be fetched */
+	uint64_t epoch; /* of the target, so that a former one's completions are told apart */
 };
 
 /* Makes the ring and watches it. 0, or -errno with `*why`. */
@@ -50,8 +49,8 @@ struct pvf_ublk_source {
 
 extern const struct pvf_source_ops pvf_ublk_ops;
 
-/* One system call, if there is anything to do: `ublk->commit` goes out, what has come is taken. Only
- * by the serving thread. True: there may be more, do not wait. */
-bool pvf_uring_turn(struct pvf_uring *uring, struct pvf_ublk *ublk);
+/* If there is anything to do, one system call, seldom two: `ublk->commit` goes out, what has come is
+ * taken. Only by the serving thread, whenever epoll says that something is there. */
+void pvf_uring_turn(struct pvf_uring *uring, struct pvf_ublk *ublk);
 
 #endif
