@@ -181,18 +181,22 @@ def disks(lab: Lab, guest: Guest) -> Iterator[Pvfront]:
         peers.remove()
 
 
-def serve(pvf: Pvfront, target: str) -> None:
+def serve(pvf: Pvfront, target: str, queues: int) -> None:
+    """`queues` 0: what is usual for the target."""
     if target == "direct":  # lent anew for each job
         pvf.stop()
         return
-    pvf.start(f"--target {target} xvdb")
+    settings = f"-o max_queues={queues} " if queues else ""
+    pvf.start(f"--target {target} {settings}xvdb")
     pvf.wait_served()
 
 
-def title(job: Job, target: str, kind: Kind, vcpus: int) -> str:
+def title(job: Job, target: str, kind: Kind, vcpus: int, queues: int) -> str:
     guest = " 6.12" if kind == "pvh612" and target == "nbd" else ""
     if vcpus > 1:
         guest += f" {vcpus} vCPUs"
+    if queues:
+        guest += f" {queues} queues"
     return f"{job.title} {target}{guest}" if guest or target != "nbd" else job.title
 
 
@@ -292,6 +296,7 @@ class Options:
     seconds: int
     profile: bool
     vcpus: int
+    queues: int
 
 
 def one_life(
@@ -308,10 +313,10 @@ def one_life(
     payload.install_if_other(guest)
     with disks(lab, guest) as pvf:
         for target in wanted or targets(guest):
-            names = {title(job, target, kind, options.vcpus): job for job in jobs}
+            names = {title(job, target, kind, options.vcpus, options.queues): job for job in jobs}
             left = {name: job for name, job in names.items() if name not in done}
             if left:
-                serve(pvf, target)
+                serve(pvf, target, options.queues)
             for name, job in left.items():
                 if not options.profile:
                     yield bench(pvf, name, target, job, options.rounds, options.seconds)
@@ -349,6 +354,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=SECONDS)
     parser.add_argument("--target", action="append", help="nbd, ublk, direct; default: all")
     parser.add_argument("--vcpus", type=int, default=1, help="of a guest (default: 1)")
+    parser.add_argument("--queues", type=int, default=0, help="of a disk over nbd (default: usual)")
     parser.add_argument("--match", default="", help="only the jobs with this in their title")
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     parser.add_argument("--lab-attach", action="store_true", help="use the lab that runs already")
@@ -363,7 +369,7 @@ def main() -> int:
     else:
         image = payload.build(payload.find_wheel())
         lab = Lab.up(image, owner="bench", wait=1800, kinds=kinds)
-    options = Options(given.rounds, given.seconds, given.profile, given.vcpus)
+    options = Options(given.rounds, given.seconds, given.profile, given.vcpus, given.queues)
     figures: dict[str, Figure] = {}
     if given.add and OUTPUT.exists():
         figures = {found["figure"]: Figure(**found) for found in json.loads(OUTPUT.read_text())}
