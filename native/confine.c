@@ -117,6 +117,7 @@ static const int plain_calls[] = {
 	SCMP_SYS(accept4), SCMP_SYS(close), SCMP_SYS(munmap), SCMP_SYS(madvise),
 	SCMP_SYS(fstat), SCMP_SYS(newfstatat), SCMP_SYS(getsockopt), /* port_open, worker */
 	SCMP_SYS(sched_yield),                                       /* queue, polling */
+	SCMP_SYS(poll), SCMP_SYS(ppoll), SCMP_SYS(shutdown),         /* hand_over */
 	SCMP_SYS(timerfd_settime), SCMP_SYS(clock_gettime), SCMP_SYS(restart_syscall),
 	SCMP_SYS(rt_sigreturn), SCMP_SYS(exit), SCMP_SYS(exit_group),
 };

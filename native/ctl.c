@@ -121,6 +121,11 @@ const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nf
 		if (m->detach.flags & ~(PVF_DETACH_KEEP_TARGET | PVF_DETACH_PARK) || m->detach.reserved)
 			return "DETACH: unknown flags";
 		return NULL;
+	case PVF_CTL_HAND_OVER:
+	case PVF_CTL_TAKE_OVER:
+		return bytes != sizeof(m->simple) || nfds != 2 ?
+			       "HAND_OVER and TAKE_OVER want two descriptors: a socket, a memfd" :
+			       NULL;
 	case PVF_CTL_QUIESCE:
 	case PVF_CTL_EXIT:
 		return bytes != sizeof(m->simple) || nfds ?

@@ -25,7 +25,7 @@ struct pvf_port_ops {
 	bool edges; /* event_fd is never emptied: each event is a new edge */
 	/* Makes event_fd of the sources, and maps ring and pool. 0, or -errno with `*why`: then
 	 * nothing is held. */
-	int (*open)(struct pvf_port *port, const struct pvf_ctl_attach *attach, const char **why);
+	int (*open)(struct pvf_port *port, const char **why);
 	/* Gives back what open() took beside the sources, ring and pool. */
 	void (*release)(struct pvf_port *port);
 	/* 1: our port was delivered, 0: nothing there, -errno: the event channel is unusable. */
@@ -33,6 +33,21 @@ struct pvf_port_ops {
 	/* 0 or -errno. */
 	int (*unmask)(struct pvf_port *port);
 	int (*notify)(struct pvf_port *port);
+	/* The descriptors beside the sources that another process needs, `extra` of them at most, to
+	 * have the port as well; and that process's open() of them, which takes what it keeps. */
+	uint32_t (*share)(const struct pvf_port *port, int *fds);
+	uint32_t extra;
+	int (*take_over)(struct pvf_port *port, int *fds, const char **why);
+};
+
+#define PVF_PORT_FDS 6u /* the two sources, and the most that any provider shares beside them */
+
+/* Where a port's pages lie in its descriptors: plain data for another process. */
+struct pvf_port_image {
+	uint64_t ring_offset, pool_offset; /* bytes */
+	uint32_t ring_pages, pool_pages;
+	uint32_t port;
+	uint32_t side; /* embedded host: which end of the channel is ours */
 };
 
 struct pvf_port {
@@ -44,9 +59,11 @@ struct pvf_port {
 	bool parked; /* closing leaves event_source open */
 	void *ring, *pool;
 	size_t ring_bytes, pool_bytes;
-	struct pvf_channel *channel; /* of the embedded host */
+	uint64_t ring_offset, pool_offset;
+	struct pvf_channel *channel; /* of the embedded host, as are all that follow */
 	uint32_t side;
 	int other_fd;
+	int channel_fd, arena_fd; /* kept for the worker that takes over */
 };
 
 extern const struct pvf_port_ops pvf_port_xen, pvf_port_embedded;
@@ -63,9 +80,17 @@ void pvf_port_close(struct pvf_port *port);
 /* Undoes pvf_port_open(): the descriptors are the caller's again. */
 void pvf_port_release(struct pvf_port *port);
 
+/* Handing over a port that is open: `fds` get the port's own descriptors, `image` what is to be said of
+ * them; returns how many they are, PVF_PORT_FDS at most. */
+uint32_t pvf_port_share(const struct pvf_port *port, struct pvf_port_image *image, int *fds);
+
+/* As pvf_port_open(), of the `count` descriptors of a pvf_port_share(). Those that it took are -1 in
+ * `fds` then; on failure none is. */
+int pvf_port_take_over(struct pvf_port *port, const struct pvf_port_image *image, int *fds,
+		       uint32_t count, const char **why);
+
 /* For the providers: maps ring and pool out of `fd`. 0, or -errno with `*why`. */
-int pvf_port_map(struct pvf_port *port, int fd, const struct pvf_ctl_attach *attach,
-		 const char **why);
+int pvf_port_map(struct pvf_port *port, int fd, const char **why);
 void pvf_port_unmap(struct pvf_port *port);
 
 #endif

@@ -46,7 +46,24 @@ static int receive(int source, uint32_t kind, struct pvf_host_packet *packet, in
 	return n ? -EPROTO : -EPIPE;
 }
 
-static int open_pages(struct pvf_port *port, const struct pvf_ctl_attach *a, const char **why)
+/* Maps ring and pool out of `arena`, which is the port's from here on unless it fails. */
+static int map_pages(struct pvf_port *port, int arena, const char **why)
+{
+	/* Every offset fits: it was checked. */
+	uint64_t ring_end = port->ring_offset + port->ring_bytes;
+	uint64_t pool_end = port->pool_offset + port->pool_bytes;
+
+	*why = "the embedded host's arena does not cover ring and pool, or can be shrunk";
+	int rc = pvf_memfd_check(arena, ring_end > pool_end ? ring_end : pool_end);
+
+	if (!rc)
+		rc = pvf_port_map(port, arena, why);
+	if (!rc)
+		port->arena_fd = arena;
+	return rc;
+}
+
+static int open_pages(struct pvf_port *port, const char **why)
 {
 	struct pvf_host_packet packet;
 	int arena;
@@ -56,16 +73,17 @@ static int open_pages(struct pvf_port *port, const struct pvf_ctl_attach *a, con
 
 	if (rc)
 		return rc;
-	/* Every offset fits: it was checked. */
-	uint64_t ring_end = a->ring_offset + port->ring_bytes;
-	uint64_t pool_end = a->pool_offset + port->pool_bytes;
-
-	*why = "the embedded host's arena does not cover ring and pool, or can be shrunk";
-	rc = pvf_memfd_check(arena, ring_end > pool_end ? ring_end : pool_end);
-	if (!rc)
-		rc = pvf_port_map(port, arena, a, why);
-	close(arena);
+	rc = map_pages(port, arena, why);
+	if (rc)
+		close(arena);
 	return rc;
+}
+
+static void close_pages(struct pvf_port *port)
+{
+	pvf_port_unmap(port);
+	close(port->arena_fd);
+	port->arena_fd = -1;
 }
 
 static int open_event(struct pvf_port *port, const char **why)
@@ -98,23 +116,22 @@ static int open_event(struct pvf_port *port, const char **why)
 	port->side = packet.side;
 	port->event_fd = fds[1];
 	port->other_fd = fds[2];
-	close(fds[0]);
+	port->channel_fd = fds[0];
 	return 0;
 fail:
 	pvf_scm_close(fds, 3);
 	return rc;
 }
 
-static int embedded_open(struct pvf_port *port, const struct pvf_ctl_attach *attach,
-			 const char **why)
+static int embedded_open(struct pvf_port *port, const char **why)
 {
-	int rc = open_pages(port, attach, why);
+	int rc = open_pages(port, why);
 
 	if (rc)
 		return rc;
 	rc = open_event(port, why);
 	if (rc)
-		pvf_port_unmap(port);
+		close_pages(port);
 	return rc;
 }
 
@@ -124,6 +141,39 @@ static void embedded_release(struct pvf_port *port)
 	port->channel = NULL;
 	close(port->event_fd);
 	close(port->other_fd);
+	close(port->channel_fd);
+	close(port->arena_fd);
+	port->channel_fd = port->arena_fd = -1;
+}
+
+static uint32_t embedded_share(const struct pvf_port *port, int *fds)
+{
+	fds[0] = port->channel_fd;
+	fds[1] = port->event_fd;
+	fds[2] = port->other_fd;
+	fds[3] = port->arena_fd;
+	return 4;
+}
+
+static int embedded_take_over(struct pvf_port *port, int *fds, const char **why)
+{
+	int rc = map_pages(port, fds[3], why);
+
+	if (rc)
+		return rc;
+	*why = "the embedded host's event channel is no sealed page with its magic";
+	rc = pvf_channel_map(fds[0], &port->channel);
+	if (rc) {
+		pvf_port_unmap(port);
+		port->arena_fd = -1;
+		return rc;
+	}
+	port->channel_fd = fds[0];
+	port->event_fd = fds[1];
+	port->other_fd = fds[2];
+	for (int i = 0; i < 4; i++)
+		fds[i] = -1;
+	return 0;
 }
 
 static int embedded_read(struct pvf_port *port)
@@ -149,4 +199,7 @@ const struct pvf_port_ops pvf_port_embedded = {
 	.read = embedded_read,
 	.unmask = embedded_unmask,
 	.notify = embedded_notify,
+	.share = embedded_share,
+	.extra = 4,
+	.take_over = embedded_take_over,
 };

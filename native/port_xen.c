@@ -15,7 +15,7 @@
 #include <xen/xen.h>
 #include <xen/sys/evtchn.h>
 
-static int xen_open(struct pvf_port *port, const struct pvf_ctl_attach *attach, const char **why)
+static int xen_open(struct pvf_port *port, const char **why)
 {
 	int flags = fcntl(port->event_source, F_GETFL);
 
@@ -23,7 +23,7 @@ static int xen_open(struct pvf_port *port, const struct pvf_ctl_attach *attach, 
 	if (flags < 0 || fcntl(port->event_source, F_SETFL, flags | O_NONBLOCK))
 		return -errno;
 	port->event_fd = port->event_source;
-	return pvf_port_map(port, port->grant_source, attach, why);
+	return pvf_port_map(port, port->grant_source, why);
 }
 
 static void xen_release(struct pvf_port *port)
@@ -58,6 +58,21 @@ static int xen_notify(struct pvf_port *port)
 	return ioctl(port->event_fd, IOCTL_EVTCHN_NOTIFY, &notify) ? -errno : 0;
 }
 
+/* The sources are all there is. Which ports are masked lies in the open file, as do the references; a
+ * second mapping of a reference counts as a user of its own (gntalloc_mmap). */
+static uint32_t xen_share(const struct pvf_port *port, int *fds)
+{
+	(void)port;
+	(void)fds;
+	return 0;
+}
+
+static int xen_take_over(struct pvf_port *port, int *fds, const char **why)
+{
+	(void)fds;
+	return xen_open(port, why);
+}
+
 const struct pvf_port_ops pvf_port_xen = {
 	.name = "xen",
 	.open = xen_open,
@@ -65,4 +80,6 @@ const struct pvf_port_ops pvf_port_xen = {
 	.read = xen_read,
 	.unmask = xen_unmask,
 	.notify = xen_notify,
+	.share = xen_share,
+	.take_over = xen_take_over,
 };

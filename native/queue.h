@@ -193,4 +193,20 @@ void pvf_queue_stop(struct pvf_queue *queue);
 /* Shows the statistics. */
 void pvf_queue_publish(struct pvf_queue *queue);
 
+/* To another worker (queue_image.c). */
+struct pvf_image_queue;
+
+/* NULL, or why it cannot be handed over now. */
+const char *pvf_queue_stays(const struct pvf_queue *queue);
+
+/* Writes everything down; `fds` get the descriptors that go with it, PVF_QUEUE_FDS at most. Returns how
+ * many. Nothing changes here: the queue can go on, or be left by pvf_queue_detach(). */
+#define PVF_QUEUE_FDS (PVF_PORT_FDS + 1)
+uint32_t pvf_queue_save(const struct pvf_queue *queue, struct pvf_image_queue *image, int *fds);
+
+/* For a queue that is not attached, on the other side: its next turn goes on. Descriptors that it took
+ * are -1 then. 0, or -errno with `*why` and the queue as before. */
+int pvf_queue_take_over(struct pvf_queue *queue, const struct pvf_image_queue *image, int *fds,
+			uint32_t count, const char **why);
+
 #endif

@@ -13,6 +13,11 @@
  * kernel has closed: MSG_CTRUNC. */
 uint32_t pvf_scm_take(struct msghdr *msg, int *fds, uint32_t max);
 
+#define PVF_SCM_MAX 16u /* descriptors of one pvf_scm_send() */
+
+/* Sends one packet with `count` descriptors; never waits. 0 or -errno. */
+int pvf_scm_send(int sock, const void *data, size_t size, const int *fds, uint32_t count);
+
 /* Closes what is not -1 and makes it -1. */
 void pvf_scm_close(int *fds, uint32_t count);
 

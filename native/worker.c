@@ -21,6 +21,8 @@ static void copy_text(char *to, size_t size, const char *from)
 	memset(to + n, 0, size - n);
 }
 
+static void publish(struct pvf_worker *w);
+
 /* Upwards. What is of a queue: under its lock. */
 
 static void send_simple(struct pvf_worker *w, uint16_t type)
@@ -112,6 +114,7 @@ static void send_hello(struct pvf_worker *w)
 		pvf_queue_unlock(q);
 	}
 	copy_text(m.name, sizeof(m.name), w->name);
+	copy_text(m.build, sizeof(m.build), w->build);
 	pvf_ctl_send(&w->ctl, &m, PVF_CTL_HELLO, w->generation, sizeof(m), w->stats.fd);
 	if (w->state == PVF_BROKEN)
 		send_broken(w);
@@ -460,6 +463,37 @@ static void handle_detach(struct pvf_worker *w)
 	send_simple(w, PVF_CTL_DETACHED);
 }
 
+static void handle_hand_over(struct pvf_worker *w)
+{
+	char why[PVF_TEXT_MAX];
+	int rc = pvf_worker_hand_over(w, w->ctl.fds[0], w->ctl.fds[1], why);
+
+	if (rc)
+		return send_error(w, PVF_CTL_HAND_OVER, -rc, why);
+	send_simple(w, PVF_CTL_HANDED_OVER);
+	w->exiting = true;
+}
+
+static void handle_take_over(struct pvf_worker *w)
+{
+	struct pvf_ctl_taken_over m = {0};
+	char why[PVF_TEXT_MAX];
+	uint64_t pause;
+	int rc = pvf_worker_take_over(w, w->ctl.fds[0], w->ctl.fds[1], &pause, why);
+
+	if (rc)
+		return send_error(w, PVF_CTL_TAKE_OVER, -rc, why);
+	m.pause_us = (uint32_t)(pause / 1000);
+	for (uint32_t i = 0; i < w->attached; i++) {
+		pvf_queue_lock(&w->queue[i]);
+		m.in_flight += w->queue[i].blk.in_flight;
+		pvf_queue_unlock(&w->queue[i]);
+	}
+	publish(w);
+	send_hello(w);
+	pvf_ctl_send(&w->ctl, &m, PVF_CTL_TAKEN_OVER, w->generation, sizeof(m), -1);
+}
+
 static void handle(struct pvf_worker *w)
 {
 	const struct pvf_ctl_hdr *hdr = &w->ctl.in.hdr;
@@ -478,6 +512,10 @@ static void handle(struct pvf_worker *w)
 		return handle_quiesce(w);
 	case PVF_CTL_DETACH:
 		return handle_detach(w);
+	case PVF_CTL_HAND_OVER:
+		return handle_hand_over(w);
+	case PVF_CTL_TAKE_OVER:
+		return handle_take_over(w);
 	case PVF_CTL_EXIT:
 		if (w->parked)
 			return send_error(w, PVF_CTL_EXIT, EBUSY,

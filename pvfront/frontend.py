@@ -80,6 +80,21 @@ class Frontend(Protocol):
         """The backend wrote Connected once more (a resize), or the worker had something."""
         ...
 
+    @property
+    def outdated(self) -> bool:
+        """Whether the worker runs another program than the one that is installed.
+
+        Looks at that program's file: only for a device that is Connected.
+        """
+        ...
+
+    async def upgrade(self) -> str:
+        """Replaces the worker without a reconnect, in the next `update`; says how it went.
+
+        Raises PvfrontError if the one before goes on. Called by anyone, while Connected.
+        """
+        ...
+
     async def quiesce(self, timeout: float) -> bool:
         """Stops intake and waits for the ring to empty; False if it did not."""
         ...

@@ -25,7 +25,7 @@ from .claim import Claims
 from .errors import PvfrontError
 from .platform import Platform, platform
 from .states import parse_state
-from .worker import STATS_NAME, stats_path
+from .worker import STATS_NAME, binary, build_of, stats_path
 from .xenstore import Xenstore
 
 KERNEL = "kernel"
@@ -139,6 +139,9 @@ async def status(store: Xenstore, text: str, on: Platform | None = None) -> dict
     if state is not None:
         file = state.pop("statistics_file", None)
         found.update(state)
+        if state.get("worker_build"):
+            with contextlib.suppress(OSError, PvfrontError):
+                found["worker_outdated"] = state["worker_build"] != build_of(binary())
         queues = statistics(state.get("worker_pid"), file)
         found["statistics"] = None if queues is None else total(queues)
         found["statistics_queues"] = queues
@@ -251,6 +254,23 @@ def _open_statistics(path: Path | str | None) -> int | None:
     return None
 
 
+async def upgrade(device: Device, on: Platform | None = None) -> str:
+    """Has the device's supervisor replace its worker without a reconnect; returns how it went.
+
+    Raises NotServed if no supervisor runs, PvfrontError with the reason if the worker stays.
+    """
+    on = on or platform()
+    path = on.run_dir / f"supervisor-{device.klass}.sock"
+    try:
+        answer = await _asked(path, {"verb": "upgrade", "id": device.id}, device.name)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise NotServed(
+            f"{device.name}: no supervisor runs",
+            hint="one that starts replaces the workers of another version by itself",
+        ) from None
+    return str(answer.get("text", f"{device.name}: upgraded"))
+
+
 async def release(device: Device, on: Platform | None = None) -> str:
     """Has the device's supervisor close it and give it back; returns what became of it.
 
@@ -259,14 +279,19 @@ async def release(device: Device, on: Platform | None = None) -> str:
     on = on or platform()
     path = on.run_dir / f"supervisor-{device.klass}.sock"
     try:
-        answer = await asyncio.wait_for(
-            _ask(path, {"verb": "release", "id": device.id}), _ANSWER_DEADLINE
-        )
+        answer = await _asked(path, {"verb": "release", "id": device.id}, device.name)
     except (FileNotFoundError, ConnectionRefusedError):
         return await _release_unserved(device, on)
+    return str(answer.get("text", f"{device.name}: released"))
+
+
+async def _asked(path: Path, request: dict[str, Any], name: str) -> dict[str, Any]:
+    """A supervisor's answer that is no refusal; its refusal as PvfrontError."""
+    try:
+        answer = await asyncio.wait_for(_ask(path, request), _ANSWER_DEADLINE)
     except TimeoutError:
         raise PvfrontError(
-            f"{device.name}: the supervisor did not answer within {_ANSWER_DEADLINE:.0f} s",
+            f"{name}: the supervisor did not answer within {_ANSWER_DEADLINE:.0f} s",
             hint="see its log: journalctl -u pvfront-vbd",
         ) from None
     if not answer.get("ok"):
@@ -275,7 +300,7 @@ async def release(device: Device, on: Platform | None = None) -> str:
             str(answer.get("error", "the supervisor gave no reason")),
             hint=str(hint) if hint else None,
         )
-    return str(answer.get("text", f"{device.name}: released"))
+    return answer
 
 
 async def _release_unserved(device: Device, on: Platform) -> str:

@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 STOP_DEADLINE = 60.0
 POWER_OFF_PATIENCE = 10.0
 READY_DEADLINE = 30.0
+UPGRADE_DEADLINE = 60.0
 OTHERS_AFTER = (0.1, 0.9)
 # The kernel may announce a device to us before it has made it.
 TAKE_AGAIN_AFTER = (0.1, 0.4, 1.0, 2.0)
@@ -212,11 +213,13 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
             loop.add_signal_handler(number, self.stop)
+        if signals:
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
         # First: a second supervisor must not change anything.
         async with answering(
             self.run_dir / f"supervisor-{self.klass.klass}.sock",
             self.klass.klass,
-            {"list": self._do_list, "release": self._do_release},
+            {"list": self._do_list, "release": self._do_release, "upgrade": self._do_upgrade},
         ):
             self._trace = Trace(self.run_dir, f"{SERVICE}{self.klass.klass}")
             self._trace.note(Kind.SERVICE, f"begins: pid {os.getpid()}", pid=os.getpid())
@@ -270,6 +273,20 @@ class Supervisor:
 
     def stop(self) -> None:
         self._stop.set()
+
+    def reload(self) -> None:
+        """SIGHUP: workers of another program than the installed one are replaced."""
+        self._spawn(self._reload(), "reload")
+
+    async def _reload(self) -> None:
+        for devid, served in sorted(self.served.items()):
+            if served.task.done():
+                continue
+            if served.loop.phase is not Phase.CONNECTED:
+                log.warning("%s: not connected: its worker stays", self.klass.label(devid))
+            elif served.loop.frontend.outdated:
+                with contextlib.suppress(PvfrontError, OSError):  # it is in the log
+                    await self._upgrade(devid)
 
     async def _announce(self) -> None:
         """READY once every device has its first result, good or bad, or after a deadline."""
@@ -567,3 +584,30 @@ class Supervisor:
             raise PvfrontError(text)
         self.served.pop(devid, None)
         return {"ok": True, "text": text}
+
+    async def _do_upgrade(self, request: dict[str, Any]) -> dict[str, Any]:
+        devid = request.get("id")
+        if not isinstance(devid, int):
+            raise PvfrontError('upgrade wants the "id" of a device, a number')
+        return {"ok": True, "text": f"{self.klass.label(devid)}: {await self._upgrade(devid)}"}
+
+    async def _upgrade(self, devid: int) -> str:
+        """Replaces a device's worker without a reconnect; PvfrontError: the old one goes on."""
+        served = self.served.get(devid)
+        name = self.klass.label(devid)
+        if served is None or served.task.done():
+            raise PvfrontError(f"{name}: not served by this supervisor")
+        if served.loop.phase is not Phase.CONNECTED:
+            raise PvfrontError(
+                f"{name}: only a connected device can be upgraded; it is {served.loop.phase.value}"
+            )
+        try:
+            async with asyncio.timeout(UPGRADE_DEADLINE):
+                text = await served.loop.frontend.upgrade()
+        except TimeoutError:
+            raise PvfrontError(
+                f"{name}: not upgraded within {UPGRADE_DEADLINE:.0f} s; it is "
+                f"{served.loop.phase.value}"
+            ) from None
+        self._phase_changed(served.loop)
+        return text

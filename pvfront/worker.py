@@ -10,6 +10,10 @@ Theory of operation
     arrives unasked goes to `on_event`, in order. Everything fails with `WorkerGone` once the
     process or its connection has ended.
 
+    A worker hands everything over to a second one of the same device by `hand_over`
+    (docs/upgrade.md). Until that has taken over it listens at ``<name>.next``, so that whoever
+    finds both knows which is which: one that is IDLE there has not, and is ended.
+
     Nothing here ever waits for the worker to take a message: the socket is non-blocking, and a
     worker that lets its queue fill up is treated as gone.
 """
@@ -21,6 +25,9 @@ import asyncio
 import contextlib
 import enum
 import errno
+import fcntl
+import functools
+import hashlib
 import logging
 import os
 import pwd
@@ -34,6 +41,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
+from . import __version__
 from .abi import ffi, lib
 from .errors import PvfrontError
 
@@ -81,6 +89,7 @@ class Hello:
     targets: int  # bit i: queue i has an NBD socket
     queues: int  # that it was started with
     attached: int  # queues that are attached now
+    build: str = ""  # `build_of` the program that it runs, as it was told
 
     @property
     def has_target(self) -> bool:
@@ -144,6 +153,14 @@ class Drained:
     """The ring is empty. Comes unasked when the requests of a client that has gone have left it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """How a worker took over: for how long nobody served, and what was in the rings."""
+
+    pause: float  # seconds
+    in_flight: int
+
+
 Event = Broken | TargetGone | FeatureOff | Stalled | Drained | Exited
 
 _ANSWERS = {
@@ -151,12 +168,16 @@ _ANSWERS = {
     lib.PVF_CTL_START: lib.PVF_CTL_STARTED,
     lib.PVF_CTL_QUIESCE: lib.PVF_CTL_DRAINED,
     lib.PVF_CTL_DETACH: lib.PVF_CTL_DETACHED,
+    lib.PVF_CTL_HAND_OVER: lib.PVF_CTL_HANDED_OVER,
+    lib.PVF_CTL_TAKE_OVER: lib.PVF_CTL_TAKEN_OVER,
 }
 _COMMANDS = {
     lib.PVF_CTL_ATTACH: "ATTACH",
     lib.PVF_CTL_START: "START",
     lib.PVF_CTL_QUIESCE: "QUIESCE",
     lib.PVF_CTL_DETACH: "DETACH",
+    lib.PVF_CTL_HAND_OVER: "HAND_OVER",
+    lib.PVF_CTL_TAKE_OVER: "TAKE_OVER",
 }
 _SYSLOG = {3: logging.ERROR, 4: logging.WARNING, 6: logging.INFO}
 
@@ -174,6 +195,18 @@ def binary() -> Path:
     return path
 
 
+def build_of(program: Path) -> str:
+    """Which build of the worker the file `program` is: our version and a digest of its bytes."""
+    found = program.stat()
+    return _build(program, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _build(program: Path, *_: int) -> str:
+    digest = hashlib.sha256(program.read_bytes()).hexdigest()
+    return f"{__version__[:14]}-{digest[:16]}"
+
+
 def worker_ids() -> tuple[int, int]:
     """uid and gid of the user that workers run as."""
     try:
@@ -189,9 +222,13 @@ def worker_ids() -> tuple[int, int]:
 class Worker:
     """A running worker. Make one by `spawn` or `adopt`; `close` forgets it without ending it."""
 
-    def __init__(self, name: str, sock: socket.socket, pid: int, *, child: bool) -> None:
+    def __init__(
+        self, name: str, sock: socket.socket, pid: int, *, child: bool, found: bool = False
+    ) -> None:
         self.name = name
         self.pid = pid
+        self._found = found  # left by an earlier supervisor: ours to end
+        self._taken: Taken | None = None
         self.hello: Hello | None = None
         self.stats_fd = -1
         self.on_event: Callable[[Event], None] = lambda event: None
@@ -220,16 +257,19 @@ class Worker:
         queues: int = 1,
         change_user: bool = True,
         ublk: bool = False,
+        following: bool = False,
     ) -> Worker:
         """Starts a worker listening at ``run_dir/<name>.sock`` and waits for its HELLO.
 
+        `following`: at ``<name>.next``; it is to take over from the one at ``.sock``.
         `queues`: the most that a connection can have, PVF_MAX_QUEUES at most; each is a thread.
         `change_user`: as root, it becomes the user pvfront's and gets an empty root directory.
         `ublk`: it can serve a ublk device; it then may use an io_uring.
         """
-        path = run_dir / f"{name}.sock"
+        path = run_dir / f"{name}.{'next' if following else 'sock'}"
         program = binary()
         argv = [str(program), "--name", name, "--queues", str(queues)]
+        argv += ["--build", build_of(program)]
         if change_user and os.geteuid() == 0:
             uid, gid = worker_ids()
             root = run_dir / "empty"
@@ -256,21 +296,39 @@ class Worker:
             return await cls._greet(name, path, pid)
         except ConnectionError:
             end = _kill_and_reap(pid)
+            path.unlink(missing_ok=True)
             raise WorkerGone(f"{name}: the worker does not listen; pid {pid} {end}") from None
         except BaseException:
             _kill_and_reap(pid)
+            path.unlink(missing_ok=True)
             raise
 
     @classmethod
     async def adopt(cls, name: str, run_dir: Path) -> Worker | None:
-        """Connects to a worker left by another supervisor; None if there is none alive."""
-        path = run_dir / f"{name}.sock"
-        if not path.exists():
-            return None
+        """Connects to a worker left by another supervisor; None if there is none alive.
+
+        One that speaks another version of the protocol is ended: nobody else could.
+        """
+        path, follower = run_dir / f"{name}.sock", run_dir / f"{name}.next"
+        second = await cls._adopt(name, follower) if follower.exists() else None
+        if second is not None:
+            assert second.hello is not None
+            if second.hello.state is not State.IDLE:
+                follower.replace(path)
+                return second
+            # Not taken over when its supervisor died. Once it has ended the first one goes on.
+            second.kill()
+            await second.ended(ANSWER_DEADLINE)
+            second.close()
+            follower.unlink(missing_ok=True)
+        return await cls._adopt(name, path) if path.exists() else None
+
+    @classmethod
+    async def _adopt(cls, name: str, path: Path) -> Worker | None:
         try:
             return await cls._greet(name, path, None)
         except (ConnectionError, FileNotFoundError, ProcessLookupError, WorkerGone):
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # noqa: ASYNC240 - no disk
             return None
 
     @classmethod
@@ -286,7 +344,7 @@ class Worker:
             child = pid is not None
             pid = pid or await _peer_pid(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-            worker = cls(name, sock, pid, child=child)
+            worker = cls(name, sock, pid, child=child, found=not child)
         except BaseException:
             sock.close()
             raise
@@ -424,6 +482,46 @@ class Worker:
         )
         await self._command(lib.PVF_CTL_DETACH, generation, message)
 
+    async def hand_over(self, other: Worker) -> Taken:
+        """Has `other`, a new worker, take over everything from this one, which then ends.
+
+        Raises WorkerError if that failed and this one goes on as if nothing had happened,
+        WorkerGone if it has ended in the midst of it: then nobody serves. In both cases `other`
+        is ended.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        table = os.memfd_create("pvfront-table", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(table, lib.PVF_HAND_OVER_BYTES)
+            fcntl.fcntl(table, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            message = ffi.new("struct pvf_ctl_simple *")
+            # Each end is only theirs once it was sent: its closing says that a worker has died.
+            took, gave = await asyncio.gather(
+                other._command(
+                    lib.PVF_CTL_TAKE_OVER, 0, message, fds=(theirs.fileno(), table),
+                    sent=theirs.close,
+                ),
+                self._command(
+                    lib.PVF_CTL_HAND_OVER, self._generation, ffi.new("struct pvf_ctl_simple *"),
+                    fds=(ours.fileno(), table), sent=ours.close,
+                ),
+                return_exceptions=True,
+            )  # fmt: skip
+        finally:
+            ours.close()
+            theirs.close()
+            os.close(table)
+        if took is None and other._taken is not None:
+            if not await self.ended(ANSWER_DEADLINE):
+                self.kill()
+            return other._taken
+        other.kill()
+        await other.ended(ANSWER_DEADLINE)
+        other.close()
+        if isinstance(gave, WorkerError):
+            raise gave
+        raise WorkerGone(f"{self.name}: the worker ended while it was handed over: {took or gave}")
+
     async def exit(self) -> None:
         """EXIT, and wait for the end; SIGKILL if it does not come."""
         if self._gone is None:
@@ -449,6 +547,8 @@ class Worker:
         size: int | None = None,
         fds: Sequence[int] = (),
         timeout: float = ANSWER_DEADLINE,
+        *,
+        sent: Callable[[], None] = lambda: None,
     ) -> None:
         async with self._lock:
             self._answer = asyncio.get_running_loop().create_future()
@@ -456,6 +556,7 @@ class Worker:
             before, self._generation = self._generation, generation
             try:
                 self._send(kind, generation, message, size, fds)
+                sent()
                 async with asyncio.timeout(timeout):
                     await self._answer
             except WorkerError:
@@ -518,6 +619,9 @@ class Worker:
             return
         hdr = ffi.from_buffer("struct pvf_ctl_hdr *", data)
         if (hdr.magic, hdr.version) != (lib.PVF_CTL_MAGIC, lib.PVF_CTL_VERSION):
+            if self._found and hdr.magic == lib.PVF_CTL_MAGIC and not self._greeted.done():
+                # Of another version of ours: it cannot be served on, nor asked to end.
+                self.kill()
             self._end("the worker speaks another version of the control protocol")
             return
         name = _BODIES.get(hdr.type)
@@ -534,6 +638,8 @@ class Worker:
         elif kind == lib.PVF_CTL_ERROR:
             self._refused(body)
         elif kind in _ANSWERS.values():
+            if kind == lib.PVF_CTL_TAKEN_OVER:
+                self._taken = Taken(int(body.pause_us) / 1e6, int(body.in_flight))
             # A DRAINED that comes after its QUIESCE has timed out finds nobody waiting.
             answer = self._answer
             if (
@@ -566,6 +672,7 @@ class Worker:
             targets=int(body.targets),
             queues=int(body.queues),
             attached=int(body.attached),
+            build=_text(body.build),
         )
         if not self._greeted.done():
             self._greeted.set_result(self.hello)
@@ -636,6 +743,8 @@ _BODIES = {
     lib.PVF_CTL_STARTED: "pvf_ctl_simple",
     lib.PVF_CTL_DRAINED: "pvf_ctl_simple",
     lib.PVF_CTL_DETACHED: "pvf_ctl_simple",
+    lib.PVF_CTL_HANDED_OVER: "pvf_ctl_simple",
+    lib.PVF_CTL_TAKEN_OVER: "pvf_ctl_taken_over",
     lib.PVF_CTL_ERROR: "pvf_ctl_error",
     lib.PVF_CTL_HELLO: "pvf_ctl_hello",
     lib.PVF_CTL_BROKEN: "pvf_ctl_broken",

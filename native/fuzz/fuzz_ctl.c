@@ -278,7 +278,7 @@ static void command(struct input *in)
 	struct pvf_ctl_attach *a = (struct pvf_ctl_attach *)(void *)m.bytes;
 	uint32_t how = upto(in, 256), bend = upto(in, 256), queue = 0, count = 0;
 	static const uint16_t types[] = {PVF_CTL_ATTACH, PVF_CTL_START, PVF_CTL_QUIESCE,
-					 PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START, 6, 99};
+					 PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START, 8, 99};
 	uint16_t type = types[how % 8];
 	size_t size = sizeof(m.hdr);
 	int fds[MANY];

@@ -16,17 +16,20 @@
 #include <stdint.h>
 
 #define PVF_CTL_MAGIC 0x43465650u /* "PVFC" */
-#define PVF_CTL_VERSION 2u
+#define PVF_CTL_VERSION 3u
 #define PVF_CTL_MAX 8192u     /* bytes of the largest message */
 #define PVF_CTL_MAX_FDS 16u
 #define PVF_MAX_QUEUES 16u   /* of one device, and so of one worker */
 #define PVF_NAME_MAX 64u      /* device name, NUL-terminated */
+#define PVF_BUILD_MAX 32u     /* which build of the worker, NUL-terminated */
 #define PVF_TEXT_MAX 192u     /* human-readable text, NUL-terminated */
 #define PVF_MAX_RING_PAGES 16u
 #define PVF_MAX_POOL_PAGES 1056u
 #define PVF_NBD_PATIENCE_SECONDS 10 /* several sockets: how old a request may get (fence.h) */
 #define PVF_NBD_MAX_PAYLOAD 33554432u /* bytes of the largest NBD read or write: 32 MiB */
 #define PVF_PAGE_SIZE 4096u
+#define PVF_HAND_OVER_BYTES 8388608u /* of the memfd between two workers: room for any table */
+#define PVF_HAND_OVER_SECONDS 5 /* that each of them waits for the other, before it gives up */
 
 enum pvf_class {
 	PVF_CLASS_BLK = 1,
@@ -41,12 +44,16 @@ enum pvf_ctl_type {
 	PVF_CTL_QUIESCE = 3,
 	PVF_CTL_DETACH = 4,
 	PVF_CTL_EXIT = 5,
+	PVF_CTL_HAND_OVER = 6, /* fds: one end of a SEQPACKET pair, a memfd: docs/upgrade.md */
+	PVF_CTL_TAKE_OVER = 7, /* to the next worker; fds: the pair's other end, the same memfd */
 	/* worker to supervisor: answers */
 	PVF_CTL_ATTACHED = 64,
 	PVF_CTL_STARTED = 65,
 	PVF_CTL_DRAINED = 66,
 	PVF_CTL_DETACHED = 67,
 	PVF_CTL_ERROR = 68,
+	PVF_CTL_HANDED_OVER = 70, /* nothing is held any more; the worker ends */
+	PVF_CTL_TAKEN_OVER = 71,  /* behind a second HELLO */
 	/* worker to supervisor: unasked */
 	PVF_CTL_HELLO = 96,  /* fds: statistics memfd, read-only */
 	PVF_CTL_BROKEN = 97,
@@ -114,7 +121,8 @@ struct pvf_ctl_start {
 #define PVF_BLK_DISCARD 4u
 #define PVF_BLK_BARRIER 8u /* flushes are empty barriers; where FLUSH is set too, it is used */
 
-struct pvf_ctl_simple { /* QUIESCE, EXIT; ATTACHED, STARTED, DRAINED, DETACHED */
+struct pvf_ctl_simple { /* QUIESCE, EXIT, HAND_OVER, TAKE_OVER; ATTACHED, STARTED, DRAINED, DETACHED,
+			 * HANDED_OVER */
 	struct pvf_ctl_hdr hdr;
 };
 
@@ -140,6 +148,13 @@ struct pvf_ctl_hello {
 	uint32_t queues;      /* that this worker was started with: the most a connection can have */
 	uint32_t attached;    /* queues that are attached now */
 	char name[PVF_NAME_MAX]; /* empty before the first ATTACH */
+	char build[PVF_BUILD_MAX]; /* as it was started with: which program it is; "": not told */
+};
+
+struct pvf_ctl_taken_over {
+	struct pvf_ctl_hdr hdr;
+	uint32_t pause_us;  /* for so long no queue was served by either worker */
+	uint32_t in_flight; /* requests in all rings, at that time */
 };
 
 struct pvf_ctl_error {

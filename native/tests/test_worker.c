@@ -436,6 +436,64 @@ static void broken(void)
 	pvf_worker_end(&worker);
 }
 
+/* Another worker, with threads of its own, takes over while all queues are busy. */
+static struct pvf_worker next;
+static pthread_t next_thread;
+
+static void *run_next(void *arg)
+{
+	(void)arg;
+	status = pvf_worker_run(&next);
+	return NULL;
+}
+
+static void tell_at(int sock, uint16_t type, uint32_t generation, const int *fds)
+{
+	struct pvf_ctl_simple m = {
+		{PVF_CTL_MAGIC, PVF_CTL_VERSION, type, generation, sizeof(m)}};
+
+	send_packet(sock, &m, sizeof(m), fds, 2);
+}
+
+static void handed_over(void)
+{
+	int pair[2], peers[2], table = memfd(PVF_HAND_OVER_BYTES);
+	const char *why;
+
+	begin(3);
+	for (uint32_t i = 0; i < queues; i++) {
+		CHECK(!pthread_create(&sides[i].writer, NULL, send_writes, &sides[i]));
+		CHECK(!pthread_create(&sides[i].reader, NULL, take_writes, &sides[i]));
+	}
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, peers));
+	CHECK(!pvf_worker_init(&next, -1, "vbd-1", MOST, &why));
+	CHECK(!pvf_worker_start(&next, &why));
+	pvf_worker_connect(&next, pair[1]);
+	CHECK(!pthread_create(&next_thread, NULL, run_next, NULL));
+	tell_at(pair[0], PVF_CTL_TAKE_OVER, 0, (int[2]){peers[0], table});
+	tell_at(control, PVF_CTL_HAND_OVER, 1, (int[2]){peers[1], table});
+	hear(PVF_CTL_HANDED_OVER);
+	pthread_join(worker_thread, NULL);
+	CHECK_EQ(status, 0);
+	close(control);
+	control = pair[0];
+	hear(PVF_CTL_TAKEN_OVER);
+	worker_thread = next_thread;
+	for (uint32_t i = 0; i < queues; i++) {
+		pthread_join(sides[i].writer, NULL);
+		pthread_join(sides[i].reader, NULL);
+	}
+	use(send_reads, take_reads);
+	detach_and_end();
+	CHECK(!memcmp(disk, expected, queues * PART));
+	pvf_worker_end(&worker);
+	pvf_worker_end(&next);
+	close(peers[0]);
+	close(peers[1]);
+	close(table);
+}
+
 int main(void)
 {
 	static const struct test tests[] = {
@@ -446,6 +504,7 @@ int main(void)
 		{"queues that are busy are quiesced together, as often as asked", asked},
 		{"the socket of one queue falls, and with it all, while they are busy", lost},
 		{"a rule broken in one ring stops all queues while they are busy", broken},
+		{"another worker takes over from one whose queues are all busy", handed_over},
 	};
 
 	return RUN_TESTS(tests);

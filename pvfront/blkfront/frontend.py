@@ -22,6 +22,11 @@ Theory of operation
     shapes are tried, and said. Features are read again at Connected, where most backends write
     them; each generation takes what its backend offers then, be it less than the one before had.
     What users were told cannot always be taken back: see target.py.
+
+    `upgrade` has the present worker hand everything over to a new process of the program that is
+    installed now (docs/upgrade.md): no generation begins, and neither the backend nor the target
+    learns of it. It is done in `update`, between two steps of the loop. A worker that is adopted
+    and runs another program than the installed one is upgraded at once.
 """
 
 from __future__ import annotations
@@ -62,6 +67,7 @@ from .generation import Opened, opened
 from .rings import Shape
 from .settings import DiskSettings
 from .target import Target
+from .upgrade import Upgrade, outdated
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +125,7 @@ class DiskFrontend:
         self._stolen = stolen
         self._tell_event = on_event
         self._wanted_off: list[str] = []
+        self._upgrade = Upgrade(name, self.run_dir)
         self.budget.join(name)
         if target.clients is not None:
             target.clients.on_waiting(lambda: self._poke())
@@ -131,7 +138,8 @@ class DiskFrontend:
 
     @property
     def pending(self) -> bool:
-        return bool(self._wanted_off) or self._news or self._next_client or self.target.resize_waits
+        asked = bool(self._wanted_off) or self._upgrade.asked
+        return asked or self._news or self._next_client or self.target.resize_waits
 
     @property
     def generation(self) -> int:
@@ -180,6 +188,9 @@ class DiskFrontend:
             "os_device": self.target.path,
             "link": self.target.link,
             "worker_pid": self._worker.pid if self._worker is not None else None,
+            "worker_build": self._build,
+            "upgrades": self._upgrade.count,
+            "upgrade_pause_ms": None if (pause := self._upgrade.pause) is None else pause * 1e3,
             "stalled_seconds": self.stalled,
             "statistics_file": self._statistics_file(),
         }
@@ -196,6 +207,16 @@ class DiskFrontend:
                 geometry, self._offered, by_barrier=self._by_barrier
             )
         return found
+
+    @property
+    def _build(self) -> str:
+        hello = self._worker.hello if self._worker is not None else None
+        return hello.build if hello is not None else ""
+
+    @property
+    def outdated(self) -> bool:
+        """See upgrade.py."""
+        return outdated(self._build)
 
     @property
     def _persistent(self) -> bool:
@@ -263,6 +284,8 @@ class DiskFrontend:
         self._hold(hello.has_target)
         await self._publish()
         log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
+        if self.outdated and not self.target.stays:
+            self._ask_upgrade()
         return True
 
     def _adopt_shape(self, worker: Worker) -> None:
@@ -499,6 +522,41 @@ class DiskFrontend:
         if self._next_client:
             await self._start_socket()
         self._news = False
+        if self._upgrade.asked:
+            await self._do_upgrade()
+
+    # -- another worker ----------------------------------------------------------------------
+
+    async def upgrade(self) -> str:
+        """Has a new worker take over from the present one, without a reconnect; says how it went.
+
+        Raises PvfrontError if the present one goes on. To be called while the loop is Connected.
+        """
+        if self._worker is None:
+            raise PvfrontError(f"{self.label}: there is no worker")
+        if not self._build:
+            raise PvfrontError(f"{self.label}: its worker is none of ours")
+        if self.target.stays:
+            raise PvfrontError(
+                f"{self.label}: a ublk device cannot be handed over; its worker stays",
+                hint="end the worker, and a new one takes its place after a pause: "
+                f"kill -9 {self._worker.pid}",
+            )
+        return await asyncio.shield(self._ask_upgrade())
+
+    def _ask_upgrade(self) -> asyncio.Future[str]:
+        asked = self._upgrade.ask()
+        self._poke()
+        return asked
+
+    async def _do_upgrade(self) -> None:
+        old = self._need_worker()
+        queues = max(old.hello.queues if old.hello is not None else 1, self._most_queues)
+        text = await self._upgrade.perform(
+            old, lambda: self._new_worker(queues, following=True), self._use, self._on_event
+        )
+        if text is not None:
+            self._note(Kind.WORKER, text, pid=self.target.server_pid)
 
     @property
     def _next_client(self) -> bool:
@@ -635,10 +693,14 @@ class DiskFrontend:
         return self._need_worker()
 
     async def _spawn(self) -> Worker:
+        return await self._new_worker(self._most_queues)
+
+    async def _new_worker(self, queues: int, *, following: bool = False) -> Worker:
         return await Worker.spawn(
             self.name,
             self.run_dir,
-            queues=self._most_queues,
+            queues=queues,
+            following=following,
             change_user=self.platform.name == "xen",
             ublk=self.target.stays,
         )

@@ -18,6 +18,7 @@ from .release import release
 from .status import status
 from .store import store
 from .trace import trace
+from .upgrade import upgrade
 from .vbd import vbd
 
 
@@ -27,7 +28,7 @@ def cli() -> None:
     """Xen PV devices of this guest, served in user space."""
 
 
-for command in (ledger, list_command, release, status, store, trace, vbd):
+for command in (ledger, list_command, release, status, store, trace, upgrade, vbd):
     cli.add_command(command)
 
 

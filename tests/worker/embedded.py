@@ -94,6 +94,8 @@ BODIES = {
     lib.PVF_CTL_STARTED: "pvf_ctl_simple",
     lib.PVF_CTL_DRAINED: "pvf_ctl_simple",
     lib.PVF_CTL_DETACHED: "pvf_ctl_simple",
+    lib.PVF_CTL_HANDED_OVER: "pvf_ctl_simple",
+    lib.PVF_CTL_TAKEN_OVER: "pvf_ctl_taken_over",
     lib.PVF_CTL_ERROR: "pvf_ctl_error",
     lib.PVF_CTL_HELLO: "pvf_ctl_hello",
     lib.PVF_CTL_BROKEN: "pvf_ctl_broken",
@@ -158,21 +160,30 @@ class Host:
         self.all_pages: list[Pages] = []
         self.clients: list[socket.socket] = []
         self._stack = contextlib.ExitStack()
-        directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pvf-"))
-        self.path = f"{directory}/w.sock"
+        self._directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pvf-"))
+        self.args = args or []
+        self.workers = 0
+        self.path, self.process, self.supervisor = self.start_worker()
+
+    def start_worker(
+        self, queues: int | None = None
+    ) -> tuple[str, subprocess.Popen[bytes], Supervisor]:
+        """A worker that holds nothing yet: where it listens, its process, a connection to it."""
+        self.workers += 1
+        path = f"{self._directory}/w{self.workers}.sock"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(self.path)
+        listener.bind(path)
         listener.listen(4)
-        script = [str(binary()), "--name", name, "--queues", str(queues), *(args or [])]
+        script = [
+            str(binary()), "--name", self.name, "--queues", str(queues or self.queues), *self.args,
+        ]  # fmt: skip
 
         def third() -> None:
             os.dup2(listener.fileno(), 3)
 
-        self.process = subprocess.Popen(
-            script, preexec_fn=third, pass_fds=[3], stderr=subprocess.PIPE
-        )
+        process = subprocess.Popen(script, preexec_fn=third, pass_fds=[3], stderr=subprocess.PIPE)
         listener.close()
-        self.supervisor = Supervisor(self.path)
+        return path, process, Supervisor(path)
 
     def __enter__(self) -> Host:
         return self

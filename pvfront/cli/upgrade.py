@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""``pvfront upgrade``: replace the workers of disks that are in use."""
+
+from __future__ import annotations
+
+import click
+
+from .. import inventory
+from ..errors import PvfrontError
+from ..xenstore import Xenstore
+from .output import with_store
+
+
+@click.command()
+@click.argument("device", required=False)
+def upgrade(device: str | None) -> None:
+    """Replace the worker of a served DEVICE, or of each, by one of the installed program.
+
+    The new one takes over in the midst of everything: the connection to the backend stays, and
+    whoever uses the disk notices a pause of milliseconds. If it cannot, the old one goes on.
+    """
+
+    async def work(store: Xenstore) -> list[str]:
+        if device is not None:
+            return [await inventory.upgrade(await inventory.find(store, device))]
+        served = [d for d in await inventory.devices(store) if d.owner == inventory.PVFRONT]
+        if not served:
+            raise PvfrontError("no device is served", hint="`pvfront list` shows who has what")
+        return [await inventory.upgrade(d) for d in served]
+
+    for line in with_store(work):
+        click.echo(line)
