@@ -271,7 +271,7 @@ static int take_queue(struct pvf_worker *w, const struct pvf_image *image, uint3
 static int take_all(struct pvf_worker *w, int peer, int table, struct pvf_image *head,
 		    struct pvf_image **image, size_t *size, const char **why)
 {
-	uint64_t until = pvf_now_ns() + PVF_HAND_OVER_SECONDS * PVF_SECOND;
+	uint64_t until = pvf_now_ns() + PVF_TAKE_OVER_SECONDS * PVF_SECOND;
 	uint32_t queues = 1;
 
 	for (uint32_t i = 0; i < queues; i++) {

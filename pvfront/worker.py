@@ -499,7 +499,7 @@ class Worker:
             took, gave = await asyncio.gather(
                 other._command(
                     lib.PVF_CTL_TAKE_OVER, 0, message, fds=(theirs.fileno(), table),
-                    sent=theirs.close,
+                    timeout=lib.PVF_TAKE_OVER_SECONDS + ANSWER_DEADLINE, sent=theirs.close,
                 ),
                 self._command(
                     lib.PVF_CTL_HAND_OVER, self._generation, ffi.new("struct pvf_ctl_simple *"),

@@ -29,7 +29,8 @@
 #define PVF_NBD_MAX_PAYLOAD 33554432u /* bytes of the largest NBD read or write: 32 MiB */
 #define PVF_PAGE_SIZE 4096u
 #define PVF_HAND_OVER_BYTES 8388608u /* of the memfd between two workers: room for any table */
-#define PVF_HAND_OVER_SECONDS 5 /* that each of them waits for the other, before it gives up */
+#define PVF_HAND_OVER_SECONDS 5 /* that the old one waits for the new one, while nobody serves */
+#define PVF_TAKE_OVER_SECONDS 30 /* that the new one waits for the old one, while that serves */
 
 enum pvf_class {
 	PVF_CLASS_BLK = 1,

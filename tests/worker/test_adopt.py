@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import psutil
-from embedded import DEADLINE, serving, wait_for
+from embedded import serving
+from waiting import PATIENCE, wait_for
 
 from pvfront.abi import lib
 from pvfront.worker import State, Worker
@@ -84,7 +85,7 @@ def test_a_worker_of_another_version_of_the_protocol_is_ended(tmp_path: Path) ->
         )
     try:
         assert asyncio.run(Worker.adopt(NAME, tmp_path)) is None
-        assert stranger.wait(DEADLINE) < 0
+        assert stranger.wait(PATIENCE) < 0
         assert sockets(tmp_path) == []
     finally:
         stranger.kill()

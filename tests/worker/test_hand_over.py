@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from embedded import DEADLINE, Host, Nbd, Supervisor, serving, wait_for
+from embedded import Host, Nbd, Supervisor, serving
+from waiting import PATIENCE, wait_for
 
 from pvfront.abi import ffi, lib, read_stats
 
@@ -39,7 +40,7 @@ def table(size: int = lib.PVF_HAND_OVER_BYTES, *, seal: bool = True) -> int:
 
 def pair() -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.settimeout(DEADLINE)
+    ours.settimeout(PATIENCE)
     return ours, theirs
 
 
@@ -49,7 +50,7 @@ def simple() -> Any:
 
 def end(process: Any) -> None:
     process.send_signal(signal.SIGKILL)
-    process.wait(DEADLINE)
+    process.wait(PATIENCE)
     process.stderr.close()
 
 
@@ -66,7 +67,7 @@ def upgrade(host: Host) -> Any:
     os.close(memory)
     taken = supervisor.wait(lib.PVF_CTL_TAKEN_OVER)
     host.supervisor.wait(lib.PVF_CTL_HANDED_OVER)
-    assert host.process.wait(DEADLINE) == 0
+    assert host.process.wait(PATIENCE) == 0
     assert host.process.stderr is not None
     assert not host.process.stderr.read()
     host.process.stderr.close()
@@ -164,7 +165,7 @@ def test_a_client_that_writes_and_verifies_notices_nothing_of_five_upgrades() ->
                 wait_for("progress", lambda i=i: rounds > 3 * i or problems)
         finally:
             stop.set()
-            user.join(DEADLINE)
+            user.join(PATIENCE)
         assert not user.is_alive()
         assert not problems, problems
         stats = host.stats()
@@ -330,13 +331,13 @@ def refusal(host: Host, data: bytes, fds: list[int], memory: int) -> tuple[int, 
     ours, theirs = pair()
     try:
         with ours:
-            with theirs:
-                supervisor.send(lib.PVF_CTL_TAKE_OVER, simple(), 0, [theirs.fileno(), memory])
             if data:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
                 ours.sendmsg([data], rights if fds else [])
             else:
                 ours.shutdown(socket.SHUT_WR)
+            with theirs:
+                supervisor.send(lib.PVF_CTL_TAKE_OVER, simple(), 0, [theirs.fileno(), memory])
             command, code, text = supervisor.error()
             assert command == lib.PVF_CTL_TAKE_OVER
             magic, kind, _, _, said = PACKET.unpack(ours.recv(4096))
