@@ -27,7 +27,7 @@ def _in_lab(config: pytest.Config) -> bool:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """What is of the embedded host alone is not even imported in the lab."""
-    only_here = {"test_many_disks.py", "test_embedded_world.py", "test_upgrade.py"}
+    only_here = {"test_many_disks.py", "test_embedded_world.py"}
     return True if collection_path.name in only_here and _in_lab(config) else None
 
 
