@@ -88,7 +88,7 @@ def test_fio_at_depth_32_notices_nothing_of_upgrades(world: World) -> None:
         assert len(pids) == UPGRADES + 1
         assert last["upgrades"] == UPGRADES
         assert (last["generation"], last["reconnects"]) == (first["generation"], 0)
-        disk.fio(rw="randread", size="4M")
+        disk.fio(size="4M")
         world.assert_no_io_errors()
 
 
