@@ -67,7 +67,7 @@ from .generation import Opened, opened
 from .rings import Shape
 from .settings import DiskSettings
 from .target import Target
-from .upgrade import Upgrade, outdated
+from .upgrade import TRY_AGAIN_AFTER, Upgrade, outdated
 
 log = logging.getLogger(__name__)
 
@@ -555,6 +555,8 @@ class DiskFrontend:
         text = await self._upgrade.perform(
             old, lambda: self._new_worker(queues, following=True), self._use, self._on_event
         )
+        if self._upgrade.asked:
+            asyncio.get_running_loop().call_later(TRY_AGAIN_AFTER, self._poke)
         if text is not None:
             self._note(Kind.WORKER, text, pid=self.target.server_pid)
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from ..errors import PvfrontError
-from ..worker import Event, Worker, binary, build_of
+from ..worker import Event, Worker, WorkerError, binary, build_of
 
 log = logging.getLogger(__name__)
+
+# A worker whose client leaves at that very moment refuses, and soon does not any more.
+TRIES = 20
+TRY_AGAIN_AFTER = 0.5
 
 
 def outdated(build: str) -> bool:
@@ -34,6 +39,7 @@ class Upgrade:
         self._name = name
         self._path = run_dir / f"{name}.next"
         self._asked: asyncio.Future[str] | None = None
+        self._refused = 0  # times in a row
 
     @property
     def asked(self) -> bool:
@@ -55,23 +61,37 @@ class Upgrade:
         on_event: Callable[[Event], None],
     ) -> str | None:
         """Does what is asked for. The text of how it went; None: `old` goes on, or nobody serves.
+        It stays `asked` if it is to be tried again, after TRY_AGAIN_AFTER seconds.
 
         `begin` starts the other worker, as `following`; `use` is told that it serves. What either
         says meanwhile comes to `on_event` once it is decided whose word counts.
         """
-        asked, self._asked = self._asked, None
+        asked = self._asked
         assert asked is not None
         try:
             text = await self._hand_over(old, begin, use, on_event)
         except (PvfrontError, OSError) as error:
+            if (
+                isinstance(error, WorkerError)
+                and error.error == errno.EBUSY
+                and self._refused < TRIES
+            ):
+                self._refused += 1
+                return None
+            self._settle()
             log.warning("%s: the worker is not upgraded: %s", self._name, error)
             if not asked.done():
                 asked.set_exception(error)
             return None
+        self._settle()
         log.info("%s: %s", self._name, text)
         if not asked.done():
             asked.set_result(text)
         return text
+
+    def _settle(self) -> None:
+        self._asked = None
+        self._refused = 0
 
     async def _hand_over(
         self,
