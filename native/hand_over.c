@@ -15,8 +15,8 @@
  *   will, but for a process that dies after it was decided in its favour, which is what a worker's
  *   death always was.
  *
- *   When the old one has waited for long enough it shuts its end for reading, after which SERVING
- *   cannot be sent any more, and looks for one that came before.
+ *   When the old one has waited for long enough, or has heard anything else, it shuts its end for
+ *   reading, after which SERVING cannot be sent any more, and looks for one that came before.
  *
  *   A refusal says why, for people.
  */
@@ -48,6 +48,8 @@ struct packet {
 	uint32_t queues; /* attached */
 	char text[PVF_TEXT_MAX];
 };
+
+static const char no_peer[] = "the first descriptor is no end of a socket pair for packets";
 
 static void say(char why[PVF_TEXT_MAX], const char *text)
 {
@@ -96,7 +98,10 @@ static int receive(int peer, struct packet *p, int *fds, uint32_t *count, uint64
 
 	for (;;) {
 		n = recvmsg(peer, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-		if (n >= 0 || (errno != EAGAIN && errno != EINTR))
+		/* An end that was closed with packets unread says that before what it had sent, once. */
+		if (n < 0 && (errno == ECONNRESET || errno == EINTR))
+			continue;
+		if (n >= 0 || errno != EAGAIN)
 			break;
 		uint64_t now = pvf_now_ns();
 		struct pollfd polled = {.fd = peer, .events = POLLIN};
@@ -106,12 +111,14 @@ static int receive(int peer, struct packet *p, int *fds, uint32_t *count, uint64
 		poll(&polled, 1, (int)((until - now) / PVF_MS) + 1);
 	}
 	if (n < 0)
-		return errno == ECONNRESET ? 0 : -errno;
+		return -errno;
 	uint32_t came = pvf_scm_take(&msg, fds, PVF_SCM_MAX);
 
 	*count = pvf_min32(came, PVF_SCM_MAX);
-	if (!n)
+	if (!n) {
+		pvf_scm_close(fds, *count);
 		return 0;
+	}
 	p->text[sizeof(p->text) - 1] = 0;
 	if (n == sizeof(*p) && p->magic == MAGIC && !(msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) &&
 	    came <= PVF_SCM_MAX)
@@ -164,31 +171,39 @@ static int send_all(const struct pvf_worker *w, int peer, struct pvf_image *imag
 	return rc;
 }
 
-/* 0: the new one serves. */
+/* 0: the new one serves. Whatever else is heard, or not, SERVING may still be on its way: it is made
+ * impossible first, and then looked for among all that came. */
 static int decision(int peer, char why[PVF_TEXT_MAX])
 {
-	struct packet p = {0};
-	int fds[PVF_SCM_MAX];
-	uint32_t n = 0;
-	int rc = receive(peer, &p, fds, &n, pvf_now_ns() + PVF_HAND_OVER_SECONDS * PVF_SECOND);
+	uint64_t until = pvf_now_ns() + PVF_HAND_OVER_SECONDS * PVF_SECOND;
+	int result = 0;
 
-	if (rc == -EAGAIN) {
+	say(why, "the next worker has ended, or is none");
+	for (;;) {
+		struct packet p = {0};
+		int fds[PVF_SCM_MAX];
+		uint32_t n = 0;
+		int rc = receive(peer, &p, fds, &n, until);
+
+		if (rc > 0)
+			pvf_scm_close(fds, n);
+		if (rc > 0 && p.kind == SERVING)
+			return 0;
+		if (result && rc <= 0 && rc != -EPROTO)
+			return result; /* nothing more came */
+		if (result)
+			continue;
+		result = rc < 0 ? rc : rc ? -EPROTO : -EPIPE;
+		if (rc == -EAGAIN) {
+			result = -ETIMEDOUT;
+			say(why, "the next worker did not answer in time");
+		} else if (rc > 0 && p.kind == REFUSED) {
+			result = -ECANCELED;
+			say(why, p.text);
+		}
 		shutdown(peer, SHUT_RD);
-		rc = receive(peer, &p, fds, &n, 0);
-		if (rc <= 0)
-			rc = -ETIMEDOUT;
+		until = 0;
 	}
-	if (rc > 0)
-		pvf_scm_close(fds, n);
-	if (rc > 0 && p.kind == SERVING)
-		return 0;
-	if (rc > 0 && p.kind == REFUSED) {
-		say(why, p.text);
-		return -ECANCELED;
-	}
-	say(why, rc == -ETIMEDOUT ? "the next worker did not answer in time" :
-				    "the next worker has ended, or is none");
-	return rc < 0 ? rc : -EPIPE;
 }
 
 int pvf_worker_hand_over(struct pvf_worker *w, int peer, int table, char why[PVF_TEXT_MAX])
@@ -196,6 +211,12 @@ int pvf_worker_hand_over(struct pvf_worker *w, int peer, int table, char why[PVF
 	size_t size = pvf_image_size(w->attached);
 	struct pvf_image *image;
 	void *where;
+
+	if (!pvf_scm_packets(peer)) {
+		say(why, no_peer);
+		return -ENOTSOCK;
+	}
+	/* Before anything stands still: its pages are there when this returns (mlockall). */
 	int rc = pvf_memfd_map(table, size, true, &where);
 
 	if (rc) {
@@ -248,15 +269,17 @@ static const char *check_head(const struct pvf_image *image, const struct pvf_wo
 }
 
 /* One queue's packet came: it is taken, but not served yet. */
-static int take_queue(struct pvf_worker *w, const struct pvf_image *image, uint32_t index, int *fds,
-		      uint32_t count, uint32_t queues, const char **why)
+static int take_queue(struct pvf_worker *w, const struct pvf_image *image, uint64_t frozen_at,
+		      uint32_t index, int *fds, uint32_t count, uint32_t queues, const char **why)
 {
 	struct pvf_queue *q = &w->queue[index];
-	int rc = pvf_queue_take_over(q, &image->queue[index], fds, count, why);
+	int rc = pvf_queue_take_over(q, &image->queue[index], queues, fds, count, why);
 
 	if (rc)
 		return rc;
-	q->queues = queues;
+	/* What came while nobody served may be as old as that. */
+	if (queues > 1 && !q->unread.since)
+		q->unread.since = frozen_at;
 	uint64_t since = q->oldest;
 
 	if (q->unread.since && (!since || q->unread.since < since))
@@ -301,7 +324,7 @@ static int take_all(struct pvf_worker *w, int peer, int table, struct pvf_image 
 			}
 		}
 		if (!rc)
-			rc = take_queue(w, *image, i, fds, n, queues, why);
+			rc = take_queue(w, *image, head->frozen_at, i, fds, n, queues, why);
 		pvf_scm_close(fds, n);
 		if (rc)
 			return rc;
@@ -321,6 +344,10 @@ int pvf_worker_take_over(struct pvf_worker *w, int peer, int table, uint64_t *pa
 	if (w->state != PVF_IDLE || w->attached || w->generation || w->parked) {
 		say(why, "this worker has served already");
 		return -EBUSY;
+	}
+	if (!pvf_scm_packets(peer)) {
+		say(why, no_peer);
+		return -ENOTSOCK;
 	}
 	lock_all(w);
 	rc = take_all(w, peer, table, &head, &image, &size, &text);

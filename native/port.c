@@ -3,9 +3,10 @@
 
 #include <errno.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include "scm.h"
 
 static int map(int fd, uint64_t offset, size_t bytes, void **where)
 {
@@ -47,15 +48,6 @@ void pvf_port_unmap(struct pvf_port *port)
 	port->ring = port->pool = NULL;
 }
 
-static bool packet_socket(int fd)
-{
-	int type, domain;
-	socklen_t len = sizeof(int);
-
-	return !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) && type == SOCK_SEQPACKET &&
-	       !getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) && domain == AF_UNIX;
-}
-
 static int recognise(struct pvf_port *port, const char **why)
 {
 	struct stat events, grants;
@@ -71,10 +63,10 @@ static int recognise(struct pvf_port *port, const char **why)
 		return 0;
 	}
 	*why = "the event channel is neither /dev/xen/evtchn nor a connection to an embedded host";
-	if (!packet_socket(port->event_source))
+	if (!pvf_scm_packets(port->event_source))
 		return -EINVAL;
 	*why = "the event channel is an embedded host's, so the pages must be too";
-	if (!packet_socket(port->grant_source))
+	if (!pvf_scm_packets(port->grant_source))
 		return -EINVAL;
 	port->ops = &pvf_port_embedded;
 	return 0;

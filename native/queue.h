@@ -204,9 +204,9 @@ const char *pvf_queue_stays(const struct pvf_queue *queue);
 #define PVF_QUEUE_FDS (PVF_PORT_FDS + 1)
 uint32_t pvf_queue_save(const struct pvf_queue *queue, struct pvf_image_queue *image, int *fds);
 
-/* For a queue that is not attached, on the other side: its next turn goes on. Descriptors that it took
- * are -1 then. 0, or -errno with `*why` and the queue as before. */
-int pvf_queue_take_over(struct pvf_queue *queue, const struct pvf_image_queue *image, int *fds,
-			uint32_t count, const char **why);
+/* For a queue that is not attached, on the other side, one of `queues`: its next turn goes on. Descriptors
+ * that it took are -1 then. 0, or -errno with `*why` and the queue as before. */
+int pvf_queue_take_over(struct pvf_queue *queue, const struct pvf_image_queue *image,
+			uint32_t queues, int *fds, uint32_t count, const char **why);
 
 #endif

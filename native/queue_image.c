@@ -72,6 +72,7 @@ static int take_socket(struct pvf_queue *q, const struct pvf_image_queue *from, 
 	if (rc)
 		return rc;
 	*fd = -1;
+	t->several = q->queues > 1;
 	t->disc = from->disc != 0;
 	t->starved = from->starved != 0;
 	t->bulky = from->bulky != 0;
@@ -81,12 +82,13 @@ static int take_socket(struct pvf_queue *q, const struct pvf_image_queue *from, 
 	return 0;
 }
 
-int pvf_queue_take_over(struct pvf_queue *q, const struct pvf_image_queue *from, int *fds,
-			uint32_t count, const char **why)
+int pvf_queue_take_over(struct pvf_queue *q, const struct pvf_image_queue *from, uint32_t queues,
+			int *fds, uint32_t count, const char **why)
 {
 	struct pvf_port_image port = from->port;
 	uint32_t sockets = from->target != 0;
 
+	q->queues = queues;
 	*why = "descriptors of the queue are missing";
 	if (count < sockets)
 		return -EINVAL;

@@ -54,6 +54,15 @@ int pvf_scm_send(int sock, const void *data, size_t size, const int *fds, uint32
 	return sendmsg(sock, &msg, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -errno : 0;
 }
 
+bool pvf_scm_packets(int fd)
+{
+	int type, domain;
+	socklen_t len = sizeof(int);
+
+	return !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) && type == SOCK_SEQPACKET &&
+	       !getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) && domain == AF_UNIX;
+}
+
 void pvf_scm_close(int *fds, uint32_t count)
 {
 	for (uint32_t i = 0; i < count; i++) {

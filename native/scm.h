@@ -5,6 +5,7 @@
 #ifndef PVF_SCM_H
 #define PVF_SCM_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/socket.h>
 
@@ -17,6 +18,9 @@ uint32_t pvf_scm_take(struct msghdr *msg, int *fds, uint32_t max);
 
 /* Sends one packet with `count` descriptors; never waits. 0 or -errno. */
 int pvf_scm_send(int sock, const void *data, size_t size, const int *fds, uint32_t count);
+
+/* A descriptor over which packets pass whole, with others: AF_UNIX, SOCK_SEQPACKET. */
+bool pvf_scm_packets(int fd);
 
 /* Closes what is not -1 and makes it -1. */
 void pvf_scm_close(int *fds, uint32_t count);

@@ -80,11 +80,10 @@ class Frontend(Protocol):
         """The backend wrote Connected once more (a resize), or the worker had something."""
         ...
 
-    @property
     def outdated(self) -> bool:
         """Whether the worker runs another program than the one that is installed.
 
-        Looks at that program's file: only for a device that is Connected.
+        Reads that program's file, and so may take as long as a disk: for a thread.
         """
         ...
 

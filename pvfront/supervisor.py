@@ -40,6 +40,7 @@ from .statefile import save_state, state_of, write_json
 from .states import XenbusState
 from .suspend_group import Participants, SuspendParticipant
 from .suspend_shared import SharedSuspend
+from .threads import in_daemon_thread
 from .trace import SERVICE, Kind, Trace
 from .xenbus import Bus, XenbusDevice
 from .xenstore import Xenstore
@@ -284,9 +285,11 @@ class Supervisor:
                 continue
             if served.loop.phase is not Phase.CONNECTED:
                 log.warning("%s: not connected: its worker stays", self.klass.label(devid))
-            elif served.loop.frontend.outdated:
-                with contextlib.suppress(PvfrontError, OSError):  # it is in the log
+            elif await in_daemon_thread("look at the program", served.loop.frontend.outdated):
+                try:
                     await self._upgrade(devid)
+                except (PvfrontError, OSError) as error:
+                    log.warning("its worker stays: %s", error)
 
     async def _announce(self) -> None:
         """READY once every device has its first result, good or bad, or after a deadline."""

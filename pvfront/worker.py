@@ -384,9 +384,10 @@ class Worker:
         self._end("the supervisor closed the connection", tell=False)
 
     def kill(self) -> None:
-        """SIGKILL. Everything it held is released by the kernel."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        """SIGKILL. Everything it held is released by the kernel. Idempotent."""
+        if self._gone is None:  # else the number of its pidfd may be another's
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     @property
     def alive(self) -> bool:
@@ -491,36 +492,47 @@ class Worker:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         table = os.memfd_create("pvfront-table", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        taking: asyncio.Task[None] | None = None
+        refusal: PvfrontError | None = None
+        simple = "struct pvf_ctl_simple *"
         try:
             os.ftruncate(table, lib.PVF_HAND_OVER_BYTES)
             fcntl.fcntl(table, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-            message = ffi.new("struct pvf_ctl_simple *")
             # Each end is only theirs once it was sent: its closing says that a worker has died.
-            took, gave = await asyncio.gather(
+            taking = asyncio.create_task(
                 other._command(
-                    lib.PVF_CTL_TAKE_OVER, 0, message, fds=(theirs.fileno(), table),
-                    timeout=lib.PVF_TAKE_OVER_SECONDS + ANSWER_DEADLINE, sent=theirs.close,
-                ),
-                self._command(
-                    lib.PVF_CTL_HAND_OVER, self._generation, ffi.new("struct pvf_ctl_simple *"),
-                    fds=(ours.fileno(), table), sent=ours.close,
-                ),
-                return_exceptions=True,
+                    lib.PVF_CTL_TAKE_OVER, 0, ffi.new(simple), fds=(theirs.fileno(), table),
+                    timeout=lib.PVF_TAKE_OVER_SECONDS, sent=theirs.close,
+                )
             )  # fmt: skip
+            await asyncio.sleep(0)  # it is sent: nothing is frozen before somebody waits for it
+            try:
+                await self._command(
+                    lib.PVF_CTL_HAND_OVER, self._generation, ffi.new(simple),
+                    fds=(ours.fileno(), table), sent=ours.close,
+                )  # fmt: skip
+            except WorkerError as error:
+                refusal = error
+                other.kill()  # it may hang
+            except WorkerGone as error:
+                refusal = error  # which says nothing of the other
+            with contextlib.suppress(TimeoutError, PvfrontError):
+                await asyncio.wait_for(taking, ANSWER_DEADLINE)
         finally:
+            if taking is not None:
+                taking.cancel()
             ours.close()
             theirs.close()
             os.close(table)
-        if took is None and other._taken is not None:
+        if not isinstance(refusal, WorkerError) and other._taken is not None:
             if not await self.ended(ANSWER_DEADLINE):
                 self.kill()
+                await self.ended(ANSWER_DEADLINE)
             return other._taken
         other.kill()
         await other.ended(ANSWER_DEADLINE)
         other.close()
-        if isinstance(gave, WorkerError):
-            raise gave
-        raise WorkerGone(f"{self.name}: the worker ended while it was handed over: {took or gave}")
+        raise refusal or WorkerGone(f"{self.name}: the worker that took over ended at once")
 
     async def exit(self) -> None:
         """EXIT, and wait for the end; SIGKILL if it does not come."""
@@ -533,8 +545,11 @@ class Worker:
             self.kill()
             await self.ended(ANSWER_DEADLINE)
 
-    async def ended(self, timeout: float) -> bool:
-        """Waits for the end of the process or its connection; False if it did not come."""
+    async def ended(self, timeout: float | None) -> bool:
+        """Waits for the end of the process or its connection; False if it did not come.
+
+        `timeout`: seconds; None: for ever.
+        """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), timeout)
         return self._ended.is_set()

@@ -481,6 +481,11 @@ static void handed_over(void)
 	hear(PVF_CTL_TAKEN_OVER);
 	worker_thread = next_thread;
 	for (uint32_t i = 0; i < queues; i++) {
+		pvf_queue_lock(&next.queue[i]);
+		CHECK(next.queue[i].target.several); /* the replay fence is theirs too */
+		pvf_queue_unlock(&next.queue[i]);
+	}
+	for (uint32_t i = 0; i < queues; i++) {
 		pthread_join(sides[i].writer, NULL);
 		pthread_join(sides[i].reader, NULL);
 	}

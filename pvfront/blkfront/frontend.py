@@ -25,8 +25,9 @@ Theory of operation
 
     `upgrade` has the present worker hand everything over to a new process of the program that is
     installed now (docs/upgrade.md): no generation begins, and neither the backend nor the target
-    learns of it. It is done in `update`, between two steps of the loop. A worker that is adopted
-    and runs another program than the installed one is upgraded at once.
+    learns of it. It is done in `update`, between two steps of the loop, once the new process is
+    there. A worker that is adopted and runs another program than the installed one is upgraded at
+    once.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from ..parking import CannotPark, park
 from ..platform import Platform
 from ..startlimit import Limits
 from ..states import XenbusState
+from ..threads import in_daemon_thread
 from ..trace import Kind, Note, nothing
 from ..worker import (
     Broken,
@@ -67,7 +69,7 @@ from .generation import Opened, opened
 from .rings import Shape
 from .settings import DiskSettings
 from .target import Target
-from .upgrade import TRY_AGAIN_AFTER, Upgrade, outdated
+from .upgrade import Upgrade, outdated
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +123,7 @@ class DiskFrontend:
         self._trouble: str | None = None
         self._poke: Callable[[], None] = lambda: None
         self._look_again: asyncio.TimerHandle | None = None
+        self._look: asyncio.Task[None] | None = None
         self._note: Note = nothing
         self._stolen = stolen
         self._tell_event = on_event
@@ -138,7 +141,7 @@ class DiskFrontend:
 
     @property
     def pending(self) -> bool:
-        asked = bool(self._wanted_off) or self._upgrade.asked
+        asked = bool(self._wanted_off) or self._upgrade.ready
         return asked or self._news or self._next_client or self.target.resize_waits
 
     @property
@@ -213,9 +216,7 @@ class DiskFrontend:
         hello = self._worker.hello if self._worker is not None else None
         return hello.build if hello is not None else ""
 
-    @property
     def outdated(self) -> bool:
-        """See upgrade.py."""
         return outdated(self._build)
 
     @property
@@ -284,9 +285,15 @@ class DiskFrontend:
         self._hold(hello.has_target)
         await self._publish()
         log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
-        if self.outdated and not self.target.stays:
-            self._ask_upgrade()
+        if not self.target.stays:
+            self._look = asyncio.create_task(self._upgrade_if_outdated(), name=f"{self.name} build")
         return True
+
+    async def _upgrade_if_outdated(self) -> None:
+        # The program's file may lie on this very disk.
+        if await in_daemon_thread(f"{self.name} build", self.outdated):
+            with contextlib.suppress(WorkerGone):
+                self._ask_upgrade()
 
     def _adopt_shape(self, worker: Worker) -> None:
         """What an earlier supervisor had negotiated, as far as the worker tells."""
@@ -522,7 +529,7 @@ class DiskFrontend:
         if self._next_client:
             await self._start_socket()
         self._news = False
-        if self._upgrade.asked:
+        if self._upgrade.ready:
             await self._do_upgrade()
 
     # -- another worker ----------------------------------------------------------------------
@@ -545,18 +552,14 @@ class DiskFrontend:
         return await asyncio.shield(self._ask_upgrade())
 
     def _ask_upgrade(self) -> asyncio.Future[str]:
-        asked = self._upgrade.ask()
-        self._poke()
-        return asked
-
-    async def _do_upgrade(self) -> None:
         old = self._need_worker()
         queues = max(old.hello.queues if old.hello is not None else 1, self._most_queues)
-        text = await self._upgrade.perform(
-            old, lambda: self._new_worker(queues, following=True), self._use, self._on_event
+        return self._upgrade.ask(
+            lambda: self._new_worker(queues, following=True), lambda: self._poke()
         )
-        if self._upgrade.asked:
-            asyncio.get_running_loop().call_later(TRY_AGAIN_AFTER, self._poke)
+
+    async def _do_upgrade(self) -> None:
+        text = await self._upgrade.perform(self._need_worker(), self._use, self._on_event)
         if text is not None:
             self._note(Kind.WORKER, text, pid=self.target.server_pid)
 
@@ -644,6 +647,9 @@ class DiskFrontend:
 
     async def end(self) -> None:
         """The device is gone or released: the worker, which holds nothing any more, ends."""
+        if self._look is not None:
+            self._look.cancel()
+        self._upgrade.drop("it is served no more")
         if self._worker is not None:
             self._worker.on_event = lambda event: None
             await self._worker.exit()
@@ -757,7 +763,8 @@ class DiskFrontend:
                 self._trouble = event.text
                 self._forget()
             case FeatureOff():
-                self._wanted_off.append(event.feature)
+                if event.feature not in self.off:  # a worker tells it again after HELLO
+                    self._wanted_off.append(event.feature)
             case Stalled():
                 self.stalled = event.seconds
                 if event.seconds:

@@ -1,5 +1,15 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""A disk's worker is replaced by another one while it serves: docs/upgrade.md."""
+"""A disk's worker is replaced by another one while it serves: docs/upgrade.md.
+
+Theory of operation
+    `Upgrade.ask` starts the next worker, in a task beside the device's loop: the program may lie on
+    a slow disk, or never begin, and nobody waits for that who has a suspend or a detach to do.
+    When it has said HELLO, `ready` is true and the loop is poked. `perform`, between two steps of
+    the loop, is the rest: it takes milliseconds, and a few seconds if the next worker hangs.
+
+    What the old worker says until it hands over is as true as ever and is passed on, but not its
+    end, which was asked for: nobody has died.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +21,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from ..errors import PvfrontError
-from ..worker import Event, Worker, WorkerError, binary, build_of
+from ..worker import Event, Exited, Worker, WorkerError, binary, build_of
 
 log = logging.getLogger(__name__)
 
@@ -40,67 +50,108 @@ class Upgrade:
         self._path = run_dir / f"{name}.next"
         self._asked: asyncio.Future[str] | None = None
         self._refused = 0  # times in a row
+        self._begin: Callable[[], Awaitable[Worker]]
+        self._poke: Callable[[], None]
+        self._preparing: asyncio.Task[None] | None = None
+        self._next: Worker | None = None
 
     @property
-    def asked(self) -> bool:
+    def ready(self) -> bool:
         """Whether there is one to `perform`."""
-        return self._asked is not None
+        return self._next is not None
 
-    def ask(self) -> asyncio.Future[str]:
-        """How it went, once it was performed. Nobody needs to wait for it: the log says it too."""
+    def ask(
+        self, begin: Callable[[], Awaitable[Worker]], poke: Callable[[], None]
+    ) -> asyncio.Future[str]:
+        """How it went, once it was performed. Nobody needs to wait for it: the log says it too.
+
+        `begin` starts the next worker, as `following`; `poke` is called when it is `ready`.
+        """
         if self._asked is None:
             self._asked = asyncio.get_running_loop().create_future()
             self._asked.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._begin, self._poke = begin, poke
+            self._prepare(0.0)
         return self._asked
 
-    async def perform(
-        self,
-        old: Worker,
-        begin: Callable[[], Awaitable[Worker]],
-        use: Callable[[Worker], None],
-        on_event: Callable[[Event], None],
-    ) -> str | None:
-        """Does what is asked for. The text of how it went; None: `old` goes on, or nobody serves.
-        It stays `asked` if it is to be tried again, after TRY_AGAIN_AFTER seconds.
+    def drop(self, why: str) -> None:
+        """What is asked for is not to be performed any more."""
+        if self._asked is not None:
+            self._settle(PvfrontError(f"{self._name}: {why}"))
 
-        `begin` starts the other worker, as `following`; `use` is told that it serves. What either
-        says meanwhile comes to `on_event` once it is decided whose word counts.
-        """
-        asked = self._asked
-        assert asked is not None
+    def _prepare(self, pause: float) -> None:
+        self._preparing = asyncio.create_task(self._prepared(pause), name=f"{self._name} next")
+
+    async def _prepared(self, pause: float) -> None:
+        await asyncio.sleep(pause)
         try:
-            text = await self._hand_over(old, begin, use, on_event)
+            worker = await self._begin()
         except (PvfrontError, OSError) as error:
-            if (
-                isinstance(error, WorkerError)
-                and error.error == errno.EBUSY
-                and self._refused < TRIES
-            ):
+            self._settle(error)
+            return
+        self._next = worker
+        self._poke()
+        try:
+            await worker.ended(None)
+        finally:
+            mine = self._next is worker  # its turn has not come
+            if mine:
+                self._next = None
+                worker.kill()
+                self._path.unlink(missing_ok=True)
+        if mine:
+            self._settle(PvfrontError(f"{self._name}: the next worker ended before its turn"))
+
+    async def perform(
+        self, old: Worker, use: Callable[[Worker], None], on_event: Callable[[Event], None]
+    ) -> str | None:
+        """Does what is `ready`. The text of how it went; None: `old` goes on, or nobody serves.
+
+        `use` is told that the other worker serves. What either says meanwhile comes to `on_event`
+        once it is decided whose word counts. Refused for now, it is tried again later.
+        """
+        new, self._next = self._next, None
+        assert new is not None
+        if self._preparing is not None:
+            self._preparing.cancel()
+            self._preparing = None
+        try:
+            text = await self._hand_over(old, new, use, on_event)
+        except (PvfrontError, OSError) as error:
+            busy = isinstance(error, WorkerError) and error.error == errno.EBUSY
+            if busy and self._refused < TRIES:
                 self._refused += 1
-                return None
-            self._settle()
-            log.warning("%s: the worker is not upgraded: %s", self._name, error)
-            if not asked.done():
-                asked.set_exception(error)
+                self._prepare(TRY_AGAIN_AFTER)
+            else:
+                self._settle(error)
             return None
-        self._settle()
-        log.info("%s: %s", self._name, text)
-        if not asked.done():
-            asked.set_result(text)
+        self._settle(text)
         return text
 
-    def _settle(self) -> None:
-        self._asked = None
+    def _settle(self, how: str | Exception) -> None:
+        asked, self._asked = self._asked, None
         self._refused = 0
+        if self._preparing is not None and self._preparing is not asyncio.current_task():
+            self._preparing.cancel()
+        self._preparing = None
+        if isinstance(how, str):
+            log.info("%s: %s", self._name, how)
+        else:
+            log.warning("%s: the worker is not upgraded: %s", self._name, how)
+        if asked is None or asked.done():
+            return
+        if isinstance(how, str):
+            asked.set_result(how)
+        else:
+            asked.set_exception(how)
 
     async def _hand_over(
         self,
         old: Worker,
-        begin: Callable[[], Awaitable[Worker]],
+        new: Worker,
         use: Callable[[Worker], None],
         on_event: Callable[[Event], None],
     ) -> str:
-        new = await begin()
         said: list[Event] = []
         news: list[Event] = []
         old.on_event, new.on_event = said.append, news.append
@@ -109,6 +160,7 @@ class Upgrade:
         except (PvfrontError, OSError):
             # Not if we are cancelled: whichever of the two serves then, `Worker.adopt` finds it.
             self._path.unlink(missing_ok=True)
+            new.kill()
             old.on_event = on_event
             for event in said:
                 on_event(event)
@@ -118,6 +170,9 @@ class Upgrade:
         old.on_event = lambda event: None
         old.close()
         self._path.replace(self._path.with_suffix(".sock"))
+        for event in said:
+            if not isinstance(event, Exited):
+                on_event(event)
         use(new)
         for event in news:
             on_event(event)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from .. import inventory
 from ..errors import PvfrontError
 from ..xenstore import Xenstore
-from .output import with_store
+from .output import complain, with_store
 
 
 @click.command()
@@ -26,7 +28,16 @@ def upgrade(device: str | None) -> None:
         served = [d for d in await inventory.devices(store) if d.owner == inventory.PVFRONT]
         if not served:
             raise PvfrontError("no device is served", hint="`pvfront list` shows who has what")
-        return [await inventory.upgrade(d) for d in served]
+        for one in served:
+            try:
+                click.echo(await inventory.upgrade(one))
+            except PvfrontError as error:
+                failed.append(error)
+                complain(error)
+        return []
 
+    failed: list[PvfrontError] = []
     for line in with_store(work):
         click.echo(line)
+    if failed:
+        sys.exit(1)

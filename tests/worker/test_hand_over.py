@@ -268,6 +268,53 @@ def test_a_worker_whose_successor_fails_goes_on_as_if_nothing_had_happened(
         assert nbd.read(0, 4096) == b"\1" * 4096
 
 
+def test_the_word_that_decides_counts_behind_any_other() -> None:
+    with serving() as host:
+        ours, theirs = pair()
+        memory = table()
+        with ours, theirs:
+            for said in (b"hello", PACKET.pack(MAGIC, SERVING, 0, 0, TEXT)):
+                ours.send(said)
+            host.supervisor.send(
+                lib.PVF_CTL_HAND_OVER, simple(), host.generation, [theirs.fileno(), memory]
+            )
+            host.supervisor.wait(lib.PVF_CTL_HANDED_OVER)
+        os.close(memory)
+        assert host.process.wait(PATIENCE) == 0
+
+
+def test_what_a_socket_that_ends_meanwhile_held_unread_is_never_executed() -> None:
+    with serving(queues=2) as host:
+        path, process, supervisor = host.start_worker()
+        (ours, theirs), (mine, others) = pair(), pair()
+        memory = table()
+        with ours, theirs, mine, others:
+            host.supervisor.send(
+                lib.PVF_CTL_HAND_OVER, simple(), host.generation, [theirs.fileno(), memory]
+            )
+            packets = [socket.recv_fds(ours, 4096, 16)[:2] for _ in range(2)]
+            # Nobody serves now. What is left in one socket is sent again on another.
+            host.nbd(1).request(Nbd.WRITE, 0, 4096, b"old!" * 1024)
+            host.clients[1].close()
+            for data, fds in packets:
+                socket.send_fds(mine, [data], fds)
+                for fd in fds:
+                    os.close(fd)
+            supervisor.send(lib.PVF_CTL_TAKE_OVER, simple(), 0, [others.fileno(), memory])
+            ours.send(mine.recv(4096))
+            host.supervisor.wait(lib.PVF_CTL_HANDED_OVER)
+        os.close(memory)
+        assert host.process.wait(PATIENCE) == 0
+        host.process.stderr.close()
+        host.supervisor.close()
+        host.path, host.process, host.supervisor = path, process, supervisor
+        assert supervisor.wait(lib.PVF_CTL_TARGET_GONE).queue == 1
+        supervisor.wait(lib.PVF_CTL_DRAINED)
+        host.start()
+        host.nbd(0).write(4096, bytes(4096))
+        assert bytes(host.disk[:4096]) == bytes(4096)
+
+
 @pytest.mark.parametrize(("size", "seal"), [(lib.PVF_HAND_OVER_BYTES, False), (4096, True)])
 def test_a_memory_that_may_end_under_it_is_refused(size: int, seal: bool) -> None:
     with serving() as host:
@@ -417,7 +464,8 @@ def test_statistics_go_on_in_the_pages_of_the_worker_that_took_over() -> None:
     with serving() as host:
         for i in range(5):
             host.nbd().write(4096 * i, b"x" * 4096)
-        before = host.stats()
+        # They are shown at the end of a turn, after the reply.
+        before = wait_for("the fifth", lambda: (s := host.stats()).write.requests == 5 and s)
         upgrade(host)
         after = read_stats(host.supervisor.stats_fd)
         assert after.write == before.write
