@@ -6,6 +6,9 @@
  * What must hold: each message, also one that is none, has exactly one answer, of its kind (QUIESCE's may
  * come later, and a later command may take its place); what the worker says is well formed, and HELLO
  * true; generations only grow; and in the end no descriptor has been lost.
+ *
+ * A worker is also handed over in the midst of all this, to itself begun anew, or its successor fails; and
+ * a table that somebody has bent is refused, or taken and everything of it let go of again.
  */
 #include "fuzz.h"
 
@@ -42,6 +45,8 @@ static int arena_fd[QUEUES], channel_fd[QUEUES], wakeup[QUEUES][2], hub[8];
 static uint32_t hubs;
 static uint32_t generation; /* the last that was ATTACHED */
 static bool quiesce_owed;
+static bool scribbled; /* over the channels: who maps them anew may refuse them */
+static bool over;      /* nothing is to be said of what comes after */
 
 static int memory(size_t bytes, void **where)
 {
@@ -153,7 +158,9 @@ static uint32_t hear(uint16_t type)
 	static const uint16_t good[] = {[PVF_CTL_ATTACH] = PVF_CTL_ATTACHED,
 					[PVF_CTL_START] = PVF_CTL_STARTED,
 					[PVF_CTL_QUIESCE] = PVF_CTL_DRAINED,
-					[PVF_CTL_DETACH] = PVF_CTL_DETACHED};
+					[PVF_CTL_DETACH] = PVF_CTL_DETACHED,
+					[PVF_CTL_HAND_OVER] = PVF_CTL_HANDED_OVER,
+					[PVF_CTL_TAKE_OVER] = PVF_CTL_TAKEN_OVER};
 	uint32_t answers = 0;
 
 	while (control >= 0) {
@@ -191,6 +198,10 @@ static uint32_t hear(uint16_t type)
 			generation = m.hdr.generation;
 			answers++;
 			break;
+		case PVF_CTL_TAKEN_OVER:
+			generation = m.hdr.generation;
+			/* fall through */
+		case PVF_CTL_HANDED_OVER:
 		case PVF_CTL_STARTED:
 		case PVF_CTL_DETACHED:
 			CHECK_EQ(m.hdr.type, good[type]);
@@ -252,7 +263,9 @@ static void turn(void)
 		CHECK(!pvf_worker_turn(&worker, 0));
 	}
 	CHECK(worker.state <= PVF_TARGET_LOST);
-	CHECK((worker.state == PVF_IDLE) == (!worker.attached || worker.attached < worker.attaching));
+	/* A ring may be broken before the last is attached. */
+	CHECK((worker.state == PVF_IDLE) == (!worker.attached || worker.attached < worker.attaching) ||
+	      (worker.state == PVF_BROKEN && worker.attached));
 	for (uint32_t i = 0; i < QUEUES; i++) {
 		const struct pvf_queue *q = &worker.queue[i];
 
@@ -263,6 +276,159 @@ static void turn(void)
 		CHECK(!q->notes && !q->lost); /* all is told, and a lost socket closed */
 	}
 	CHECK(!worker.fence.closed);
+}
+
+static void supervisor(void)
+{
+	if (control >= 0)
+		close(control);
+	control = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	CHECK(control >= 0 && !connect(control, (struct sockaddr *)&address, address_size));
+	quiesce_owed = worker.quiesce_asked;
+	turn();
+	hear(0);
+}
+
+static void begin_worker(void)
+{
+	const char *why = NULL;
+
+	CHECK(!pvf_worker_init(&worker, listener, "vbd-51728", QUEUES, &why));
+	supervisor();
+}
+
+static void forget_worker(void)
+{
+	for (uint32_t i = 0; i < QUEUES; i++) {
+		struct pvf_queue *q = &worker.queue[i];
+
+		pvf_queue_detach(q, false);
+		if (q->port.parked) /* the worker would hold it until it dies */
+			CHECK(!close(q->port.event_source));
+		CHECK_EQ(q->blk.free_requests, PVF_REQUESTS);
+		CHECK_EQ(q->blk.free_pieces, PVF_PIECES);
+		CHECK(q->target.fd < 0 && !q->attached);
+	}
+	pvf_worker_end(&worker);
+}
+
+/* Another worker takes over. hand_over.c's packets: */
+struct packet {
+	uint32_t magic, kind, queue, queues;
+	char text[PVF_TEXT_MAX];
+};
+
+enum { MAGIC = 0x58465650, QUEUE = 1, SERVING = 2, REFUSED = 3 };
+
+/* One packet from `from`; returns its kind, 0: none. */
+static uint32_t next_packet(int from, struct packet *p, int *fds, uint32_t *count)
+{
+	union {
+		struct cmsghdr align;
+		char space[CMSG_SPACE(PVF_SCM_MAX * sizeof(int))];
+	} c;
+	struct iovec iov = {p, sizeof(*p)};
+	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &c,
+			     .msg_controllen = sizeof(c)};
+
+	ssize_t got = recvmsg(from, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+
+	if (got < 0 && errno == ECONNRESET) /* once, before what was sent */
+		got = recvmsg(from, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	if (got != sizeof(*p))
+		return 0;
+	*count = pvf_scm_take(&msg, fds, PVF_SCM_MAX);
+	CHECK(p->magic == MAGIC && *count <= PVF_SCM_MAX);
+	return p->kind;
+}
+
+static uint32_t tell(uint16_t type, uint32_t of, int peer, int table)
+{
+	struct pvf_ctl_simple m = {
+		{PVF_CTL_MAGIC, PVF_CTL_VERSION, type, of, sizeof(m)}};
+
+	send_packet(control, &m, sizeof(m), (int[2]){peer, table}, 2);
+	close(peer);
+	turn();
+	return hear(type);
+}
+
+/* What the successor gets of `queues` queues' packets, as they are or bent. */
+static void pass_on(struct input *in, uint32_t bend, int from, int to, uint32_t queues)
+{
+	struct packet p;
+	int fds[PVF_SCM_MAX];
+	uint32_t n;
+
+	for (uint32_t i = 0; i < queues; i++) {
+		CHECK_EQ(next_packet(from, &p, fds, &n), QUEUE);
+		CHECK(p.queue == i && p.queues == queues && n);
+		if (bend & 4 && !upto(in, 3))
+			((unsigned char *)&p)[upto(in, 16)] ^= (unsigned char)number(in, 1);
+		uint32_t sent = bend & 8 ? upto(in, n + 1) : n;
+
+		if (!(bend & 16 && !upto(in, 3)))
+			send_packet(to, &p, sizeof(p), fds, sent);
+		pvf_scm_close(fds, n);
+	}
+	shutdown(to, SHUT_WR);
+}
+
+static void take_over(struct input *in, uint32_t bend, int from, int table, unsigned char *image,
+		      uint32_t queues)
+{
+	struct packet p;
+	int pair[2], fds[PVF_SCM_MAX];
+	uint32_t n;
+
+	for (uint32_t i = bend & 2 ? 1 + upto(in, 4) : 0; i; i--) /* wherever it is */
+		image[number(in, 3) % (queues * 300000)] ^= (unsigned char)(1u << upto(in, 8));
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
+	pass_on(in, bend, from, pair[0], queues);
+	CHECK_EQ(tell(PVF_CTL_TAKE_OVER, 0, pair[1], table), 1);
+	bool taken = generation;
+
+	CHECK(taken || bend & 30 || scribbled);
+	CHECK_EQ(next_packet(pair[0], &p, fds, &n), taken ? SERVING : REFUSED);
+	CHECK(taken || worker.state == PVF_IDLE);
+	close(pair[0]);
+	/* Who sent nonsense has not been promised that it makes sense. */
+	over = bend & 30;
+}
+
+static void hand_over(struct input *in, uint32_t bend)
+{
+	struct packet said = {.magic = MAGIC, .kind = bend & 1 ? REFUSED : SERVING, .text = "no"};
+	uint32_t before = worker.attached, answers;
+	int pair[2], table;
+	void *image;
+
+	hear(0);
+	if (control < 0)
+		return;
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
+	table = memory(PVF_HAND_OVER_BYTES, &image);
+	/* Its successor has spoken before it asks, or is gone: nobody waits here. */
+	if (bend & 64)
+		raw(in, &said, sizeof(said));
+	send_packet(pair[1], &said, sizeof(said), &table, bend >> 5 & 1);
+	if (bend & 128)
+		close(pair[1]);
+	else
+		shutdown(pair[1], SHUT_WR);
+	answers = tell(PVF_CTL_HAND_OVER, generation, pair[0], table);
+	if (control >= 0)
+		CHECK_EQ(answers, 1);
+	if (worker.exiting) {
+		forget_worker();
+		generation = 0;
+		begin_worker();
+		take_over(in, bend, pair[1], table, image, before);
+	}
+	if (!(bend & 128))
+		close(pair[1]);
+	close(table);
+	munmap(image, PVF_HAND_OVER_BYTES);
 }
 
 /* What the supervisor says */
@@ -278,11 +444,16 @@ static void command(struct input *in)
 	struct pvf_ctl_attach *a = (struct pvf_ctl_attach *)(void *)m.bytes;
 	uint32_t how = upto(in, 256), bend = upto(in, 256), queue = 0, count = 0;
 	static const uint16_t types[] = {PVF_CTL_ATTACH, PVF_CTL_START, PVF_CTL_QUIESCE,
-					 PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START, 8, 99};
+					 PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START,
+					 PVF_CTL_HAND_OVER, 99};
 	uint16_t type = types[how % 8];
 	size_t size = sizeof(m.hdr);
 	int fds[MANY];
 
+	if (type == PVF_CTL_HAND_OVER) {
+		hand_over(in, bend);
+		return;
+	}
 	memset(&m, 0, sizeof(m.start) + sizeof(*a));
 	switch (type) {
 	case PVF_CTL_ATTACH:
@@ -302,7 +473,6 @@ static void command(struct input *in)
 		a->pool_pages = 2 + upto(in, 60);
 		a->pool_offset = a->ring_pages * PVF_PAGE_SIZE;
 		memcpy(a->name, "vbd-51728", 10);
-		a->queues = 1;
 		a->flags = upto(in, 2);
 		for (uint32_t i = 0; i < a->pool_pages; i++)
 			a->pool_grefs[i] = 100 + i;
@@ -376,17 +546,6 @@ static void command(struct input *in)
 	}
 }
 
-static void supervisor(void)
-{
-	if (control >= 0)
-		close(control);
-	control = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	CHECK(control >= 0 && !connect(control, (struct sockaddr *)&address, address_size));
-	quiesce_owed = worker.quiesce_asked;
-	turn();
-	hear(0);
-}
-
 /* The two others */
 
 static void client_says(struct input *in)
@@ -430,6 +589,7 @@ static void backend_does(struct input *in)
 		arena[queue][upto(in, 4096)] = (unsigned char)number(in, 1);
 	} else if (op == 1) {
 		((unsigned char *)channel[queue])[upto(in, 256)] = (unsigned char)number(in, 1);
+		scribbled = true;
 	} else if (blk->ring.entries) { /* answers, of which most are good */
 		for (uint32_t i = 0; i < PVF_PIECES && n; i++) {
 			blkif_response_t *rsp =
@@ -447,31 +607,15 @@ static void backend_does(struct input *in)
 	pvf_channel_notify(channel[queue], 1, wakeup[queue][0]);
 }
 
-static void forget_worker(void)
-{
-	for (uint32_t i = 0; i < QUEUES; i++) {
-		struct pvf_queue *q = &worker.queue[i];
-
-		pvf_queue_detach(q, false);
-		if (q->port.parked) /* the worker would hold it until it dies */
-			CHECK(!close(q->port.event_source));
-		CHECK_EQ(q->blk.free_requests, PVF_REQUESTS);
-		CHECK_EQ(q->blk.free_pieces, PVF_PIECES);
-		CHECK(q->target.fd < 0 && !q->attached);
-	}
-	pvf_worker_end(&worker);
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct input in = {data, data + size};
 	uint64_t before = open_fds();
-	const char *why = NULL;
 
 	signal(SIGPIPE, SIG_IGN); /* as confine.c does */
 	control = -1;
 	hubs = generation = 0;
-	quiesce_owed = false;
+	quiesce_owed = scribbled = over = false;
 	address = (struct sockaddr_un){.sun_family = AF_UNIX};
 	address_size = sizeof(address);
 	listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -487,9 +631,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		for (int side = 0; side < 2; side++)
 			wakeup[i][side] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	}
-	CHECK(!pvf_worker_init(&worker, listener, "vbd-51728", QUEUES, &why));
-	supervisor();
-	while (more(&in) && !worker.exiting) {
+	begin_worker();
+	while (more(&in) && !worker.exiting && !over) {
 		uint32_t op = upto(&in, 8);
 
 		switch (op) {
