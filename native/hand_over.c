@@ -20,7 +20,7 @@
  *
  *   A refusal says why, for people.
  */
-#include "worker.h"
+#include "worker_int.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -206,7 +206,10 @@ static int decision(int peer, char why[PVF_TEXT_MAX])
 	}
 }
 
-int pvf_worker_hand_over(struct pvf_worker *w, int peer, int table, char why[PVF_TEXT_MAX])
+/* To another worker at the other end of `peer`, through the memfd `table`. Returns only when it is decided.
+ * 0: the other serves now, and nothing is held here any more; or -errno with `why` filled in, and this one
+ * goes on as if nothing had happened. */
+static int hand_over(struct pvf_worker *w, int peer, int table, char why[PVF_TEXT_MAX])
 {
 	size_t size = pvf_image_size(w->attached);
 	struct pvf_image *image;
@@ -332,8 +335,10 @@ static int take_all(struct pvf_worker *w, int peer, int table, struct pvf_image 
 	return 0;
 }
 
-int pvf_worker_take_over(struct pvf_worker *w, int peer, int table, uint64_t *pause,
-			 char why[PVF_TEXT_MAX])
+/* The other's side. 0: this one serves, `*pause` ns after the other's last turn; or -errno with `why`, and
+ * nothing is held. */
+static int take_over(struct pvf_worker *w, int peer, int table, uint64_t *pause,
+		     char why[PVF_TEXT_MAX])
 {
 	struct packet answer = {.magic = MAGIC, .kind = SERVING};
 	struct pvf_image head, *image = NULL;
@@ -378,4 +383,37 @@ int pvf_worker_take_over(struct pvf_worker *w, int peer, int table, uint64_t *pa
 	if (image)
 		munmap(image, size);
 	return rc;
+}
+
+/* Messages */
+
+void pvf_handle_hand_over(struct pvf_worker *w)
+{
+	char why[PVF_TEXT_MAX];
+	int rc = hand_over(w, w->ctl.fds[0], w->ctl.fds[1], why);
+
+	if (rc)
+		return pvf_tell_error(w, PVF_CTL_HAND_OVER, -rc, why);
+	pvf_tell_simple(w, PVF_CTL_HANDED_OVER);
+	w->exiting = true;
+}
+
+void pvf_handle_take_over(struct pvf_worker *w)
+{
+	struct pvf_ctl_taken_over m = {0};
+	char why[PVF_TEXT_MAX];
+	uint64_t pause;
+	int rc = take_over(w, w->ctl.fds[0], w->ctl.fds[1], &pause, why);
+
+	if (rc)
+		return pvf_tell_error(w, PVF_CTL_TAKE_OVER, -rc, why);
+	m.pause_us = (uint32_t)(pause / 1000);
+	for (uint32_t i = 0; i < w->attached; i++) {
+		pvf_queue_lock(&w->queue[i]);
+		m.in_flight += w->queue[i].blk.in_flight;
+		pvf_queue_unlock(&w->queue[i]);
+	}
+	pvf_worker_publish(w);
+	pvf_tell_hello(w);
+	pvf_ctl_send(&w->ctl, &m, PVF_CTL_TAKEN_OVER, w->generation, sizeof(m), -1);
 }

@@ -6,7 +6,7 @@
  * It is the engine's own structures, copied whole: they hold indices and two pointers, which mean
  * nothing to anybody else and are made anew. So it can be read only by a program whose structures
  * are the same. `layout` is raised by whoever changes what a field means, `shape` follows from
- * sizes and offsets by itself. A worker that finds another one refuses, which costs a reconnect.
+ * sizes and offsets by itself. A worker that finds another one refuses, and the old one goes on.
  */
 #ifndef PVF_IMAGE_H
 #define PVF_IMAGE_H

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
-#include "worker.h"
+#include "worker_int.h"
 
 #include <errno.h>
 #include <string.h>
@@ -12,126 +12,6 @@
 #define TAG_CONTROL 17
 #define TAG_NOTES 18
 #define CONTROL_MESSAGES 8 /* per wake-up */
-
-static void copy_text(char *to, size_t size, const char *from)
-{
-	size_t n = strnlen(from, size - 1);
-
-	memcpy(to, from, n);
-	memset(to + n, 0, size - n);
-}
-
-static void publish(struct pvf_worker *w);
-
-/* Upwards. What is of a queue: under its lock. */
-
-static void send_simple(struct pvf_worker *w, uint16_t type)
-{
-	struct pvf_ctl_simple m;
-
-	pvf_ctl_send(&w->ctl, &m, type, w->generation, sizeof(m), -1);
-}
-
-static void send_error(struct pvf_worker *w, uint32_t type, int error, const char *text)
-{
-	struct pvf_ctl_error m = {.in_reply_to = type, .error = error};
-
-	copy_text(m.text, sizeof(m.text), text);
-	pvf_ctl_send(&w->ctl, &m, PVF_CTL_ERROR, w->generation, sizeof(m), -1);
-}
-
-void pvf_worker_log(struct pvf_worker *w, uint32_t level, const char *text)
-{
-	struct pvf_ctl_log m = {.level = level};
-
-	copy_text(m.text, sizeof(m.text), text);
-	pvf_ctl_send(&w->ctl, &m, PVF_CTL_LOG, w->generation, sizeof(m), -1);
-}
-
-static void send_broken(struct pvf_worker *w)
-{
-	struct pvf_ctl_broken m = {
-		.rule = w->fault.rule, .queue = w->fault_queue, .value = w->fault.value};
-
-	copy_text(m.field, sizeof(m.field), w->fault.field);
-	copy_text(m.text, sizeof(m.text), w->fault.text);
-	pvf_ctl_send(&w->ctl, &m, PVF_CTL_BROKEN, w->generation, sizeof(m), -1);
-}
-
-static void send_target_gone(struct pvf_worker *w, const struct pvf_queue *q)
-{
-	struct pvf_ctl_target_gone m = {
-		.error = q->target.error, .queue = q->index, .in_flight = q->blk.in_flight};
-
-	copy_text(m.text, sizeof(m.text), q->target.why);
-	pvf_ctl_send(&w->ctl, &m, PVF_CTL_TARGET_GONE, w->generation, sizeof(m), -1);
-}
-
-/* A feature is the device's: told once, for the queue where it turned out first. */
-static void send_features_off(struct pvf_worker *w, const struct pvf_queue *q)
-{
-	uint32_t news = q->blk.features_off & ~w->features_told;
-
-	w->features_told |= news;
-	for (uint32_t bit = PVF_BLK_FLUSH; bit <= PVF_BLK_BARRIER; bit <<= 1) {
-		struct pvf_ctl_feature_off m = {.feature = bit, .queue = q->index};
-
-		if (news & bit)
-			pvf_ctl_send(&w->ctl, &m, PVF_CTL_FEATURE_OFF, w->generation, sizeof(m),
-				     -1);
-	}
-}
-
-static void send_stalled(struct pvf_worker *w, const struct pvf_queue *q)
-{
-	struct pvf_ctl_stalled m = {
-		.seconds = q->stalled ? q->stall_for : 0,
-		.queue = q->index,
-		.in_flight = q->blk.in_flight,
-	};
-
-	pvf_ctl_send(&w->ctl, &m, PVF_CTL_STALLED, w->generation, sizeof(m), -1);
-}
-
-/* To every new supervisor: the state, and again what it could not know from the state alone. */
-static void send_hello(struct pvf_worker *w)
-{
-	struct pvf_ctl_hello m = {
-		.state = w->state,
-		.device_class = w->device_class,
-		.pid = w->pid,
-		.stats_size = w->queues * PVF_PAGE_SIZE,
-		.queues = w->queues,
-		.attached = w->attached,
-	};
-
-	for (uint32_t i = 0; i < w->queues; i++) {
-		struct pvf_queue *q = &w->queue[i];
-
-		pvf_queue_lock(q);
-		m.in_flight += q->blk.in_flight;
-		m.targets |= (uint32_t)pvf_queue_has_target(q) << i;
-		pvf_queue_unlock(q);
-	}
-	copy_text(m.name, sizeof(m.name), w->name);
-	copy_text(m.build, sizeof(m.build), w->build);
-	pvf_ctl_send(&w->ctl, &m, PVF_CTL_HELLO, w->generation, sizeof(m), w->stats.fd);
-	if (w->state == PVF_BROKEN)
-		send_broken(w);
-	w->features_told = 0;
-	for (uint32_t i = 0; i < w->queues; i++) {
-		struct pvf_queue *q = &w->queue[i];
-
-		pvf_queue_lock(q);
-		send_features_off(w, q);
-		if (q->stalled)
-			send_stalled(w, q);
-		pvf_queue_unlock(q);
-	}
-	if (w->start_notes[0])
-		pvf_worker_log(w, 4, w->start_notes);
-	w->start_notes[0] = 0;
-}
 
 /* States */
 
@@ -146,9 +26,9 @@ static void stop_all(struct pvf_worker *w)
 		pvf_queue_unlock(q);
 	}
 	w->state = PVF_BROKEN;
-	send_broken(w);
+	pvf_tell_broken(w);
 	if (w->quiesce_asked)
-		send_error(w, PVF_CTL_QUIESCE, EIO, "the backend broke the ring");
+		pvf_tell_error(w, PVF_CTL_QUIESCE, EIO, "the backend broke the ring");
 	w->quiesce_asked = false;
 }
 
@@ -167,7 +47,7 @@ static void lose_targets(struct pvf_worker *w, uint32_t lost)
 		q->no_new = true;
 		q->drained = false;
 		if (lost >> i & 1)
-			send_target_gone(w, q);
+			pvf_tell_target_gone(w, q);
 		pvf_queue_unlock(q);
 		pvf_queue_wake(q);
 	}
@@ -206,9 +86,9 @@ static void settle(struct pvf_worker *w)
 		if (q->notes & PVF_NOTE_TARGET_GONE)
 			lost |= 1u << i;
 		if (q->notes & PVF_NOTE_FEATURE_OFF)
-			send_features_off(w, q);
+			pvf_tell_features_off(w, q);
 		if (q->notes & PVF_NOTE_STALL)
-			send_stalled(w, q);
+			pvf_tell_stalled(w, q);
 		q->notes = q->notes_told = 0;
 		pvf_queue_unlock(q);
 	}
@@ -220,7 +100,7 @@ static void settle(struct pvf_worker *w)
 		/* A lost target drains unasked; the supervisor waits for this to bring a new one. */
 		w->state = PVF_DRAINED;
 		w->quiesce_asked = false;
-		send_simple(w, PVF_CTL_DRAINED);
+		pvf_tell_simple(w, PVF_CTL_DRAINED);
 	}
 }
 
@@ -263,18 +143,18 @@ static void handle_attach(struct pvf_worker *w)
 	const char *why = NULL;
 
 	if (w->parked)
-		return send_error(w, PVF_CTL_ATTACH, EBUSY, "this worker is parked for ever");
+		return pvf_tell_error(w, PVF_CTL_ATTACH, EBUSY, "this worker is parked for ever");
 	if (w->state != PVF_IDLE)
-		return send_error(w, PVF_CTL_ATTACH, EBUSY, "a connection is attached: DETACH first");
+		return pvf_tell_error(w, PVF_CTL_ATTACH, EBUSY, "a connection is attached: DETACH first");
 	if (m->queues > w->queues)
-		return send_error(w, PVF_CTL_ATTACH, EINVAL,
+		return pvf_tell_error(w, PVF_CTL_ATTACH, EINVAL,
 				  "more queues than this worker was started with");
 	if (m->queue ? m->hdr.generation != w->generation : m->hdr.generation <= w->generation)
-		return send_error(w, PVF_CTL_ATTACH, ESTALE,
+		return pvf_tell_error(w, PVF_CTL_ATTACH, ESTALE,
 				  m->queue ? "ATTACH of a queue of another generation" :
 					     "ATTACH needs a newer generation");
 	if (m->queue && (m->queue != w->attached || m->queues != w->attaching))
-		return send_error(w, PVF_CTL_ATTACH, EINVAL,
+		return pvf_tell_error(w, PVF_CTL_ATTACH, EINVAL,
 				  "queues are attached in order, and are as many as the first said");
 	if (!m->queue) /* a supervisor that died in between leaves a connection unfinished */
 		leave(w, true, false);
@@ -285,17 +165,17 @@ static void handle_attach(struct pvf_worker *w)
 
 	pvf_queue_unlock(q);
 	if (rc)
-		return send_error(w, PVF_CTL_ATTACH, -rc, why);
+		return pvf_tell_error(w, PVF_CTL_ATTACH, -rc, why);
 	w->ctl.fds[0] = w->ctl.fds[1] = -1;
 	w->generation = m->hdr.generation;
 	w->device_class = m->device_class;
-	copy_text(w->name, sizeof(w->name), m->name);
+	pvf_copy_text(w->name, sizeof(w->name), m->name);
 	if (!m->queue)
 		w->features_told = 0;
 	w->attaching = m->queues;
 	if (++w->attached == w->attaching)
 		w->state = PVF_ATTACHED;
-	send_simple(w, PVF_CTL_ATTACHED);
+	pvf_tell_simple(w, PVF_CTL_ATTACHED);
 }
 
 static bool stream_socket(int fd)
@@ -383,18 +263,18 @@ static void handle_start(struct pvf_worker *w)
 	const char *why = NULL;
 
 	if (w->state == PVF_IDLE || w->state == PVF_BROKEN)
-		return send_error(w, PVF_CTL_START, ENOTCONN,
+		return pvf_tell_error(w, PVF_CTL_START, ENOTCONN,
 				  "no usable connection: DETACH and ATTACH first");
 	if (m->first_queue + w->ctl.nfds > w->attached)
-		return send_error(w, PVF_CTL_START, EINVAL,
+		return pvf_tell_error(w, PVF_CTL_START, EINVAL,
 				  "an NBD socket for a queue that is not attached");
 	if (w->ctl.nfds && w->queue->source_ops && !w->queue->source_ops->close)
-		return send_error(w, PVF_CTL_START, EINVAL,
+		return pvf_tell_error(w, PVF_CTL_START, EINVAL,
 				  "requests do not come from a socket here");
 	int error = w->ctl.nfds ? refuse_sockets(w, m->first_queue, &why) : 0;
 
 	if (error)
-		return send_error(w, PVF_CTL_START, error, why);
+		return pvf_tell_error(w, PVF_CTL_START, error, why);
 	bool missing = false;
 
 	for (uint32_t i = 0; i < w->attached; i++) {
@@ -404,11 +284,11 @@ static void handle_start(struct pvf_worker *w)
 		pvf_queue_unlock(&w->queue[i]);
 	}
 	if (missing && !(m->options & PVF_START_CLIENTS))
-		return send_error(w, PVF_CTL_START, ENOTCONN,
+		return pvf_tell_error(w, PVF_CTL_START, ENOTCONN,
 				  "there is no NBD socket to keep: pass one");
 	error = take_sockets(w, m->first_queue, &why);
 	if (error)
-		return send_error(w, PVF_CTL_START, error, why);
+		return pvf_tell_error(w, PVF_CTL_START, error, why);
 	for (uint32_t i = 0; i < w->attached; i++) {
 		pvf_queue_lock(&w->queue[i]);
 		w->queue[i].queues = w->attached;
@@ -426,14 +306,14 @@ static void handle_start(struct pvf_worker *w)
 		w->quiesce_asked = false;
 		w->state = PVF_RUNNING;
 	}
-	send_simple(w, PVF_CTL_STARTED);
+	pvf_tell_simple(w, PVF_CTL_STARTED);
 }
 
 static void handle_quiesce(struct pvf_worker *w)
 {
 	switch (w->state) {
 	case PVF_BROKEN:
-		return send_error(w, PVF_CTL_QUIESCE, EIO, "the backend broke the ring: DETACH");
+		return pvf_tell_error(w, PVF_CTL_QUIESCE, EIO, "the backend broke the ring: DETACH");
 	case PVF_RUNNING:
 	case PVF_DRAINING:
 		w->state = PVF_DRAINING;
@@ -449,7 +329,7 @@ static void handle_quiesce(struct pvf_worker *w)
 		w->quiesce_asked = true;
 		return;
 	default:
-		return send_simple(w, PVF_CTL_DRAINED);
+		return pvf_tell_simple(w, PVF_CTL_DRAINED);
 	}
 }
 
@@ -460,38 +340,7 @@ static void handle_detach(struct pvf_worker *w)
 	leave(w, flags & PVF_DETACH_KEEP_TARGET, flags & PVF_DETACH_PARK);
 	w->state = PVF_IDLE;
 	w->quiesce_asked = false;
-	send_simple(w, PVF_CTL_DETACHED);
-}
-
-static void handle_hand_over(struct pvf_worker *w)
-{
-	char why[PVF_TEXT_MAX];
-	int rc = pvf_worker_hand_over(w, w->ctl.fds[0], w->ctl.fds[1], why);
-
-	if (rc)
-		return send_error(w, PVF_CTL_HAND_OVER, -rc, why);
-	send_simple(w, PVF_CTL_HANDED_OVER);
-	w->exiting = true;
-}
-
-static void handle_take_over(struct pvf_worker *w)
-{
-	struct pvf_ctl_taken_over m = {0};
-	char why[PVF_TEXT_MAX];
-	uint64_t pause;
-	int rc = pvf_worker_take_over(w, w->ctl.fds[0], w->ctl.fds[1], &pause, why);
-
-	if (rc)
-		return send_error(w, PVF_CTL_TAKE_OVER, -rc, why);
-	m.pause_us = (uint32_t)(pause / 1000);
-	for (uint32_t i = 0; i < w->attached; i++) {
-		pvf_queue_lock(&w->queue[i]);
-		m.in_flight += w->queue[i].blk.in_flight;
-		pvf_queue_unlock(&w->queue[i]);
-	}
-	publish(w);
-	send_hello(w);
-	pvf_ctl_send(&w->ctl, &m, PVF_CTL_TAKEN_OVER, w->generation, sizeof(m), -1);
+	pvf_tell_simple(w, PVF_CTL_DETACHED);
 }
 
 static void handle(struct pvf_worker *w)
@@ -499,7 +348,7 @@ static void handle(struct pvf_worker *w)
 	const struct pvf_ctl_hdr *hdr = &w->ctl.in.hdr;
 
 	if (hdr->type != PVF_CTL_ATTACH && hdr->generation != w->generation)
-		return send_error(w, hdr->type, ESTALE,
+		return pvf_tell_error(w, hdr->type, ESTALE,
 				  hdr->generation < w->generation ?
 					  "an older generation than the worker's" :
 					  "a generation that was never attached");
@@ -513,12 +362,12 @@ static void handle(struct pvf_worker *w)
 	case PVF_CTL_DETACH:
 		return handle_detach(w);
 	case PVF_CTL_HAND_OVER:
-		return handle_hand_over(w);
+		return pvf_handle_hand_over(w);
 	case PVF_CTL_TAKE_OVER:
-		return handle_take_over(w);
+		return pvf_handle_take_over(w);
 	case PVF_CTL_EXIT:
 		if (w->parked)
-			return send_error(w, PVF_CTL_EXIT, EBUSY,
+			return pvf_tell_error(w, PVF_CTL_EXIT, EBUSY,
 					  "parked: ending would unbind a port that must stay bound");
 		w->exiting = true;
 	}
@@ -538,7 +387,7 @@ static void control(struct pvf_worker *w, uint32_t events)
 		if (rc == 1)
 			handle(w);
 		else
-			send_error(w, w->ctl.in.hdr.type, EINVAL, why);
+			pvf_tell_error(w, w->ctl.in.hdr.type, EINVAL, why);
 		pvf_ctl_release(&w->ctl);
 	}
 }
@@ -555,11 +404,11 @@ void pvf_worker_connect(struct pvf_worker *w, int fd)
 {
 	settle(w); /* what was noted for the former is in HELLO */
 	pvf_ctl_accept(&w->ctl, fd);
-	send_hello(w);
+	pvf_tell_hello(w);
 }
 
 /* Who gets an answer finds the statistics that go with it. */
-static void publish(struct pvf_worker *w)
+void pvf_worker_publish(struct pvf_worker *w)
 {
 	for (uint32_t i = 0; i < w->queues; i++) {
 		struct pvf_queue *q = &w->queue[i];
@@ -624,7 +473,7 @@ int pvf_worker_init(struct pvf_worker *w, int listen_fd, const char *name, uint3
 	w->epoll_fd = w->notes_fd = w->ctl.fd = w->stats.fd = -1;
 	w->ctl.tag = TAG_CONTROL;
 	w->device_class = PVF_CLASS_BLK;
-	copy_text(w->name, sizeof(w->name), name);
+	pvf_copy_text(w->name, sizeof(w->name), name);
 	int rc = open_own(w, queues, why);
 
 	if (rc)
@@ -682,7 +531,7 @@ void pvf_worker_events(struct pvf_worker *w, const struct epoll_event *events, i
 			control(w, events[i].events);
 	}
 	settle(w);
-	publish(w);
+	pvf_worker_publish(w);
 	pvf_ctl_flush(&w->ctl);
 }
 
@@ -699,7 +548,7 @@ int pvf_worker_turn(struct pvf_worker *w, int timeout)
 
 int pvf_worker_run(struct pvf_worker *w)
 {
-	publish(w);
+	pvf_worker_publish(w);
 	while (!w->exiting)
 		if (pvf_worker_turn(w, -1))
 			return 1;

@@ -71,16 +71,6 @@ int pvf_worker_run(struct pvf_worker *worker);
  * anyway does without. */
 void pvf_worker_end(struct pvf_worker *worker);
 
-/* Handing everything over to another worker at the other end of `peer`, through the memfd `table`
- * (hand_over.c). Both return only when it is decided. 0: the other serves now, and nothing is held here
- * any more; or -errno with `why` filled in, and this one goes on as if nothing had happened. */
-int pvf_worker_hand_over(struct pvf_worker *worker, int peer, int table, char why[PVF_TEXT_MAX]);
-
-/* The other's side. 0: this one serves, `*pause` ns after the other's last turn; or -errno with `why`, and
- * nothing is held. */
-int pvf_worker_take_over(struct pvf_worker *worker, int peer, int table, uint64_t *pause,
-			 char why[PVF_TEXT_MAX]);
-
 /* Tells the supervisor's log, now or never. level: syslog's. */
 void pvf_worker_log(struct pvf_worker *worker, uint32_t level, const char *text);
 

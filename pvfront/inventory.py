@@ -25,7 +25,7 @@ from .claim import Claims
 from .errors import PvfrontError
 from .platform import Platform, platform
 from .states import parse_state
-from .worker import STATS_NAME, binary, build_of, stats_path
+from .workerprogram import STATS_NAME, binary, build_of, stats_path
 from .xenstore import Xenstore
 
 KERNEL = "kernel"

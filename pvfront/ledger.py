@@ -19,7 +19,7 @@ from .blkfront.rings import SLOTS
 from .holdings import Holder, Holdings
 from .platform import Platform, platform
 from .trace import Kind, read
-from .worker import State
+from .workermessage import State
 from .xenstore import Xenstore
 
 USUAL_PORTS = 1023

@@ -23,34 +23,38 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
-import enum
 import errno
 import fcntl
-import functools
-import hashlib
 import logging
 import os
-import pwd
 import signal
 import socket
-import stat
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-from . import __version__
 from .abi import ffi, lib
 from .errors import PvfrontError
+from .workermessage import (
+    Drained,
+    Event,
+    Exited,
+    Hello,
+    State,
+    Taken,
+    body_of,
+    event_of,
+    hello_of,
+    taken_of,
+    text_of,
+)
+from .workerprogram import kill_and_reap, start
 
 log = logging.getLogger(__name__)
 
-USER = "pvfront"
 ANSWER_DEADLINE = 10.0
 HELLO_DEADLINE = 10.0
-STATS_NAME = "/memfd:pvfront-stats"
 
 
 class WorkerError(PvfrontError):
@@ -64,104 +68,6 @@ class WorkerError(PvfrontError):
 class WorkerGone(PvfrontError):
     """The worker's process or its control connection has ended."""
 
-
-class State(enum.IntEnum):
-    """enum pvf_worker_state."""
-
-    IDLE = lib.PVF_IDLE
-    ATTACHED = lib.PVF_ATTACHED
-    RUNNING = lib.PVF_RUNNING
-    DRAINING = lib.PVF_DRAINING
-    DRAINED = lib.PVF_DRAINED
-    BROKEN = lib.PVF_BROKEN
-    TARGET_LOST = lib.PVF_TARGET_LOST
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """What a worker says of itself to every new supervisor."""
-
-    state: State
-    generation: int
-    name: str
-    pid: int
-    in_flight: int
-    targets: int  # bit i: queue i has an NBD socket
-    queues: int  # that it was started with
-    attached: int  # queues that are attached now
-    build: str = ""  # `build_of` the program that it runs, as it was told
-
-    @property
-    def has_target(self) -> bool:
-        """Whether each attached queue has its NBD socket."""
-        return self.attached > 0 and self.targets.bit_count() >= self.attached
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The backend broke a rule of the ring."""
-
-    rule: int
-    field: str
-    value: int
-    text: str
-    queue: int = 0
-
-    def __str__(self) -> str:
-        return f"the backend broke rule {self.rule}: {self.field}={self.value:#x}: {self.text}"
-
-
-@dataclass(frozen=True, slots=True)
-class TargetGone:
-    """The NBD socket ended (error 0) or broke its protocol."""
-
-    error: int
-    text: str
-    queue: int = 0
-
-    def __str__(self) -> str:
-        why = errno.errorcode.get(self.error, str(self.error)) if self.error else "closed"
-        return f"the NBD socket is gone ({why}{': ' + self.text if self.text else ''})"
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureOff:
-    """The backend answered EOPNOTSUPP: 'flush' or 'discard' is offered no more."""
-
-    feature: str
-    queue: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Stalled:
-    """No response for `seconds` with requests outstanding; 0: the stall has ended."""
-
-    seconds: int
-    in_flight: int
-    queue: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Exited:
-    """The process has ended, or closed its control connection."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Drained:
-    """The ring is empty. Comes unasked when the requests of a client that has gone have left it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """How a worker took over: for how long nobody served, and what was in the rings."""
-
-    pause: float  # seconds
-    in_flight: int
-
-
-Event = Broken | TargetGone | FeatureOff | Stalled | Drained | Exited
 
 _ANSWERS = {
     lib.PVF_CTL_ATTACH: lib.PVF_CTL_ATTACHED,
@@ -180,43 +86,6 @@ _COMMANDS = {
     lib.PVF_CTL_TAKE_OVER: "TAKE_OVER",
 }
 _SYSLOG = {3: logging.ERROR, 4: logging.WARNING, 6: logging.INFO}
-
-
-def binary() -> Path:
-    """The worker's executable; PVFRONT_WORKER names another one."""
-    path = Path(os.environ.get("PVFRONT_WORKER") or str(resources.files(__package__)))
-    if path.is_dir():
-        path = path / "pvfront-worker"
-    if not os.access(path, os.X_OK):
-        raise PvfrontError(
-            f"the worker program {path} is missing or not executable",
-            hint="install the pvfront wheel anew",
-        )
-    return path
-
-
-def build_of(program: Path) -> str:
-    """Which build of the worker the file `program` is: our version and a digest of its bytes."""
-    found = program.stat()
-    return _build(program, found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-@functools.lru_cache(maxsize=8)
-def _build(program: Path, *_: int) -> str:
-    digest = hashlib.sha256(program.read_bytes()).hexdigest()
-    return f"{__version__[:14]}-{digest[:16]}"
-
-
-def worker_ids() -> tuple[int, int]:
-    """uid and gid of the user that workers run as."""
-    try:
-        entry = pwd.getpwnam(USER)
-    except KeyError:
-        raise PvfrontError(
-            f"there is no user {USER!r} to run workers as",
-            hint=f"run `systemd-sysusers`, or `useradd --system --no-create-home {USER}`",
-        ) from None
-    return entry.pw_uid, entry.pw_gid
 
 
 class Worker:
@@ -267,39 +136,15 @@ class Worker:
         `ublk`: it can serve a ublk device; it then may use an io_uring.
         """
         path = run_dir / f"{name}.{'next' if following else 'sock'}"
-        program = binary()
-        argv = [str(program), "--name", name, "--queues", str(queues)]
-        argv += ["--build", build_of(program)]
-        if change_user and os.geteuid() == 0:
-            uid, gid = worker_ids()
-            root = run_dir / "empty"
-            root.mkdir(mode=0o555, exist_ok=True)
-            argv += ["--uid", str(uid), "--gid", str(gid), "--chroot", str(root)]
-        if ublk:
-            argv.append("--ublk")
-        path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(str(path))
-            path.chmod(0o600)
-            listener.listen(4)
-            env = {k: v for k, v in os.environ.items() if k.startswith(("ASAN_", "UBSAN_"))}
-            pid = os.posix_spawn(  # noqa: ASYNC221 - returns at once, unlike what it starts
-                str(program),
-                argv,
-                env,
-                file_actions=[(os.POSIX_SPAWN_DUP2, listener.fileno(), 3)],
-                setsid=True,
-                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-                setsigmask=(),
-            )
+        pid = start(name, path, queues=queues, change_user=change_user, ublk=ublk)
         try:
             return await cls._greet(name, path, pid)
         except ConnectionError:
-            end = _kill_and_reap(pid)
+            end = kill_and_reap(pid)
             path.unlink(missing_ok=True)
             raise WorkerGone(f"{name}: the worker does not listen; pid {pid} {end}") from None
         except BaseException:
-            _kill_and_reap(pid)
+            kill_and_reap(pid)
             path.unlink(missing_ok=True)
             raise
 
@@ -639,22 +484,21 @@ class Worker:
                 self.kill()
             self._end("the worker speaks another version of the control protocol")
             return
-        name = _BODIES.get(hdr.type)
-        if name is None or len(data) < ffi.sizeof(f"struct {name}"):
+        body = body_of(int(hdr.type), data)
+        if body is None:
             self._end(f"the worker sent a message of unknown shape (type {hdr.type})")
             return
-        body = ffi.from_buffer(f"struct {name} *", data)
         kind, generation = int(hdr.type), int(hdr.generation)
         if kind == lib.PVF_CTL_HELLO:
             self._hello(body, generation, fds)
         elif kind == lib.PVF_CTL_LOG:
             level = _SYSLOG.get(int(body.level), logging.INFO)
-            log.log(level, "%s: worker: %s", self.name, _text(body.text))
+            log.log(level, "%s: worker: %s", self.name, text_of(body.text))
         elif kind == lib.PVF_CTL_ERROR:
             self._refused(body)
         elif kind in _ANSWERS.values():
             if kind == lib.PVF_CTL_TAKEN_OVER:
-                self._taken = Taken(int(body.pause_us) / 1e6, int(body.in_flight))
+                self._taken = taken_of(body)
             # A DRAINED that comes after its QUIESCE has timed out finds nobody waiting.
             answer = self._answer
             if (
@@ -667,36 +511,25 @@ class Worker:
             if kind == lib.PVF_CTL_DRAINED and generation == self._generation:
                 self.on_event(Drained())
         else:
-            self._event(kind, body)
+            self.on_event(event_of(kind, body))
 
     def _hello(self, body: Any, generation: int, fds: list[int]) -> None:
-        try:
-            state = State(body.state)
-        except ValueError:
+        hello = hello_of(body, generation)
+        if hello is None:
             self._end(f"the worker sent a message of unknown shape (state {body.state})")
             return
         if fds and self.stats_fd < 0:
             self.stats_fd = os.dup(fds[0])
         self._generation = generation
-        self.hello = Hello(
-            state=state,
-            generation=generation,
-            name=_text(body.name),
-            pid=int(body.pid),
-            in_flight=int(body.in_flight),
-            targets=int(body.targets),
-            queues=int(body.queues),
-            attached=int(body.attached),
-            build=_text(body.build),
-        )
+        self.hello = hello
         if not self._greeted.done():
-            self._greeted.set_result(self.hello)
+            self._greeted.set_result(hello)
 
     def _refused(self, body: Any) -> None:
         command = _COMMANDS.get(int(body.in_reply_to), str(body.in_reply_to))
         code = int(body.error)
         error = WorkerError(
-            f"{self.name}: the worker refused {command}: {_text(body.text)} "
+            f"{self.name}: the worker refused {command}: {text_of(body.text)} "
             f"({errno.errorcode.get(code, code)})",
             code,
         )
@@ -706,22 +539,6 @@ class Worker:
             self._answer.set_exception(error)
         else:
             log.warning("%s", error)
-
-    def _event(self, kind: int, body: Any) -> None:
-        event: Event
-        queue = int(body.queue)
-        if kind == lib.PVF_CTL_BROKEN:
-            field, text = _text(body.field), _text(body.text)
-            event = Broken(int(body.rule), field, int(body.value), text, queue)
-        elif kind == lib.PVF_CTL_TARGET_GONE:
-            event = TargetGone(int(body.error), _text(body.text), queue)
-        elif kind == lib.PVF_CTL_FEATURE_OFF:
-            # A barrier is how a backend without flush is flushed.
-            discard = body.feature == lib.PVF_BLK_DISCARD
-            event = FeatureOff("discard" if discard else "flush", queue)
-        else:
-            event = Stalled(int(body.seconds), int(body.in_flight), queue)
-        self.on_event(event)
 
     def _exited(self) -> None:
         self._end(f"the worker (pid {self.pid}) has ended")
@@ -733,7 +550,7 @@ class Worker:
             # A worker whose connection broke serves nobody we could reach: it ends, and is
             # never left a zombie. One that is ending already, and whose connection therefore
             # closed first, still ends its own way: that is the reason to tell.
-            why += f"; pid {self.pid} {_kill_and_reap(self.pid)}"
+            why += f"; pid {self.pid} {kill_and_reap(self.pid)}"
         self._gone = why
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._sock)
@@ -751,42 +568,6 @@ class Worker:
             self._answer.set_exception(error)
         if tell:
             self.on_event(Exited(why))
-
-
-_BODIES = {
-    lib.PVF_CTL_ATTACHED: "pvf_ctl_simple",
-    lib.PVF_CTL_STARTED: "pvf_ctl_simple",
-    lib.PVF_CTL_DRAINED: "pvf_ctl_simple",
-    lib.PVF_CTL_DETACHED: "pvf_ctl_simple",
-    lib.PVF_CTL_HANDED_OVER: "pvf_ctl_simple",
-    lib.PVF_CTL_TAKEN_OVER: "pvf_ctl_taken_over",
-    lib.PVF_CTL_ERROR: "pvf_ctl_error",
-    lib.PVF_CTL_HELLO: "pvf_ctl_hello",
-    lib.PVF_CTL_BROKEN: "pvf_ctl_broken",
-    lib.PVF_CTL_TARGET_GONE: "pvf_ctl_target_gone",
-    lib.PVF_CTL_FEATURE_OFF: "pvf_ctl_feature_off",
-    lib.PVF_CTL_STALLED: "pvf_ctl_stalled",
-    lib.PVF_CTL_LOG: "pvf_ctl_log",
-}
-
-
-def _kill_and_reap(pid: int) -> str:
-    """Ends our child `pid`, which SIGKILL cannot fail to do; says how it ended.
-
-    Nothing if it is reaped already.
-    """
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        os.kill(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code >= 0:
-            return f"ended with status {code}"
-        return f"ended by signal {-code} ({signal.strsignal(-code)})"
-    return "has been reaped"
-
-
-def _text(field: Any) -> str:
-    raw: bytes = ffi.string(field)
-    return raw.decode("utf-8", "replace")
 
 
 async def _peer_pid(sock: socket.socket, deadline: float | None = HELLO_DEADLINE) -> int:
@@ -819,14 +600,3 @@ async def _peer_pid(sock: socket.socket, deadline: float | None = HELLO_DEADLINE
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and len(found) >= size:
             return int(struct.unpack("3i", found[:size])[0])
     raise WorkerGone("the worker cannot be told by its credentials")
-
-
-def stats_path(pid: int) -> Path | None:
-    """The worker's statistics as a path that root can open; None if there is none."""
-    with contextlib.suppress(OSError):
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                target = str(entry.readlink())
-                if target.startswith(STATS_NAME) and stat.S_ISREG(entry.stat().st_mode):
-                    return entry
-    return None

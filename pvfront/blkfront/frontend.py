@@ -23,11 +23,8 @@ Theory of operation
     them; each generation takes what its backend offers then, be it less than the one before had.
     What users were told cannot always be taken back: see target.py.
 
-    `upgrade` has the present worker hand everything over to a new process of the program that is
-    installed now (docs/upgrade.md): no generation begins, and neither the backend nor the target
-    learns of it. It is done in `update`, between two steps of the loop, once the new process is
-    there. A worker that is adopted and runs another program than the installed one is upgraded at
-    once.
+    What is known of the worker's process is WorkerSide's (`workerside.py`). `update` has it
+    replaced by another one, between two steps of the loop (docs/upgrade.md): no generation begins.
 """
 
 from __future__ import annotations
@@ -47,21 +44,9 @@ from ..parking import CannotPark, park
 from ..platform import Platform
 from ..startlimit import Limits
 from ..states import XenbusState
-from ..threads import in_daemon_thread
-from ..trace import Kind, Note, nothing
-from ..worker import (
-    Broken,
-    Drained,
-    Event,
-    Exited,
-    FeatureOff,
-    Stalled,
-    State,
-    TargetGone,
-    Worker,
-    WorkerError,
-    WorkerGone,
-)
+from ..trace import Kind
+from ..worker import Worker, WorkerError, WorkerGone
+from ..workermessage import State
 from ..xenbus import XenbusDevice
 from . import features, report, rings
 from .features import MAX_INDIRECT_SEGMENTS, DiskGeometry, RingLimits
@@ -69,7 +54,7 @@ from .generation import Opened, opened
 from .rings import Shape
 from .settings import DiskSettings
 from .target import Target
-from .upgrade import Upgrade, outdated
+from .workerside import WorkerSide
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +64,7 @@ SETTLE = 2.0
 RESIZE_POLL = 2.0  # seconds between two looks whether a disk that is to be resized is in use
 
 
-class DiskFrontend:
+class DiskFrontend(WorkerSide):
     """One vbd. See `frontend.Frontend` for what each method promises."""
 
     def __init__(
@@ -99,36 +84,16 @@ class DiskFrontend:
 
         `on_event` is told "resize", "eject" and "insert" (hooks.py), with the facts.
         """
-        self.name = name
+        super().__init__(name, label, platform, target, settings or DiskSettings())
         self.vdev = vdev
-        self.label = label
-        self.platform = platform
-        self.run_dir = platform.run_dir
-        self.target = target
-        self.settings = settings or DiskSettings()
         self.budget = budget or Budget(platform.grant_limit)
         self.geometry: DiskGeometry | None = None
         self.limits = RingLimits()
         self.shape: Shape | None = None  # of the present generation
-        self.off: set[str] = set()
-        self.stalled = 0
-        self._worker: Worker | None = None
-        self._generation = 0
-        self._attached = False  # the worker holds what ATTACH gave it
         self._held = (0, 0)  # the generation, and the number of queues, that the worker has
-        self._has_socket = False
-        self._draining = False  # a client has left requests in the ring
-        self._news = False  # a client came or went: status is to show it
-        self._broken = False
-        self._trouble: str | None = None
-        self._poke: Callable[[], None] = lambda: None
         self._look_again: asyncio.TimerHandle | None = None
-        self._look: asyncio.Task[None] | None = None
-        self._note: Note = nothing
         self._stolen = stolen
         self._tell_event = on_event
-        self._wanted_off: list[str] = []
-        self._upgrade = Upgrade(name, self.run_dir)
         self.budget.join(name)
         if target.clients is not None:
             target.clients.on_waiting(lambda: self._poke())
@@ -136,27 +101,13 @@ class DiskFrontend:
     # -- what the loop asks ------------------------------------------------------------------
 
     @property
-    def trouble(self) -> str | None:
-        return self._trouble
-
-    @property
     def pending(self) -> bool:
         asked = bool(self._wanted_off) or self._upgrade.ready
         return asked or self._news or self._next_client or self.target.resize_waits
 
     @property
-    def generation(self) -> int:
-        return self._generation
-
-    @property
     def start_limits(self) -> Limits:
         return self.settings.start_limits
-
-    def on_poke(self, poke: Callable[[], None]) -> None:
-        self._poke = poke
-
-    def on_note(self, note: Note) -> None:
-        self._note = note
 
     def stale_key(self, key: str) -> bool:
         # Without virtual-device the kernel's blkfront refuses the device (blkfront_probe). Were it
@@ -210,14 +161,6 @@ class DiskFrontend:
                 geometry, self._offered, by_barrier=self._by_barrier
             )
         return found
-
-    @property
-    def _build(self) -> str:
-        hello = self._worker.hello if self._worker is not None else None
-        return hello.build if hello is not None else ""
-
-    def outdated(self) -> bool:
-        return outdated(self._build)
 
     @property
     def _persistent(self) -> bool:
@@ -288,12 +231,6 @@ class DiskFrontend:
         if not self.target.stays:
             self._look = asyncio.create_task(self._upgrade_if_outdated(), name=f"{self.name} build")
         return True
-
-    async def _upgrade_if_outdated(self) -> None:
-        # The program's file may lie on this very disk.
-        if await in_daemon_thread(f"{self.name} build", self.outdated):
-            with contextlib.suppress(WorkerGone):
-                self._ask_upgrade()
 
     def _adopt_shape(self, worker: Worker) -> None:
         """What an earlier supervisor had negotiated, as far as the worker tells."""
@@ -532,37 +469,6 @@ class DiskFrontend:
         if self._upgrade.ready:
             await self._do_upgrade()
 
-    # -- another worker ----------------------------------------------------------------------
-
-    async def upgrade(self) -> str:
-        """Has a new worker take over from the present one, without a reconnect; says how it went.
-
-        Raises PvfrontError if the present one goes on. To be called while the loop is Connected.
-        """
-        if self._worker is None:
-            raise PvfrontError(f"{self.label}: there is no worker")
-        if not self._build:
-            raise PvfrontError(f"{self.label}: its worker is none of ours")
-        if self.target.stays:
-            raise PvfrontError(
-                f"{self.label}: a ublk device cannot be handed over; its worker stays",
-                hint="end the worker, and a new one takes its place after a pause: "
-                f"kill -9 {self._worker.pid}",
-            )
-        return await asyncio.shield(self._ask_upgrade())
-
-    def _ask_upgrade(self) -> asyncio.Future[str]:
-        old = self._need_worker()
-        queues = max(old.hello.queues if old.hello is not None else 1, self._most_queues)
-        return self._upgrade.ask(
-            lambda: self._new_worker(queues, following=True), lambda: self._poke()
-        )
-
-    async def _do_upgrade(self) -> None:
-        text = await self._upgrade.perform(self._need_worker(), self._use, self._on_event)
-        if text is not None:
-            self._note(Kind.WORKER, text, pid=self.target.server_pid)
-
     @property
     def _next_client(self) -> bool:
         """Whether a client waits, and can be served."""
@@ -579,13 +485,6 @@ class DiskFrontend:
     def _empty(self) -> bool:
         """Without a medium: nothing is started before there is one."""
         return self.geometry is not None and not self.geometry.sectors
-
-    def _hold(self, socket: bool) -> None:
-        """Whether the worker has a socket of the target."""
-        self._has_socket = socket
-        if self.target.clients is not None:
-            self.target.clients.served(socket)
-            self._news = True
 
     async def quiesce(self, timeout: float) -> bool:
         worker = self._worker
@@ -686,100 +585,6 @@ class DiskFrontend:
             await worker.ended(SETTLE)
         self._forget()
 
-    # -- the worker --------------------------------------------------------------------------
-
-    async def _living_worker(self) -> Worker:
-        if self._worker is None or not self._worker.alive:
-            self._hold(False)
-            try:
-                self._use(await self._spawn())
-            except WorkerGone as error:
-                self._note(Kind.DIED, str(error).removeprefix(f"{self.name}: "))
-                raise
-            pid = self._need_worker().pid
-            self._note(Kind.WORKER, f"started: pid {pid}", pid=pid)
-        return self._need_worker()
-
-    async def _spawn(self) -> Worker:
-        return await self._new_worker(self._most_queues)
-
-    async def _new_worker(self, queues: int, *, following: bool = False) -> Worker:
-        return await Worker.spawn(
-            self.name,
-            self.run_dir,
-            queues=queues,
-            following=following,
-            change_user=self.platform.name == "xen",
-            ublk=self.target.stays,
-        )
-
-    @property
-    def _most_queues(self) -> int:
-        wanted = self.settings.max_queues or self.target.usual_queues
-        return max(1, min(wanted, self.target.max_queues))
-
-    def _need_worker(self) -> Worker:
-        if self._worker is None:
-            raise WorkerGone(f"{self.name}: there is no worker")
-        return self._worker
-
-    def _use(self, worker: Worker) -> None:
-        self._worker = worker
-        self.target.server_pid = worker.pid
-        state = worker.hello.state if worker.hello is not None else State.IDLE
-        self._attached = state is not State.IDLE
-        self._draining = state is State.TARGET_LOST
-        worker.on_event = self._on_event
-
-    def _forget(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-        self._attached = self._draining = False
-
-    def _on_event(self, event: Event) -> None:
-        match event:
-            case Broken():
-                self._broken = True
-                self._trouble = str(event)
-                self._note(
-                    Kind.BROKEN, str(event), rule=event.rule, field=event.field, value=event.value
-                )
-            case TargetGone() if self.target.clients is not None:
-                level = logging.WARNING if event.error else logging.INFO
-                log.log(level, "%s: %s", self.name, event)
-                self._note(Kind.TARGET, str(event))
-                self._draining = True
-                self._hold(False)
-            case TargetGone():
-                self._note(Kind.TARGET, str(event))
-                self._hold(False)
-                self._trouble = str(event)
-            case Drained():
-                self._draining = False
-            case Exited():
-                self._note(Kind.DIED, event.text)
-                self._hold(False)
-                self._trouble = event.text
-                self._forget()
-            case FeatureOff():
-                if event.feature not in self.off:  # a worker tells it again after HELLO
-                    self._wanted_off.append(event.feature)
-            case Stalled():
-                self.stalled = event.seconds
-                if event.seconds:
-                    log.warning(
-                        "%s: the backend has not answered for %d s, %d requests outstanding",
-                        self.name,
-                        event.seconds,
-                        event.in_flight,
-                    )
-                    what = f"no answer for {event.seconds} s, {event.in_flight} requests wait"
-                else:
-                    log.info("%s: the backend answers again", self.name)
-                    what = "the backend answers again"
-                self._note(Kind.STALL, what, seconds=event.seconds, in_flight=event.in_flight)
-        self._poke()
 
 
 def _is_blkback(device: XenbusDevice) -> bool:

@@ -34,7 +34,8 @@ from ..platform import Platform, platform
 from ..startlimit import Limits
 from ..supervisor import Supervisor
 from ..suspend_shared import SharedSuspend
-from ..worker import Event, Exited, Worker, WorkerGone
+from ..worker import Worker, WorkerGone
+from ..workermessage import Event, Exited
 from ..xenbus import Bus, XenbusDevice
 from .blockdisk import Feature
 from .features import DiskGeometry

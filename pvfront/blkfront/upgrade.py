@@ -21,7 +21,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from ..errors import PvfrontError
-from ..worker import Event, Exited, Worker, WorkerError, binary, build_of
+from ..worker import Worker, WorkerError
+from ..workermessage import Event, Exited
+from ..workerprogram import binary, build_of
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from world import Disk, World
 
-from pvfront.worker import binary
+from pvfront.workerprogram import binary
 
 pytestmark = pytest.mark.disk
 

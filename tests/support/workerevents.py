@@ -11,10 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 
 from waiting import eventually
 
-from pvfront.worker import (
-    Event,
-    Worker,
-)
+from pvfront.worker import Worker
+from pvfront.workermessage import Event
 
 NAME = "vbd-51728"
 

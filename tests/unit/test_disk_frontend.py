@@ -24,7 +24,7 @@ from embedded import Nbd
 from ringbackend import RSP_PROD
 from waiting import PATIENCE, eventually
 
-from pvfront import worker as worker_module
+from pvfront import workerprogram
 from pvfront.blkfront import frontend as module
 from pvfront.blkfront.features import GeometryError
 from pvfront.blkfront.rings import Shape
@@ -40,7 +40,7 @@ from pvfront.xenbus import View
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     made = World(tmp_path)
-    monkeypatch.setattr(worker_module, "USER", "nobody")
+    monkeypatch.setattr(workerprogram, "USER", "nobody")
     yield made
     await end(made)
     if made.target.client is not None:

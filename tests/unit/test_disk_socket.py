@@ -27,11 +27,11 @@ from diskworld import (
 from embedded import Nbd
 from waiting import PATIENCE, eventually
 
-from pvfront import worker as worker_module
+from pvfront import workerprogram
 from pvfront.blkfront.frontend import DiskFrontend
 from pvfront.blkfront.nbdexport import SocketTarget
 from pvfront.states import XenbusState
-from pvfront.worker import State
+from pvfront.workermessage import State
 
 SIZE = SECTORS * 512
 
@@ -88,7 +88,7 @@ class SocketWorld(World):
 
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SocketWorld]:
-    monkeypatch.setattr(worker_module, "USER", "nobody")
+    monkeypatch.setattr(workerprogram, "USER", "nobody")
     made = SocketWorld(tmp_path)
     following = asyncio.create_task(made.follow())
     try:

@@ -18,20 +18,12 @@ import pytest
 from diskworld import NAME, World, descriptors, end, gone
 from waiting import PATIENCE, eventually
 
-from pvfront import worker as worker_module
+from pvfront import workerprogram
 from pvfront.blkfront.upgrade import Upgrade
 from pvfront.errors import PvfrontError
 from pvfront.trace import Kind
-from pvfront.worker import (
-    Event,
-    Exited,
-    State,
-    Taken,
-    TargetGone,
-    Worker,
-    WorkerError,
-    WorkerGone,
-)
+from pvfront.worker import Worker, WorkerError, WorkerGone
+from pvfront.workermessage import Event, Exited, State, Taken, TargetGone
 
 OLD = b"old!" * 128
 
@@ -39,7 +31,7 @@ OLD = b"old!" * 128
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     made = World(tmp_path)
-    monkeypatch.setattr(worker_module, "USER", "nobody")
+    monkeypatch.setattr(workerprogram, "USER", "nobody")
     yield made
     await end(made)
     if made.target.client is not None:

@@ -28,20 +28,12 @@ from waiting import PATIENCE, eventually
 from workerevents import NAME, Events
 
 from pvfront import worker as module
+from pvfront import workerprogram
 from pvfront.abi import lib, read_stats
 from pvfront.errors import PvfrontError
-from pvfront.worker import (
-    Broken,
-    Exited,
-    FeatureOff,
-    Stalled,
-    State,
-    TargetGone,
-    Worker,
-    WorkerError,
-    WorkerGone,
-    stats_path,
-)
+from pvfront.worker import Worker, WorkerError, WorkerGone
+from pvfront.workermessage import Broken, Exited, FeatureOff, Stalled, State, TargetGone
+from pvfront.workerprogram import stats_path
 
 DISK = 1 << 20
 
@@ -110,7 +102,7 @@ def is_zombie_or_alive(pid: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def a_user_that_every_system_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "USER", "nobody")
+    monkeypatch.setattr(workerprogram, "USER", "nobody")
 
 
 @pytest.fixture
@@ -435,7 +427,7 @@ async def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_missing_user_is_named_with_the_command_that_makes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "USER", "no-such-user")
+    monkeypatch.setattr(workerprogram, "USER", "no-such-user")
     with pytest.raises(PvfrontError, match="no user 'no-such-user'") as error:
-        module.worker_ids()
+        workerprogram.worker_ids()
     assert "systemd-sysusers" in str(error.value.hint)

@@ -21,15 +21,8 @@ from workerevents import NAME, Events
 
 from pvfront import worker as module
 from pvfront.abi import ffi, lib
-from pvfront.worker import (
-    Broken,
-    Exited,
-    FeatureOff,
-    Stalled,
-    TargetGone,
-    Worker,
-    WorkerGone,
-)
+from pvfront.worker import Worker, WorkerGone
+from pvfront.workermessage import Broken, Exited, FeatureOff, Stalled, TargetGone
 
 
 def packet(struct: str, kind: int, generation: int = 0, **fields: Any) -> bytes:

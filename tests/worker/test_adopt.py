@@ -15,7 +15,8 @@ from embedded import serving
 from waiting import PATIENCE, wait_for
 
 from pvfront.abi import lib
-from pvfront.worker import State, Worker
+from pvfront.worker import Worker
+from pvfront.workermessage import State
 
 NAME = "vbd-51728"
 
