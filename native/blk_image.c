@@ -218,8 +218,8 @@ static const char *check_requests(const struct pvf_blk *blk, struct used *u)
 		if (!u->request[i])
 			continue;
 		if (r->type != NBD_CMD_READ && r->type != NBD_CMD_WRITE &&
-		    r->type != NBD_CMD_FLUSH && r->type != NBD_CMD_TRIM)
-			return "a request is of no known type";
+		    r->type != NBD_CMD_FLUSH && r->type != NBD_CMD_TRIM && !(r->error && r->queued))
+			return "a request is of no known type"; /* and was not refused for that */
 		if (r->outstanding != u->outstanding[i])
 			return "a request waits for more or fewer answers than it has pieces";
 		if (r->issued > r->bytes || r->to_send > r->bytes || r->reply_sent > PVF_NBD_REPLY)

@@ -352,15 +352,19 @@ class Worker:
             )  # fmt: skip
             await asyncio.sleep(0)  # it is sent: nothing is frozen before somebody waits for it
             try:
+                if taking.done():
+                    await taking  # it could not be sent
                 await self._command(
                     lib.PVF_CTL_HAND_OVER, self._generation, ffi.new(simple),
                     fds=(ours.fileno(), table), sent=ours.close,
+                    timeout=lib.PVF_HAND_OVER_SECONDS + ANSWER_DEADLINE,
                 )  # fmt: skip
             except WorkerError as error:
                 refusal = error
                 other.kill()  # it may hang
             except WorkerGone as error:
                 refusal = error  # which says nothing of the other
+                ours.close()
             with contextlib.suppress(TimeoutError, PvfrontError):
                 await asyncio.wait_for(taking, ANSWER_DEADLINE)
         finally:

@@ -102,6 +102,29 @@ static void orphans(void)
 	}
 }
 
+/* What was refused waits for the client to take its reply, and a refused write's payload is to come. */
+static void unwanted(void)
+{
+	setup(64, 11, 3);
+	say(9, 0, 0, 4096, 0); /* a request of no type that there is */
+	say(NBD_CMD_WRITE, 1, DISK, 8192, 0);
+	out_end += 8192;
+	uint32_t all = out_end;
+
+	out_end -= 100;
+	send_all();
+	pvf_target_receive(&target, &blk, false);
+	CHECK_EQ(blk.reply_count, 2);
+	CHECK_EQ(blk.skip, 100);
+	move();
+	out_end = all;
+	send_all();
+	until_idle();
+	CHECK_EQ(reply_error(), 22); /* EINVAL */
+	CHECK_EQ(reply_error(), 28); /* ENOSPC */
+	nothing_is_held();
+}
+
 /* An engine with something of everything: in the ring, received in part, queued, done, free. */
 static void busy(uint64_t s)
 {
@@ -196,6 +219,7 @@ int main(void)
 	static const struct test tests[] = {
 		{"an engine that moves at any moment keeps its data and never sticks", moving},
 		{"so does one whose client has gone, with requests in the ring", orphans},
+		{"so does one with refused requests that nobody was told of yet", unwanted},
 		{"a table that contradicts itself is refused, whatever is wrong with it", impossible},
 		{"a table of noise is refused or taken, and nothing else happens", noise},
 	};

@@ -171,11 +171,14 @@ class Upgrade:
         self.pause = taken.pause
         old.on_event = lambda event: None
         old.close()
-        self._path.replace(self._path.with_suffix(".sock"))
         for event in said:
             if not isinstance(event, Exited):
                 on_event(event)
         use(new)
+        try:
+            self._path.replace(self._path.with_suffix(".sock"))
+        except OSError as error:
+            log.error("%s: nobody will find worker %d again: %s", self._name, new.pid, error)
         for event in news:
             on_event(event)
         return (

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pvfront.errors import PvfrontError
 from pvfront.startlimit import Limits
 from pvfront.trace import Note
 from pvfront.xenbus import XenbusDevice
@@ -24,6 +25,8 @@ class FakeFrontend:
         self.os_path = ""
         self.in_use: str | None = None
         self.adopts = False
+        self.old_program = False
+        self.stays: PvfrontError | None = None
         self.poke: Callable[[], None] = lambda: None
 
     def on_poke(self, poke: Callable[[], None]) -> None:
@@ -62,6 +65,16 @@ class FakeFrontend:
     async def update(self, device: XenbusDevice) -> None:
         self.calls.append("update")
         self.pending = False
+
+    def outdated(self) -> bool:
+        return self.old_program
+
+    async def upgrade(self) -> str:
+        self.calls.append("upgrade")
+        if self.stays is not None:
+            raise self.stays
+        self.old_program = False
+        return "worker 2 took over from 1"
 
     async def quiesce(self, timeout: float) -> bool:
         self.calls.append("quiesce")

@@ -253,6 +253,33 @@ def test_release_shows_the_supervisors_reason(guest: Guest, pvfront: Run) -> Non
     assert err == "pvfront: xvdb: in use: nbd0p1 is mounted at /srv\n"
 
 
+def test_upgrade_asks_for_each_served_disk_and_goes_on_after_one_that_stays(
+    guest: Guest, pvfront: Run
+) -> None:
+    guest.device("vbd", 51744)
+    guest.state("vbd-51744", phase="connected", generation=1, os_device="/dev/nbd1",
+                link="/dev/pvfront/xvdc", worker_pid=0)  # fmt: skip
+    asked = answering(guest, {"ok": False, "error": "xvdb: a ublk device", "hint": "kill -9 7"})
+    code, out, err = pvfront("upgrade")
+    assert sorted(asked, key=str) == [
+        {"verb": "upgrade", "id": 51728}, {"verb": "upgrade", "id": 51744},
+    ]  # fmt: skip
+    assert (code, out) == (1, "")
+    assert err == "pvfront: xvdb: a ublk device (kill -9 7)\n" * 2
+
+
+def test_upgrade_of_one_disk_prints_how_it_went(guest: Guest, pvfront: Run) -> None:
+    asked = answering(guest, {"ok": True, "text": "xvdb: worker 2 took over from 1"})
+    assert pvfront("upgrade", "xvdb") == (0, "xvdb: worker 2 took over from 1\n", "")
+    assert asked == [{"verb": "upgrade", "id": 51728}]
+
+
+def test_upgrade_without_a_supervisor_says_so(guest: Guest, pvfront: Run) -> None:
+    code, _, err = pvfront("upgrade", "xvdb")
+    assert code == 1
+    assert "xvdb: no supervisor runs" in err
+
+
 def test_release_of_a_kernel_device_says_whose_it_is(guest: Guest, pvfront: Run) -> None:
     code, _, err = pvfront("release", "vbd", "xvda")
     assert code == 1

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,42 @@ async def test_a_device_in_use_is_not_released(world: World) -> None:
         "ok": False, "error": "xvdb: in use: mounted at /srv", "hint": "end that use first",
     }  # fmt: skip
     assert world.supervisor.served[B].loop.phase is Phase.CONNECTED
+
+
+async def test_an_upgrade_is_answered_with_how_it_went_or_why_not(world: World) -> None:
+    world.plug(B, C)
+    world.serve()
+    await world.connected(B, C)
+    answer = await world.ask({"verb": "upgrade", "id": B})
+    assert answer == {"ok": True, "text": "xvdb: worker 2 took over from 1"}
+    world.klass.disks[f"vbd-{C}"].stays = PvfrontError("a ublk device", hint="kill -9 7")
+    answer = await world.ask({"verb": "upgrade", "id": C})
+    assert answer == {"ok": False, "error": "a ublk device", "hint": "kill -9 7"}
+    answer = await world.ask({"verb": "upgrade", "id": D})
+    assert answer["error"] == "xvdd: not served by this supervisor"
+    world.supervisor.served[B].loop.phase = Phase.PARKED
+    answer = await world.ask({"verb": "upgrade", "id": B})
+    assert answer["error"] == "xvdb: only a connected device can be upgraded; it is parked"
+
+
+async def test_a_reload_upgrades_the_workers_of_another_program_and_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def at_once(name: str, function: Callable[[], bool]) -> bool:
+        return function()
+
+    monkeypatch.setattr(module, "in_daemon_thread", at_once)
+    world.plug(B, C, D)
+    world.serve()
+    await world.connected(B, C, D)
+    disks = [world.klass.disks[f"vbd-{devid}"] for devid in (B, C, D)]
+    disks[0].old_program = disks[2].old_program = True
+    disks[0].stays = PvfrontError("xvdb: a ublk device")
+    world.supervisor.reload()
+    await world.eventually("the reload", lambda: "upgrade" in disks[2].calls)
+    assert ["upgrade" in disk.calls for disk in disks] == [True, False, True]
+    assert "its worker stays: xvdb: a ublk device" in caplog.text
+    assert not disks[2].old_program
 
 
 async def test_what_is_not_served_is_not_released(world: World) -> None:

@@ -18,6 +18,7 @@ import pytest
 from diskworld import NAME, World, descriptors, end, gone
 from waiting import PATIENCE, eventually
 
+from pvfront import worker as worker_module
 from pvfront import workerprogram
 from pvfront.blkfront.upgrade import Upgrade
 from pvfront.errors import PvfrontError
@@ -54,8 +55,8 @@ async def asked(world: World) -> asyncio.Task[str]:
 def next_pid(world: World) -> int:
     (pid,) = (
         process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if process.ppid() == os.getpid()
+        for process in psutil.process_iter(["cmdline", "ppid"])
+        if process.info["ppid"] == os.getpid()
         and NAME in (process.info["cmdline"] or ())
         and process.pid != world.pid()
     )
@@ -120,12 +121,15 @@ async def test_an_old_worker_that_dies_meanwhile_is_a_death_and_the_next_generat
     old = world.pid()
     notes = noted(world)
     upgrade = await asked(world)
-    os.kill(next_pid(world), signal.SIGSTOP)
+    following = next_pid(world)
+    os.kill(following, signal.SIGSTOP)
     doing = asyncio.create_task(disk.update(world.device))
     await eventually(
         "HAND_OVER", lambda: any("pvfront-table" in link for link in descriptors(old))
     )
     os.kill(old, signal.SIGKILL)
+    await eventually("its end", lambda: gone(old))
+    os.kill(following, signal.SIGCONT)  # it has everything, and nobody to say so to
     await doing
     with pytest.raises(WorkerGone):
         await upgrade
@@ -160,6 +164,7 @@ async def test_a_program_that_never_begins_keeps_nobody_waiting(
     silent.write_text("#!/bin/sh\nexec sleep 600\n")
     silent.chmod(0o755)
     monkeypatch.setenv("PVFRONT_WORKER", str(silent))
+    monkeypatch.setattr(worker_module, "HELLO_DEADLINE", 3600.0)
     upgrade = asyncio.create_task(disk.upgrade())
     await eventually("the start", lambda: f"{NAME}.next" in sockets(world))
     assert not disk.pending
@@ -181,6 +186,21 @@ async def test_a_target_that_stays_with_its_worker_refuses_and_says_why(world: W
     assert f"kill -9 {world.pid()}" in str(refused.value.hint)
     assert not disk.pending
     world.target.stays = False
+
+
+async def test_a_next_worker_whose_connection_has_just_ended_freezes_nobody(
+    world: World, tmp_path: Path
+) -> None:
+    await world.running()
+    old = world.disk._worker
+    assert old is not None
+    other = await Worker.spawn(NAME, tmp_path, change_user=False, following=True)
+    other.close()
+    with pytest.raises(WorkerGone, match="closed the connection"):
+        await old.hand_over(other)
+    await world.write(0, OLD)
+    os.kill(other.pid, signal.SIGKILL)
+    await eventually("its end", lambda: os.waitpid(other.pid, os.WNOHANG)[0])
 
 
 class Said:
