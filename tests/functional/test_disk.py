@@ -141,6 +141,7 @@ def test_a_killed_supervisor_costs_no_io_and_the_next_adopts_the_worker(world: W
         assert disk.sha256() == disk.backing.sha256()
 
 
+@pytest.mark.embedded  # in the lab: tests/lab/test_faults.py
 def test_a_worker_killed_with_16_requests_in_flight_loses_nothing(world: World) -> None:
     with world.disk(32, slow=True) as disk:
         load = disk.load(depth=32, size="8M", reconnects=True)

@@ -136,6 +136,7 @@ def test_a_disk_that_the_kernel_had_is_detached_however_often_the_service_came_a
     backing.remove()
 
 
+@pytest.mark.long  # under load, at once, in test_faults.py
 def test_stopping_under_a_mounted_disk_leaves_it_served_until_the_next_start(
     pvf: Pvfront, guest: Guest
 ) -> None:

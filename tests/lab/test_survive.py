@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Save, restore and a cancelled suspend under load: applications notice nothing but a pause."""
+"""Suspends of every sort under load: applications notice nothing but a pause."""
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
-from lab.guest import Guest
+from lab.guest import FILES, Guest
 from lab.pvf import Pvfront, end_fio, fio
 from lab.scenario import Lab, wait_until
 
 pytestmark = pytest.mark.survive
 
-DIRECT = fio(depth=16, size="8M", extra="--time_based --runtime=1000 --verify_backlog=128")
+DIRECT = fio(depth=32, size="8M", extra="--time_based --runtime=1000 --verify_backlog=128")
 MOUNT = "/mnt/xvdc"
 BUFFERED = (
     f"fio --name=buffered --directory={MOUNT} --rw=randwrite --bs=4k --size=4M --fsync=1 "
@@ -20,17 +23,26 @@ BUFFERED = (
 DISKS = ("xvdb", "xvdc")
 
 
+def suspend(guest: Guest) -> dict[str, Any]:
+    """What the owner of suspend last said of itself, {} if nothing."""
+    (seen,) = guest.look("/run/pvfront/suspend.json")
+    answer: dict[str, Any] = json.loads(seen.text) if seen and seen.text else {}
+    return answer
+
+
 @pytest.fixture
 def pvf(lab: Lab, guest: Guest) -> Pvfront:
     service = Pvfront(lab, guest)
     service.start("--all")
-
-    def watching() -> bool:
-        (seen,) = guest.look("/run/pvfront/suspend.json")
-        return seen is not None and "watching" in (seen.text or "")
-
-    wait_until("suspend being watched for", watching)
+    watched(guest)
     return service
+
+
+def watched(guest: Guest) -> None:
+    wait_until(
+        "suspend being watched for",
+        lambda: (now := suspend(guest)).get("stage") == "watching" and now["armed"],
+    )
 
 
 def goes_on(pvf: Pvfront, *names: str) -> None:
@@ -40,7 +52,14 @@ def goes_on(pvf: Pvfront, *names: str) -> None:
         wait_until(f"I/O on {name}", lambda name=name, old=before: pvf.written(name) > old + 50)
 
 
+def nothing_was_noticed(guest: Guest) -> None:
+    kernel = guest.output("dmesg")
+    assert "I/O error" not in kernel
+    assert "BUG" not in kernel
+
+
 @pytest.mark.kinds("hvm", "pv", "pvh612")  # pvh612 is a PVH guest
+@pytest.mark.usefixtures("soak_round")
 @pytest.mark.timeout(1800)
 def test_direct_and_buffered_loads_run_through_save_and_restore_without_an_error(
     pvf: Pvfront, guest: Guest
@@ -65,9 +84,7 @@ def test_direct_and_buffered_loads_run_through_save_and_restore_without_an_error
             assert load.running, "the load must have been under way during the suspend"
         goes_on(pvf, *DISKS)
         end_fio(guest, *loads)
-        kernel = guest.output("dmesg")
-        assert "I/O error" not in kernel
-        assert "BUG" not in kernel
+        nothing_was_noticed(guest)
         guest.run(f"umount {MOUNT} && e2fsck -f -n /dev/pvfront/xvdc")
         guest.run("systemctl restart pvfront-vbd", timeout=300)
         for name in DISKS:
@@ -87,10 +104,32 @@ def test_a_paused_and_a_checkpointed_guest_go_on_with_their_disk(
         goes_on(pvf, "xvdb")
         assert pvf.state()["generation"] == 1
         # -c: the domain goes on after it was saved; for the guest that is a cancelled suspend.
-        checkpoint = f"/var/lib/lab/{guest.kind}.checkpoint"
+        checkpoint = f"{FILES}/{guest.kind}.checkpoint"
         lab.xl("save", "-c", guest.kind, checkpoint, timeout=300)
         lab.dom0.run(["rm", "-f", checkpoint])
         pvf.wait_served()
         assert pvf.state()["generation"] >= 2, "the ports must have been let go for the suspend"
         goes_on(pvf, "xvdb")
         end_fio(guest, load)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_guest_that_migrates_to_its_own_host_goes_on_with_its_disk(
+    pvf: Pvfront, guest: Guest, lab: Lab
+) -> None:
+    with pvf.disk():
+        boot, domid = guest.boot_id(), guest.number
+        load = guest.start(DIRECT, unit="direct")
+        goes_on(pvf, "xvdb")
+        # With an empty -s xl's "host" is the command that receives.
+        lab.xl("migrate", "-s", "", guest.kind, "xl migrate-receive", timeout=900)
+        guest.close()
+        assert guest.domid() not in (None, domid)
+        guest.wait_agent()
+        assert guest.boot_id() == boot
+        pvf.wait_served()
+        assert load.running, "the load must have been under way during the migration"
+        goes_on(pvf, "xvdb")
+        end_fio(guest, load)
+        nothing_was_noticed(guest)
