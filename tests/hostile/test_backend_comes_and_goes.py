@@ -104,7 +104,7 @@ def descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(max(900, 5 * TIMES))  # which no --timeout=0 of the soak takes away
 async def test_a_backend_that_comes_and_goes_costs_no_request_no_byte_and_no_descriptor(
     attach: Attach, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
