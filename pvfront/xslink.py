@@ -209,7 +209,7 @@ class Link:
         """Sends a request and returns the reply's payload.
 
         Raises XenstoreTimeout if `seconds` pass without a reply after it was sent, or without any
-        while it waits to be.
+        while it waits to be. With 0 it is sent, and no reply is waited for, however quick it is.
         """
         self._check(op, path, payload)
         loop = asyncio.get_running_loop()
@@ -218,7 +218,9 @@ class Link:
         queue = self._first if tx_id or op is Op.TRANSACTION_START else self._queue
         queue.append(request)
         self._pump()
-        timer = loop.call_later(seconds, self._late, request, seconds)
+        timer = loop.call_later(max(seconds, 0.0), self._late, request, seconds)
+        if seconds <= 0:
+            self._late(request, seconds)
         try:
             return await reply
         except asyncio.CancelledError:

@@ -57,6 +57,15 @@ async def test_every_call_has_a_timeout(world, call):
         world.release()
 
 
+async def test_a_call_without_time_waits_for_no_answer_however_quick_it_is(store):
+    for _ in range(20):
+        with pytest.raises(XenstoreTimeout):
+            await store.write("data/late", "x", timeout=0)
+    await store.write("data/next", "y")
+    assert await store.read("data/next") == "y"
+    assert await store.read("data/late") == "x"
+
+
 async def test_a_caller_in_the_queue_times_out_too(store, world):
     world.hold()
     calls = [asyncio.create_task(store.read("data/x", timeout=30)) for _ in range(64)]
