@@ -130,7 +130,7 @@ def kill_worker(pvf: Pvfront) -> None:
 @pytest.mark.parametrize(
     "end",
     [
-        restart,
+        pytest.param(restart, marks=pytest.mark.long),
         pytest.param(kill_supervisor, marks=pytest.mark.long),
         pytest.param(kill_worker, marks=pytest.mark.long),
     ],
