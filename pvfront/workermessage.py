@@ -113,7 +113,7 @@ class Taken:
 
 Event = Broken | TargetGone | FeatureOff | Stalled | Drained | Exited
 
-_BODIES = {
+BODIES = {
     lib.PVF_CTL_ATTACHED: "pvf_ctl_simple",
     lib.PVF_CTL_STARTED: "pvf_ctl_simple",
     lib.PVF_CTL_DRAINED: "pvf_ctl_simple",
@@ -128,11 +128,12 @@ _BODIES = {
     lib.PVF_CTL_STALLED: "pvf_ctl_stalled",
     lib.PVF_CTL_LOG: "pvf_ctl_log",
 }
+"""What a worker says, by type: the structure of pvf_ctl.h that it is."""
 
 
 def body_of(kind: int, data: bytes) -> Any:
     """The struct of a message of type `kind`, which lies in `data`; None: it is none."""
-    name = _BODIES.get(kind)
+    name = BODIES.get(kind)
     if name is None or len(data) < ffi.sizeof(f"struct {name}"):
         return None
     return ffi.from_buffer(f"struct {name} *", data)

@@ -24,7 +24,7 @@ from waiting import PATIENCE, eventually
 from pvfront import supervisor as supervisor_module
 from pvfront.device import Phase
 from pvfront.errors import PvfrontError
-from pvfront.supervisor import Supervisor
+from pvfront.supervisor import Served, Supervisor
 from pvfront.xenbus import XenbusDevice
 from pvfront.xenstore import Xenstore
 from pvfront.xswire import Permission
@@ -167,6 +167,14 @@ class World:
             async with attempt as t:
                 await t.remove(front(devid))
                 await t.remove(back(devid))
+
+    async def detached(self, devid: int) -> Served:
+        """Asks for the device in order, and waits for the end of its loop, which it returns."""
+        served = self.supervisor.served[devid]
+        await self.dom0.write(f"{back(devid)}/online", "0")
+        await self.dom0.write(f"{back(devid)}/state", "5")
+        await self.eventually("the end of the loop", served.task.done)
+        return served
 
     async def replace(self, devid: int) -> None:
         """A detach's end and an attach of the same id that nobody can see apart."""

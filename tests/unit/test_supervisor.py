@@ -193,10 +193,7 @@ async def test_an_orderly_detach_ends_the_loop_and_the_id_is_served_again(world:
     world.plug(B)
     world.serve()
     await world.connected(B)
-    first = world.supervisor.served[B]
-    await world.dom0.write(f"{back(B)}/online", "0")
-    await world.dom0.write(f"{back(B)}/state", "5")
-    await world.eventually("the end of the loop", first.task.done)
+    first = await world.detached(B)
     assert world.klass.disks[f"vbd-{B}"].calls[-1] == "end"
     await world.unplug(B)
     world.plug(D)
@@ -212,10 +209,7 @@ async def test_an_id_that_is_back_before_the_list_was_read_again_is_served_again
     world.plug(B)
     world.serve()
     await world.connected(B)
-    first = world.supervisor.served[B]
-    await world.dom0.write(f"{back(B)}/online", "0")
-    await world.dom0.write(f"{back(B)}/state", "5")
-    await world.eventually("the end of the loop", first.task.done)
+    first = await world.detached(B)
     await world.eventually(
         "the look at what became of it",
         lambda: not [t for t in asyncio.all_tasks() if t.get_name().startswith("again ")],

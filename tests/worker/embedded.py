@@ -18,6 +18,7 @@ from ringbackend import SECTOR, Backend, Pages, Port
 from waiting import PATIENCE
 
 from pvfront.abi import BlkStats, ffi, lib, read_stats
+from pvfront.workermessage import BODIES
 
 
 class Supervisor:
@@ -87,23 +88,6 @@ class Supervisor:
         """Waits for ERROR: (in reply to, errno, text)."""
         body = self.wait(lib.PVF_CTL_ERROR)
         return body.in_reply_to, body.error, text(body.text)
-
-
-BODIES = {
-    lib.PVF_CTL_ATTACHED: "pvf_ctl_simple",
-    lib.PVF_CTL_STARTED: "pvf_ctl_simple",
-    lib.PVF_CTL_DRAINED: "pvf_ctl_simple",
-    lib.PVF_CTL_DETACHED: "pvf_ctl_simple",
-    lib.PVF_CTL_HANDED_OVER: "pvf_ctl_simple",
-    lib.PVF_CTL_TAKEN_OVER: "pvf_ctl_taken_over",
-    lib.PVF_CTL_ERROR: "pvf_ctl_error",
-    lib.PVF_CTL_HELLO: "pvf_ctl_hello",
-    lib.PVF_CTL_BROKEN: "pvf_ctl_broken",
-    lib.PVF_CTL_TARGET_GONE: "pvf_ctl_target_gone",
-    lib.PVF_CTL_FEATURE_OFF: "pvf_ctl_feature_off",
-    lib.PVF_CTL_STALLED: "pvf_ctl_stalled",
-    lib.PVF_CTL_LOG: "pvf_ctl_log",
-}
 
 
 def text(field_: Any) -> str:
