@@ -266,28 +266,45 @@ static inline void finish(void)
 	CHECK(!memcmp(disk, model, DISK));
 }
 
+static inline void somebody_moves(uint32_t who, uint32_t largest)
+{
+	switch (who) {
+	case 0:
+		client_begins(largest);
+		break;
+	case 1:
+		client_sends();
+		break;
+	case 2:
+		engine_moves();
+		break;
+	case 3:
+		backend_moves();
+		break;
+	default:
+		client_reads();
+	}
+}
+
+/* All that is in the ring is answered, of a client that has left. */
+static inline void ring_empties(void)
+{
+	backend_take(&backend);
+	while (backend.held)
+		backend_moves();
+	uint32_t n = pvf_ring_poll(&blk.ring, &blk.fault);
+
+	CHECK_EQ(pvf_blk_drain(&blk, n), n);
+	nothing_is_held();
+}
+
 static inline void run(uint32_t pages, uint32_t segments, uint32_t largest, int steps, uint64_t s,
 		int errors)
 {
 	setup(pages, segments, s);
 	error_chance = errors;
 	for (int i = 0; i < steps; i++) {
-		switch (below(&seed, 5)) {
-		case 0:
-			client_begins(largest);
-			break;
-		case 1:
-			client_sends();
-			break;
-		case 2:
-			engine_moves();
-			break;
-		case 3:
-			backend_moves();
-			break;
-		default:
-			client_reads();
-		}
+		somebody_moves(below(&seed, 5), largest);
 		CHECK(!target.gone);
 	}
 	finish();

@@ -62,13 +62,7 @@ static void lost_target(void)
 		}
 		pvf_target_close(&target);
 		pvf_blk_drop_target(&blk);
-		backend_take(&backend);
-		while (backend.held)
-			backend_moves();
-		uint32_t n = pvf_ring_poll(&blk.ring, &blk.fault);
-
-		CHECK_EQ(pvf_blk_drain(&blk, n), n);
-		nothing_is_held();
+		ring_empties();
 	}
 }
 

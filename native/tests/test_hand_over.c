@@ -38,26 +38,12 @@ static void run_moving(uint32_t pages, uint32_t segments, int steps, uint64_t s,
 	setup(pages, segments, s);
 	error_chance = errors;
 	for (int i = 0; i < steps; i++) {
-		switch (below(&seed, 6)) {
-		case 0:
-			client_begins(LANE);
-			break;
-		case 1:
-			client_sends();
-			break;
-		case 2:
-			engine_moves();
-			break;
-		case 3:
-			backend_moves();
-			break;
-		case 4:
-			if (!below(&seed, 4))
-				move();
-			break;
-		default:
-			client_reads();
-		}
+		uint32_t who = below(&seed, 6);
+
+		if (who != 4)
+			somebody_moves(who, LANE);
+		else if (!below(&seed, 4))
+			move();
 		CHECK(!target.gone);
 	}
 	move();
@@ -92,13 +78,7 @@ static void orphans(void)
 		pvf_target_close(&target);
 		pvf_blk_drop_target(&blk);
 		move();
-		backend_take(&backend);
-		while (backend.held)
-			backend_moves();
-		uint32_t n = pvf_ring_poll(&blk.ring, &blk.fault);
-
-		CHECK_EQ(pvf_blk_drain(&blk, n), n);
-		nothing_is_held();
+		ring_empties();
 	}
 }
 
