@@ -16,7 +16,8 @@ Theory of operation
 
     All devices share two watches (sharedwatch.py): one of ``device``, one of the directory that
     holds their backends. To read is what costs, a turn through another domain for each key: of
-    what nobody has written nothing is read again.
+    what nobody has written nothing is read again, but for what one transaction may have written
+    together.
 
     Everything read here was written by another domain. States parse to UNKNOWN when they are
     nonsense; a ``backend`` path or id that changes under us counts as a vanished device.
@@ -162,7 +163,11 @@ class XenbusDevice:
                 fired |= await following.news()
                 # What is above a key fired for it too.
                 seen = [f"{end}/{k}" for k in keys if any(_holds(p, f"{end}/{k}") for p in fired)]
-                self._told += f"{self.backend}/state" in seen
+                if (state := f"{self.backend}/state") in seen:
+                    self._told += 1
+                    # A detach writes both in one transaction, whose events come one by one: read
+                    # after the state, `online` is never older than it.
+                    seen = [state, f"{self.backend}/online"]
                 if seen:
                     await self._look(*seen)
                 fired = frozenset()

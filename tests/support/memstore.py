@@ -156,15 +156,21 @@ class MemStore:
         self.on_commit: Callable[[], None] | None = None
         """Called before each commit: a test's chance to interfere."""
 
-    def set(self, path: str, value: bytes = b"", perms: str | None = None) -> None:
-        """As dom0 would from outside: makes or changes a node, and fires watches."""
+    def set(
+        self, path: str, value: bytes = b"", perms: str | None = None, *, fired: bool = True
+    ) -> None:
+        """As dom0 would from outside: makes or changes a node, and fires watches.
+
+        Without `fired` the event is still to come, as those of one transaction do, one by one.
+        """
         data = path.encode("utf-8", "surrogateescape")
         self.generation += 1
         node = self.tree.make(data, 0, self.generation)
         node.value, node.generation = value, self.generation
         if perms is not None:
             node.perms = [p.encode() for p in perms.split(",")]
-        self.fire(data)
+        if fired:
+            self.fire(data)
 
     def value(self, path: str) -> bytes:
         return self.tree.get(path.encode("utf-8", "surrogateescape")).value

@@ -373,11 +373,15 @@ async def test_a_detach_asked_for_at_the_end_of_the_walk_waits_for_the_end_of_us
     assert world.states() == ("6", "6")
 
 
-async def test_a_detach_waits_for_the_end_of_use_and_the_disk_works_on(world: World) -> None:
+@pytest.mark.parametrize("first", ["online", "state"])
+async def test_a_detach_waits_for_the_end_of_use_and_the_disk_works_on(
+    world: World, first: str
+) -> None:
+    """Whichever event comes first: libxl writes both keys in one transaction."""
     world.nodes()
     loop = await world.connected()
     world.disk.in_use = "mounted at /mnt"
-    world.mem.set(f"{BACK}/online", b"0", "n0,r5")
+    world.mem.set(f"{BACK}/online", b"0", "n0,r5", fired=first == "online")
     await world.backend.write("5")
     await loop.until_phase(Phase.DETACH_REFUSED, timeout=PATIENCE)
     assert "mounted at /mnt" in loop.reason

@@ -74,7 +74,7 @@ async def test_devices_share_two_watches(world: World) -> None:
         world.mem.set(f"{back(B)}/state", b"4", READABLE)
 
 
-async def test_an_event_costs_one_read_of_what_fired(world: World) -> None:
+async def test_an_event_costs_one_look_at_what_fired(world: World) -> None:
     world.plug()
     device = await XenbusDevice.open(world.store, "vbd", B)
     await eventually("what the watches' first events say", lambda: device.view.serial == 3)
@@ -84,7 +84,23 @@ async def test_an_event_costs_one_read_of_what_fired(world: World) -> None:
     await device.until(
         lambda view: view.backend is XenbusState.CONNECTED, what="Connected", timeout=PATIENCE
     )
-    assert world.asked(memstore.READ)[before:] == [f"{back(B)}/state"]
+    assert world.asked(memstore.READ)[before:] == [f"{back(B)}/state", f"{back(B)}/online"]
+    await device.close()
+
+
+async def test_a_state_is_never_seen_without_the_online_of_the_same_transaction(
+    world: World,
+) -> None:
+    """A detach writes both at once; the events come one by one, the state's first."""
+    world.plug()
+    device = await XenbusDevice.open(world.store, "vbd", B)
+    await eventually("what the watches' first events say", lambda: device.view.serial == 3)
+    world.mem.set(f"{back(B)}/online", b"0", READABLE, fired=False)
+    world.mem.set(f"{back(B)}/state", b"5", READABLE)
+    view = await device.until(
+        lambda view: view.backend is XenbusState.CLOSING, what="Closing", timeout=PATIENCE
+    )
+    assert not view.online
     await device.close()
 
 
