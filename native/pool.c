@@ -26,16 +26,50 @@ uint32_t pvf_pool_available(const struct pvf_pool *pool)
 	return pool->quarantined ? 0 : pool->free;
 }
 
-uint16_t pvf_pool_take(struct pvf_pool *pool, uint32_t bytes, bool overwritten)
+static uint16_t pop(struct pvf_pool *pool)
 {
-	PVF_ASSERT(pvf_pool_available(pool) && bytes && bytes <= PVF_PAGE_SIZE);
+	PVF_ASSERT(pvf_pool_available(pool));
 	uint16_t page = pool->stack[--pool->free];
-	uint32_t keep = overwritten ? bytes : 0;
 
 	PVF_ASSERT(pool->state[page] == PVF_PAGE_FREE);
 	pool->state[page] = PVF_PAGE_USED;
 	if (pool->free < pool->free_low)
 		pool->free_low = pool->free;
+	return page;
+}
+
+uint16_t pvf_pool_borrow(struct pvf_pool *pool)
+{
+	uint16_t page = pop(pool);
+
+	if (pool->scrub && pool->dirty[page]) {
+		memset(pvf_pool_page(pool, page), 0, PVF_PAGE_SIZE);
+		pool->dirty[page] = 0;
+	}
+	return page;
+}
+
+void pvf_pool_settle(struct pvf_pool *pool, uint16_t page, uint32_t bytes)
+{
+	PVF_ASSERT(page < pool->pages && pool->state[page] == PVF_PAGE_USED && bytes <= PVF_PAGE_SIZE);
+	if (pool->dirty[page] > bytes)
+		memset(pvf_pool_page(pool, page) + bytes, 0, pool->dirty[page] - bytes);
+	pool->dirty[page] = (uint16_t)bytes;
+}
+
+void pvf_pool_return(struct pvf_pool *pool, uint16_t page, uint32_t bytes)
+{
+	if (pool->dirty[page] < bytes)
+		pool->dirty[page] = (uint16_t)bytes;
+	pvf_pool_give(pool, page);
+}
+
+uint16_t pvf_pool_take(struct pvf_pool *pool, uint32_t bytes, bool overwritten)
+{
+	PVF_ASSERT(bytes && bytes <= PVF_PAGE_SIZE);
+	uint16_t page = pop(pool);
+	uint32_t keep = overwritten ? bytes : 0;
+
 	if (pool->scrub)
 		memset(pvf_pool_page(pool, page), 0, PVF_PAGE_SIZE);
 	else if (pool->dirty[page] > keep)

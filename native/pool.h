@@ -37,6 +37,16 @@ void pvf_pool_init(struct pvf_pool *pool, void *base, uint32_t pages, const uint
  * past `bytes`. Returns the page's index; the caller has checked `free`. */
 uint16_t pvf_pool_take(struct pvf_pool *pool, uint32_t bytes, bool overwritten);
 
+/* Takes a page for bytes whose number is not known yet; not cleared (with `scrub`: all of it is).
+ * pvf_pool_settle() must follow before anybody is shown the page, or pvf_pool_return(). */
+uint16_t pvf_pool_borrow(struct pvf_pool *pool);
+
+/* `bytes` bytes of a borrowed page are ours now: what an earlier use left past them is cleared. */
+void pvf_pool_settle(struct pvf_pool *pool, uint16_t page, uint32_t bytes);
+
+/* Gives a borrowed page back, of which at most `bytes` bytes were written. */
+void pvf_pool_return(struct pvf_pool *pool, uint16_t page, uint32_t bytes);
+
 /* Gives a page back. Only after the backend has answered the request that used it (rule 20). */
 void pvf_pool_give(struct pvf_pool *pool, uint16_t page);
 

@@ -125,12 +125,20 @@ void pvf_ring_get(struct pvf_ring *ring, void *response, size_t size)
 	ring->rsp_cons++;
 }
 
-uint32_t pvf_ring_final_check(struct pvf_ring *ring, struct pvf_fault *fault)
+uint32_t pvf_ring_ask(struct pvf_ring *ring, uint32_t after, struct pvf_fault *fault)
 {
 	uint32_t more = pvf_ring_poll(ring, fault);
 
+	PVF_ASSERT(after);
 	if (more || fault->rule)
 		return more;
-	__atomic_store_n(FIELD(ring, rsp_event), ring->rsp_cons + 1, __ATOMIC_SEQ_CST);
-	return accept_prod(ring, __atomic_load_n(FIELD(ring, rsp_prod), __ATOMIC_SEQ_CST), fault);
+	__atomic_store_n(FIELD(ring, rsp_event), ring->rsp_cons + after, __ATOMIC_SEQ_CST);
+	more = accept_prod(ring, __atomic_load_n(FIELD(ring, rsp_prod), __ATOMIC_SEQ_CST), fault);
+	/* Fewer than were asked for: the event is still to come. */
+	return more < after ? 0 : more;
+}
+
+uint32_t pvf_ring_final_check(struct pvf_ring *ring, struct pvf_fault *fault)
+{
+	return pvf_ring_ask(ring, 1, fault);
 }

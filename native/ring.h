@@ -57,4 +57,8 @@ void pvf_ring_get(struct pvf_ring *ring, void *response, size_t size);
  * 0 means that every later response brings an event. Sets `fault` as pvf_ring_poll(). */
 uint32_t pvf_ring_final_check(struct pvf_ring *ring, struct pvf_fault *fault);
 
+/* The same with the event put off until `after` more responses are there: for who can wait for several.
+ * 1 is the next. */
+uint32_t pvf_ring_ask(struct pvf_ring *ring, uint32_t after, struct pvf_fault *fault);
+
 #endif

@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * One queue of a network interface: packets of a TAP in, netif requests out, and back. It knows no
+ * descriptor: whoever has the TAP reads and writes the iovecs that it is given here.
+ *
+ * Theory of operation
+ *
+ *   TX. A packet is read straight into granted pages, which the backend may only read, behind a private
+ *   virtio_net_hdr. What that header wants is left to the backend where netif can say it and the backend
+ *   offers it, else done here: a checksum is finished. A packet that can be sent in no way is dropped and
+ *   counted by reason. Pages are the packet's until the backend has answered each of its slots.
+ *
+ *   RX. The ring is kept full of empty pages. A packet's first bytes are copied to private memory and
+ *   looked at there; it goes out as [virtio_net_hdr][private head][rest, in its pages], so that
+ *   nothing that was checked can change (rule 16). Its pages go back into the ring at once.
+ *
+ *   Rules: what no honest backend can do breaks the queue (`fault`: 1, 2, 5, 9, 13, 14 in docs/security.md);
+ *   what a clumsy one might is dropped and counted (9, 10, 11).
+ *
+ * Limits: a packet has 14 to 65,535 bytes (XEN_NETIF_MAX_TX_SIZE), at most XEN_NETIF_NR_SLOTS_MIN slots each
+ * way.
+ */
+#ifndef PVF_NET_H
+#define PVF_NET_H
+
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include <linux/virtio_net.h>
+
+#include "packet.h"
+#include "pool.h"
+#include "ring.h"
+
+#define PVF_NET_RING 256u  /* slots of either ring: one page of 12, or of 8 bytes */
+#define PVF_NET_SLOTS 18u  /* of a packet: XEN_NETIF_NR_SLOTS_MIN */
+#define PVF_NET_PAGES 16u  /* that the largest packet fills */
+#define PVF_NET_LARGEST 65535u
+
+#define PVF_NET_SG 1u        /* packets of several slots */
+#define PVF_NET_CSUM4 2u     /* the other end finishes checksums of TCP and UDP over IPv4 */
+#define PVF_NET_CSUM6 4u     /* and over IPv6 */
+#define PVF_NET_GSO4 8u      /* and cuts large TCP packets */
+#define PVF_NET_GSO6 16u
+
+enum pvf_net_drop { /* why a packet was not passed on */
+	PVF_DROP_TOO_SMALL,  /* shorter than an Ethernet header */
+	PVF_DROP_TOO_LARGE,  /* longer than netif, or the backend without scatter/gather, can take */
+	PVF_DROP_GSO,        /* to be cut by who cannot, or not a packet that can be cut */
+	PVF_DROP_CSUM,       /* its checksum cannot be found */
+	PVF_DROP_ERROR,      /* the other end says that it failed, or dropped it */
+	PVF_DROP_TRUNCATED,  /* RX: the rest of it is not there (rule 10) */
+	PVF_DROP_EXTRA,      /* RX: extra info that makes no sense (rule 11) */
+	PVF_DROP_TARGET,     /* RX: the TAP did not take it */
+	PVF_DROPS,
+};
+
+struct pvf_net_way {
+	uint64_t packets;
+	uint64_t bytes;
+	uint64_t slots;
+	uint64_t gso;         /* packets larger than the wire takes */
+	uint64_t gso_bytes;
+	uint64_t csum_left;   /* packets whose checksum the other end finishes (RX: finished or not needed) */
+	uint64_t csum_done;   /* TX: packets whose checksum was finished here */
+	uint64_t dropped[PVF_DROPS];
+};
+
+struct pvf_net_tx {
+	struct pvf_ring ring;
+	struct pvf_pool pool;
+	uint32_t features; /* PVF_NET_*: what the backend can */
+	uint32_t in_flight; /* slots with a page, not answered */
+	uint32_t extras;    /* slots without one, not answered */
+	uint16_t ids;       /* on the stack */
+	uint16_t id[PVF_NET_RING];
+	uint16_t page_of[PVF_NET_RING]; /* by id; PVF_NONE: not in flight */
+	struct virtio_net_hdr vnet;     /* of the packet that is read now */
+	uint16_t borrowed[PVF_NET_PAGES];
+	uint32_t borrowed_count;
+	struct pvf_net_way stats;
+	struct pvf_fault fault;
+};
+
+struct pvf_net_rx {
+	struct pvf_ring ring;
+	struct pvf_pool pool;
+	uint16_t page_of[PVF_NET_RING]; /* by slot; PVF_NONE: nothing of ours is there */
+	struct pvf_net_way stats;
+	struct pvf_fault fault;
+};
+
+struct pvf_net_packet { /* received */
+	struct virtio_net_hdr vnet;
+	uint8_t head[PVF_PACKET_HEAD];
+	uint32_t total;
+	uint32_t iovs, pages;
+	struct iovec iov[2 + PVF_NET_SLOTS]; /* for one writev(): vnet, head, the rest */
+	uint16_t page[PVF_NET_SLOTS];
+};
+
+/* Rings and pools as pvf_ring_init() and pvf_pool_init(); TX pages granted read-only. */
+void pvf_net_tx_init(struct pvf_net_tx *tx, void *ring, void *pool, uint32_t pages,
+		     const uint32_t *grefs, bool scrub, uint32_t features);
+void pvf_net_rx_init(struct pvf_net_rx *rx, void *ring, void *pool, uint32_t pages,
+		     const uint32_t *grefs);
+
+/* Borrows the pages that the next packet may want. Returns how many of `iov` (1 + PVF_NET_PAGES) are for one
+ * readv(); 0: not now, ring or pool are too full. */
+int pvf_net_tx_begin(struct pvf_net_tx *tx, struct iovec *iov);
+
+/* What that readv() returned (<= 0: nothing was read). True: the packet is in the ring, not yet shown. */
+bool pvf_net_tx_end(struct pvf_net_tx *tx, ssize_t got);
+
+/* Asks the backend to pass a multicast address on (`add`), or not any more. False: the ring is full. */
+bool pvf_net_tx_multicast(struct pvf_net_tx *tx, const uint8_t address[6], bool add);
+
+/* Takes `count` responses, counted by pvf_ring_poll(). A broken rule sets `fault`. */
+void pvf_net_tx_drain(struct pvf_net_tx *tx, uint32_t count);
+
+/* For the next event: responses that are worth waiting for together. */
+uint32_t pvf_net_tx_patience(const struct pvf_net_tx *tx);
+
+/* Puts an empty page into each free slot; not yet shown. */
+void pvf_net_rx_fill(struct pvf_net_rx *rx);
+
+/* The next packet of `*count` responses, which goes down by its slots. False: there is none (`*count` is 0), it
+ * was dropped (look again), or a rule was broken (`fault`). */
+bool pvf_net_rx_next(struct pvf_net_rx *rx, uint32_t *count, struct pvf_net_packet *packet);
+
+/* The packet was written, or (`error`) not taken: its pages are free again. */
+void pvf_net_rx_done(struct pvf_net_rx *rx, const struct pvf_net_packet *packet, bool error);
+
+#endif
