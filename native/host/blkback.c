@@ -5,17 +5,10 @@
 #include "blkback_int.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
-
-#define ARENAS 65536u
-#define HUB_DEADLINE 5000 /* ms */
 
 static int explain(char *why, int error, const char *what)
 {
@@ -23,139 +16,13 @@ static int explain(char *why, int error, const char *what)
 	return error;
 }
 
-/* Arenas */
-
-/* One question to the hub (docs/host.md). A descriptor, or -errno. */
-static int ask_hub(const struct pvf_bb_conn *conn, uint16_t number)
-{
-	char text[512];
-	union {
-		char bytes[CMSG_SPACE(sizeof(int))];
-		struct cmsghdr align;
-	} control;
-	struct iovec iov = {text, sizeof(text) - 1};
-	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes,
-			     .msg_controllen = sizeof(control.bytes)};
-	struct pollfd ready = {.fd = conn->hub_fd, .events = POLLIN};
-	int fd = -1;
-
-	if (conn->hub_fd < 0)
-		return -ENXIO;
-	int n = snprintf(text, sizeof(text), "{\"do\": \"arena\", \"domid\": %u, \"arena\": %u}",
-			 conn->domid, number);
-
-	if (send(conn->hub_fd, text, (size_t)n, MSG_NOSIGNAL) != n)
-		return -EPIPE;
-	if (poll(&ready, 1, HUB_DEADLINE) != 1)
-		return -ETIMEDOUT;
-	if (recvmsg(conn->hub_fd, &msg, MSG_CMSG_CLOEXEC) <= 0)
-		return -EPIPE;
-	for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c))
-		if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
-			memcpy(&fd, CMSG_DATA(c), sizeof(fd));
-	return fd < 0 ? -ENXIO : fd;
-}
-
-/* Maps as much of an arena as there is; under the lock. */
-static int map_arena(struct pvf_bb_conn *conn, uint16_t number)
-{
-	int fd = conn->descriptor[number].fd;
-	struct bb_arena *arena;
-	struct stat st;
-
-	if (fstat(fd, &st))
-		return -errno;
-	if (conn->arena[number] && (uint64_t)st.st_size <= conn->arena[number]->bytes)
-		return 0;
-	arena = calloc(1, sizeof(*arena));
-	if (!arena)
-		return -ENOMEM;
-	arena->bytes = (uint64_t)st.st_size;
-	arena->base = mmap(NULL, arena->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (arena->base == MAP_FAILED) {
-		int error = errno;
-
-		free(arena);
-		return -error;
-	}
-	madvise(arena->base, arena->bytes, MADV_DONTFORK);
-	arena->older = conn->arena[number];
-	__atomic_store_n(&conn->arena[number], arena, __ATOMIC_RELEASE);
-	return 0;
-}
-
-/* Makes sure that an arena is there as far as page `page`. */
-static int want_arena(struct pvf_bb_conn *conn, uint16_t number, uint32_t page)
-{
-	int rc = 0;
-
-	pthread_mutex_lock(&conn->lock);
-	if (conn->descriptor[number].fd < 0) {
-		int fd = ask_hub(conn, number);
-
-		rc = fd < 0 ? fd : pvf_mapper_arena(&conn->mapper, number, fd);
-		if (rc && fd >= 0)
-			close(fd);
-	}
-	if (!rc)
-		rc = map_arena(conn, number);
-	if (!rc && ((uint64_t)page + 1) * BB_PAGE > conn->arena[number]->bytes)
-		rc = -EFAULT;
-	pthread_mutex_unlock(&conn->lock);
-	return rc;
-}
-
-int bb_map(struct pvf_bb_conn *conn, uint32_t ref, bool writable, unsigned char **page)
-{
-	struct pvf_mapper *m = &conn->mapper;
-	int rc = pvf_grant_map(m->table, m->maptrack, m->domid, ref, writable);
-
-	if (rc)
-		return rc;
-	/* Mapped, the entry stands still; it is shared all the same, so what was read once counts. */
-	uint16_t number = LOAD(m->table[ref].arena);
-	uint32_t n = LOAD(m->table[ref].page);
-	uint64_t at = (uint64_t)n * BB_PAGE;
-	struct bb_arena *arena = __atomic_load_n(&conn->arena[number], __ATOMIC_ACQUIRE);
-
-	if (!arena || at + BB_PAGE > arena->bytes) {
-		rc = want_arena(conn, number, n);
-		if (rc) {
-			pvf_grant_unmap(m->table, m->maptrack, ref);
-			return rc;
-		}
-		arena = __atomic_load_n(&conn->arena[number], __ATOMIC_ACQUIRE);
-	}
-	*page = arena->base + at;
-	return 0;
-}
-
-void bb_unmap(struct pvf_bb_conn *conn, uint32_t ref)
-{
-	pvf_grant_unmap(conn->mapper.table, conn->mapper.maptrack, ref);
-}
-
 static void free_conn(struct pvf_bb_conn *conn)
 {
 	for (uint32_t i = 0; i < conn->rings; i++)
 		bb_ring_free(conn->ring[i]);
-	for (uint32_t i = 0; i < ARENAS; i++) {
-		while (conn->arena && conn->arena[i]) {
-			struct bb_arena *arena = conn->arena[i];
-
-			conn->arena[i] = arena->older;
-			munmap(arena->base, arena->bytes);
-			free(arena);
-		}
-		if (conn->descriptor && conn->descriptor[i].fd >= 0)
-			close(conn->descriptor[i].fd);
-	}
-	if (conn->mapper.table)
-		pvf_mapper_close(&conn->mapper);
+	pvf_peer_close(&conn->peer);
 	pthread_cond_destroy(&conn->changed);
 	pthread_mutex_destroy(&conn->lock);
-	free(conn->arena);
-	free(conn->descriptor);
 	free(conn);
 }
 
@@ -256,39 +123,22 @@ int pvf_bb_connect(struct pvf_bb *bb, int table_fd, int maptrack_fd, uint16_t ow
 
 	if (!conn)
 		return -ENOMEM;
+	rc = pvf_peer_open(&conn->peer, table_fd, maptrack_fd, own_domid, domid, hub_fd);
+	if (rc) {
+		free(conn);
+		return rc;
+	}
 	conn->bb = bb;
-	conn->domid = domid;
-	conn->hub_fd = hub_fd;
 	conn->persistent = persistent && LOAD(bb->features.flags) & PVF_BB_PERSISTENT;
 	pthread_mutex_init(&conn->lock, NULL);
 	pthread_cond_init(&conn->changed, NULL);
-	conn->arena = calloc(ARENAS, sizeof(struct bb_arena *));
-	conn->descriptor = calloc(ARENAS, sizeof(*conn->descriptor));
-	rc = conn->arena && conn->descriptor ? 0 : -ENOMEM;
-	for (uint32_t i = 0; conn->descriptor && i < ARENAS; i++)
-		conn->descriptor[i].fd = -1;
-	if (!rc)
-		rc = pvf_mapper_open(&conn->mapper, table_fd, maptrack_fd, own_domid,
-				     conn->descriptor, ARENAS);
-	if (rc) {
-		conn->mapper.table = NULL;
-		free_conn(conn);
-		return rc;
-	}
 	bb->conn = conn;
 	return 0;
 }
 
 int pvf_bb_arena(struct pvf_bb *bb, uint16_t number, int fd)
 {
-	int own = dup(fd), rc;
-
-	if (own < 0)
-		return -errno;
-	rc = bb->conn ? pvf_mapper_arena(&bb->conn->mapper, number, own) : -ENOTCONN;
-	if (rc)
-		close(own);
-	return rc;
+	return bb->conn ? pvf_peer_arena(&bb->conn->peer, number, fd) : -ENOTCONN;
 }
 
 uint32_t pvf_bb_left(const struct pvf_bb *bb, struct pvf_bb_left *left)
@@ -318,7 +168,7 @@ int pvf_bb_ring(struct pvf_bb *bb, const uint32_t *refs, uint32_t pages, int cha
 		uint32_t side, int own_fd, int other_fd, char *why)
 {
 	struct pvf_bb_conn *conn = bb->conn;
-	uint32_t failed = 0, arena = 0;
+	uint32_t failed = 0;
 	struct bb_ring *ring;
 	int rc;
 
@@ -328,11 +178,7 @@ int pvf_bb_ring(struct pvf_bb *bb, const uint32_t *refs, uint32_t pages, int cha
 	ring = bb_ring_new(conn);
 	if (!ring)
 		return explain(why, -ENOMEM, "memory of a ring");
-	while ((rc = pvf_mapper_map(&conn->mapper, refs, pages, true, &ring->shared, &failed,
-				    &arena)) == -ENXIO &&
-	       conn->descriptor[arena].fd < 0)
-		if (want_arena(conn, (uint16_t)arena, 0))
-			break;
+	rc = pvf_peer_map_ring(&conn->peer, refs, pages, &ring->shared, &failed);
 	if (rc) {
 		bb_ring_free(ring);
 		snprintf(why, PVF_BB_TEXT, "mapping ring-ref %u: %s",

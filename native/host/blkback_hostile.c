@@ -60,14 +60,14 @@ static void look_at_table(struct bb_ring *r, const struct bb_request *q, uint64_
 
 	if (kept)
 		page = r->kept[q->table].page;
-	else if (bb_map(r->conn, q->table, false, &page))
+	else if (pvf_peer_map(&r->conn->peer, q->table, false, &page))
 		return;
 	for (size_t at = q->entries * sizeof(struct blkif_request_segment); at < BB_PAGE;
 	     at += sizeof(value))
 		if (LOAD(*(const uint64_t *)(const void *)(page + at)) == value)
 			ADD(r->stats.canaries, 1);
 	if (!kept)
-		bb_unmap(r->conn, q->table);
+		pvf_peer_unmap(&r->conn->peer, q->table);
 }
 
 /* Counts `value` in every word of the granted pages that the frontend had no reason to fill. */
@@ -153,10 +153,10 @@ static void rewrite_idle_pages(struct bb_ring *r, const struct pvf_bb_rule *rule
 		if (!r->kept[r->kept_ref[i]].used)
 			fill(r->kept[r->kept_ref[i]].page, BB_PAGE, word);
 	for (uint32_t i = 0; i < recent; i++) {
-		if (bb_map(r->conn, r->recent[i], true, &page))
+		if (pvf_peer_map(&r->conn->peer, r->recent[i], true, &page))
 			continue; /* read-only, or ended */
 		fill(page, BB_PAGE, word);
-		bb_unmap(r->conn, r->recent[i]);
+		pvf_peer_unmap(&r->conn->peer, r->recent[i]);
 	}
 }
 

@@ -11,7 +11,7 @@
 
 #include "blkback.h"
 #include "channel.h"
-#include "grants.h"
+#include "peer.h"
 
 /* The barriers of io/ring.h are not used: indices are accessed by atomic operations. */
 #define xen_mb() __atomic_signal_fence(__ATOMIC_SEQ_CST)
@@ -75,25 +75,15 @@ uint64_t bb_rules_draw(struct bb_rules *rules);
 
 /* A disk and its connection */
 
-struct bb_arena {
-	unsigned char *base;
-	uint64_t bytes;
-	struct bb_arena *older; /* smaller mappings of the same arena, still pointed into */
-};
-
 struct pvf_bb_conn {
 	struct pvf_bb *bb;
-	struct pvf_mapper mapper;
-	struct pvf_arena *descriptor; /* the mapper's, by number */
-	uint16_t domid;               /* who grants */
-	int hub_fd;
+	struct pvf_peer peer;
 	bool persistent;
 	bool stop;    /* take no more requests */
 	bool abandon; /* forget what is in flight */
-	pthread_mutex_t lock; /* arenas; which rings have ended */
+	pthread_mutex_t lock; /* which rings have ended */
 	pthread_cond_t changed;
 	uint32_t asked; /* counts pvf_bb_disconnect() */
-	struct bb_arena **arena; /* by number; read without the lock */
 	struct bb_ring *ring[PVF_BB_QUEUES];
 	uint32_t rings;
 };
@@ -108,10 +98,6 @@ struct pvf_bb {
 	struct pvf_bb_left left[PVF_BB_QUEUES]; /* in order, by the last connection */
 	uint32_t lefts;
 };
-
-/* Maps one page: 0, or -errno as pvf_grant_map() has them. */
-int bb_map(struct pvf_bb_conn *conn, uint32_t ref, bool writable, unsigned char **page);
-void bb_unmap(struct pvf_bb_conn *conn, uint32_t ref);
 
 /* A ring */
 

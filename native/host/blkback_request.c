@@ -36,7 +36,7 @@ static int map_segment(struct bb_ring *r, struct bb_segment *s, bool writable)
 		}
 		ADD(r->stats.persistent_twice, 1); /* blkback logs an alert */
 	}
-	rc = bb_map(r->conn, s->ref, writable || persistent, &s->page);
+	rc = pvf_peer_map(&r->conn->peer, s->ref, writable || persistent, &s->page);
 	if (rc)
 		return rc;
 	ADD(r->stats.maps, 1);
@@ -59,7 +59,7 @@ static void unmap_segment(struct bb_ring *r, struct bb_segment *s)
 	if (s->mapped == BB_KEPT)
 		r->kept[s->ref].used = false;
 	else if (s->mapped == BB_MAPPED)
-		bb_unmap(r->conn, s->ref);
+		pvf_peer_unmap(&r->conn->peer, s->ref);
 	s->mapped = BB_UNMAPPED;
 }
 

@@ -383,9 +383,9 @@ void bb_ring_free(struct bb_ring *r)
 	struct pvf_bb_conn *conn = r->conn;
 
 	for (uint32_t i = 0; i < r->kept_count; i++)
-		bb_unmap(conn, r->kept_ref[i]);
+		pvf_peer_unmap(&conn->peer, r->kept_ref[i]);
 	if (r->shared)
-		pvf_mapper_unmap(&conn->mapper, r->refs, r->pages, r->shared);
+		pvf_mapper_unmap(&conn->peer.mapper, r->refs, r->pages, r->shared);
 	if (r->channel)
 		pvf_channel_unmap(r->channel);
 	int fds[] = {r->epoll_fd, r->own_fd, r->other_fd, r->ctl_fd};

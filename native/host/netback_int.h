@@ -1,0 +1,92 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * What the files of the network backend share: netback.c (a vif and its connection), netback_tx.c and
+ * netback_rx.c (a ring each), netback_frame.c (what is in a packet).
+ */
+#ifndef PVF_NETBACK_INT_H
+#define PVF_NETBACK_INT_H
+
+#include <linux/virtio_net.h>
+
+#include "channel.h"
+#include "netback.h"
+#include "peer.h"
+
+/* The barriers of io/ring.h are not used: indices are accessed by atomic operations. */
+#define xen_mb() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+#define xen_rmb() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+#define xen_wmb() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+#include <xen/xen.h>
+#include <xen/io/netif.h>
+
+#define NB_PAGE 4096u
+#define NB_FRAME 65536u
+#define NB_SLOTS_FATAL 20u /* FATAL_SKB_SLOTS_DEFAULT of Linux's netback */
+
+#define LOAD(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
+#define STORE(x, v) __atomic_store_n(&(x), (v), __ATOMIC_RELAXED)
+/* Counters have one writer; pvf_nb_get_stats() reads them from another thread. */
+#define ADD(x, n) STORE(x, (x) + (uint64_t)(n))
+
+struct nb_end { /* of an event channel */
+	struct pvf_channel *channel;
+	uint32_t side;
+	int own_fd, other_fd;
+	bool delivered;
+};
+
+struct nb_queue {
+	struct pvf_nb *nb;
+	struct netif_tx_back_ring tx;
+	struct netif_rx_back_ring rx;
+	uint32_t tx_ref, rx_ref;
+	void *tx_shared, *rx_shared;
+	struct nb_end end[2]; /* TX, RX; one for both: the first */
+	uint32_t ends;
+	int tap_fd, ctl_fd, epoll_fd;
+	bool tap_watched;
+	pthread_t thread;
+	bool started;
+	RING_IDX tx_published;
+	struct { /* a packet from either side */
+		struct virtio_net_hdr vnet;
+		uint8_t bytes[NB_FRAME + 64];
+	} frame;
+	struct pvf_nb_stats stats;
+};
+
+struct pvf_nb {
+	pthread_mutex_t lock; /* rules, fatal */
+	struct pvf_nb_rule rule[PVF_NB_RULES];
+	uint32_t rules; /* read without the lock: 0 costs nothing */
+	uint64_t fired[PVF_NB_KINDS];
+	char fatal[PVF_NB_TEXT];
+	uint32_t broken; /* nothing is taken or given any more */
+	bool connected, stop;
+	uint32_t flags;
+	struct pvf_peer peer;
+	struct nb_queue *queue[PVF_NB_QUEUES];
+	uint32_t queues;
+	struct pvf_nb_stats ended; /* of connections that are over */
+};
+
+/* Whether a rule of this kind fires now, and its value. */
+bool nb_fires(struct pvf_nb *nb, enum pvf_nb_kind kind, uint64_t *value);
+
+/* The frontend has broken the protocol. */
+void nb_fatal(struct nb_queue *q, const char *what, uint32_t value);
+
+void nb_notify(struct nb_queue *q, bool rx);
+
+/* Takes and answers what the frontend has sent. True: there was something. */
+bool nb_tx(struct nb_queue *q);
+/* Gives the frontend what the TAP has, as long as there are pages for any packet. True: it had something. */
+bool nb_rx(struct nb_queue *q);
+/* Whether there are pages for any packet; if not, the frontend is asked to tell of more. */
+bool nb_rx_room(struct nb_queue *q);
+
+/* Where the transport checksum of a frame begins, and its field from there; as skb_checksum_setup() finds
+ * them. False: it is none of TCP's or UDP's over IPv4 or IPv6. */
+bool nb_find_checksum(const uint8_t *frame, uint32_t size, uint16_t *start, uint16_t *offset);
+
+#endif

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * What the frontend receives: read from the TAP, put into its pages.
+ */
+#include <errno.h>
+#include <string.h>
+#include <sys/uio.h>
+
+#include "netback_int.h"
+
+#define MOST_SLOTS 18u /* of a packet: its pages, and what it says of GSO */
+
+/* How many requests can be used; more than the ring has slots: the frontend broke the protocol. */
+static uint32_t requests(struct nb_queue *q)
+{
+	RING_IDX prod = __atomic_load_n(&q->rx.sring->req_prod, __ATOMIC_SEQ_CST);
+	uint32_t n = prod - q->rx.req_cons;
+
+	if (prod - q->rx.rsp_prod_pvt > RING_SIZE(&q->rx)) {
+		nb_fatal(q, "impossible number of empty pages", prod);
+		return 0;
+	}
+	return n;
+}
+
+bool nb_rx_room(struct nb_queue *q)
+{
+	if (requests(q) >= MOST_SLOTS)
+		return true;
+	__atomic_store_n(&q->rx.sring->req_event, q->rx.req_cons + MOST_SLOTS, __ATOMIC_SEQ_CST);
+	return requests(q) >= MOST_SLOTS;
+}
+
+static void publish(struct nb_queue *q, RING_IDX old)
+{
+	struct netif_rx_sring *shared = q->rx.sring;
+	RING_IDX new = q->rx.rsp_prod_pvt;
+
+	__atomic_store_n(&shared->rsp_prod, new, __ATOMIC_SEQ_CST);
+	RING_IDX event = __atomic_load_n(&shared->rsp_event, __ATOMIC_SEQ_CST);
+
+	if ((RING_IDX)(new - event) < (RING_IDX)(new - old))
+		nb_notify(q, true);
+}
+
+static void take(struct nb_queue *q, struct netif_rx_request *r)
+{
+	memcpy(r, RING_GET_REQUEST(&q->rx, q->rx.req_cons), sizeof(*r));
+	__asm__ volatile("" ::: "memory"); /* nothing is read there again */
+	q->rx.req_cons++;
+	ADD(q->stats.rx_slots, 1);
+}
+
+/* A request is used up for each: the response has its slot. */
+static void put_extra(struct nb_queue *q, const struct netif_extra_info *extra)
+{
+	struct netif_rx_request r;
+
+	take(q, &r);
+	memcpy(RING_GET_RESPONSE(&q->rx, q->rx.rsp_prod_pvt++), extra, sizeof(*extra));
+}
+
+static int16_t fill(struct nb_queue *q, const struct netif_rx_request *r, uint32_t at, uint32_t bytes)
+{
+	unsigned char *page;
+
+	if (pvf_peer_map(&q->nb->peer, r->gref, true, &page)) {
+		ADD(q->stats.map_errors, 1);
+		return NETIF_RSP_ERROR;
+	}
+	memcpy(page, q->frame.bytes + at, bytes);
+	pvf_peer_unmap(&q->nb->peer, r->gref);
+	return (int16_t)bytes;
+}
+
+static void lie(struct nb_queue *q, struct netif_rx_response *rsp)
+{
+	uint64_t value;
+
+	if (nb_fires(q->nb, PVF_NB_RX_ID, &value))
+		rsp->id = (uint16_t)value;
+	if (nb_fires(q->nb, PVF_NB_RX_OFFSET, &value))
+		rsp->offset = (uint16_t)value;
+	if (nb_fires(q->nb, PVF_NB_RX_STATUS, &value))
+		rsp->status = (int16_t)value;
+	if (nb_fires(q->nb, PVF_NB_RX_FLAGS, &value))
+		rsp->flags ^= (uint16_t)value;
+}
+
+static void rewrite(struct nb_queue *q, const uint32_t *refs, uint32_t count)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		unsigned char *page;
+
+		if (pvf_peer_map(&q->nb->peer, refs[i], true, &page))
+			continue;
+		memset(page, 0xee, NB_PAGE);
+		pvf_peer_unmap(&q->nb->peer, refs[i]);
+	}
+}
+
+static void give(struct nb_queue *q, uint32_t size)
+{
+	const struct virtio_net_hdr *v = &q->frame.vnet;
+	uint8_t gso = v->gso_type & (uint8_t)~VIRTIO_NET_HDR_GSO_ECN;
+	struct netif_extra_info extra = {
+		.type = XEN_NETIF_EXTRA_TYPE_GSO,
+		.u.gso = {.size = v->gso_size,
+			  .type = gso == VIRTIO_NET_HDR_GSO_TCPV4 ? XEN_NETIF_GSO_TYPE_TCPV4
+								  : XEN_NETIF_GSO_TYPE_TCPV6}};
+	uint32_t pages = (size + NB_PAGE - 1) / NB_PAGE, refs[MOST_SLOTS];
+	RING_IDX old = q->rx.rsp_prod_pvt;
+	uint64_t type;
+	bool other = nb_fires(q->nb, PVF_NB_RX_EXTRA, &type);
+
+	for (uint32_t i = 0; i < pages; i++) {
+		uint32_t bytes = size - i * NB_PAGE < NB_PAGE ? size - i * NB_PAGE : NB_PAGE;
+		struct netif_rx_request r;
+		struct netif_rx_response *rsp;
+
+		take(q, &r);
+		refs[i] = r.gref;
+		int16_t status = fill(q, &r, i * NB_PAGE, bytes);
+
+		rsp = RING_GET_RESPONSE(&q->rx, q->rx.rsp_prod_pvt++);
+		*rsp = (struct netif_rx_response){.id = r.id, .status = status};
+		if (i + 1 < pages)
+			rsp->flags |= NETRXF_more_data;
+		if (!i && v->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)
+			rsp->flags |= NETRXF_csum_blank | NETRXF_data_validated;
+		if (!i && (gso || other))
+			rsp->flags |= NETRXF_extra_info;
+		lie(q, rsp);
+		if (i || (!gso && !other))
+			continue;
+		if (other)
+			extra.type = (uint8_t)type;
+		put_extra(q, &extra);
+	}
+	publish(q, old);
+	ADD(q->stats.rx_packets, 1);
+	ADD(q->stats.rx_bytes, size);
+	ADD(q->stats.rx_gso, gso != 0);
+	ADD(q->stats.rx_blank, v->flags != 0);
+	if (nb_fires(q->nb, PVF_NB_RX_REWRITE, &type))
+		rewrite(q, refs, pages);
+}
+
+#define TURN 64 /* packets */
+
+bool nb_rx(struct nb_queue *q)
+{
+	bool any = false;
+
+	for (uint32_t n = 0; n < TURN && !LOAD(q->nb->broken) && nb_rx_room(q); n++) {
+		struct iovec iov[2] = {{&q->frame.vnet, sizeof(q->frame.vnet)},
+				       {q->frame.bytes, NB_FRAME}};
+		ssize_t got = readv(q->tap_fd, iov, 2);
+
+		if (got < 0) {
+			if (errno != EAGAIN && errno != EINTR)
+				ADD(q->stats.tap_errors, 1);
+			break;
+		}
+		any = true;
+		size_t size = (size_t)got - sizeof(q->frame.vnet);
+
+		if (size > XEN_NETIF_MAX_TX_SIZE || (size > NB_PAGE && !(q->nb->flags & PVF_NB_SG))) {
+			ADD(q->stats.rx_dropped, 1);
+			continue;
+		}
+		give(q, (uint32_t)size);
+	}
+	return any;
+}
