@@ -112,6 +112,7 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 /* The calls of the event loops, and who makes them. */
 static const int plain_calls[] = {
 	SCMP_SYS(epoll_wait), SCMP_SYS(epoll_pwait), SCMP_SYS(epoll_ctl), /* worker, queue */
+	SCMP_SYS(readv), SCMP_SYS(writev),                /* TAP */
 	SCMP_SYS(read), SCMP_SYS(write),                  /* ports, timers, PVF_ASSERT */
 	SCMP_SYS(recvmsg), SCMP_SYS(sendmsg),             /* target, ctl, port_embedded */
 	SCMP_SYS(accept4), SCMP_SYS(close), SCMP_SYS(munmap), SCMP_SYS(madvise),

@@ -55,8 +55,14 @@ static const char *check_attach(const struct pvf_ctl_attach *a, size_t bytes, ui
 		return "ATTACH: length does not fit pool_pages";
 	if (nfds != 2)
 		return "ATTACH wants two descriptors: event channel, gntalloc";
-	if (a->device_class != PVF_CLASS_BLK)
-		return "ATTACH: only disks (class 1) are served by this worker";
+	if (a->device_class != PVF_CLASS_BLK && a->device_class != PVF_CLASS_NET)
+		return "ATTACH: only disks (class 1) and networks (class 2) are served by this worker";
+	if (a->device_class == PVF_CLASS_NET
+		    ? a->ring_pages != PVF_NET_RING_PAGES || !a->tx_pages || a->tx_pages >= a->pool_pages
+		    : a->tx_pages)
+		return "ATTACH: a network has 2 ring_pages and tx_pages within the pool, a disk none";
+	if (a->reserved)
+		return "ATTACH: a reserved field is not 0";
 	if (!a->ring_pages || a->ring_pages > PVF_MAX_RING_PAGES ||
 	    a->ring_pages & (a->ring_pages - 1))
 		return "ATTACH: ring_pages must be 1, 2, 4, 8 or 16";
@@ -100,6 +106,19 @@ static const char *check_start(const struct pvf_ctl_start *s, size_t bytes, uint
 	return NULL;
 }
 
+static const char *check_start_net(const struct pvf_ctl_start_net *s, size_t bytes, uint32_t nfds)
+{
+	uint32_t known = PVF_NET_SG | PVF_NET_CSUM4 | PVF_NET_CSUM6 | PVF_NET_GSO4 | PVF_NET_GSO6;
+
+	if (bytes != sizeof(*s))
+		return "START_NET has a wrong length";
+	if (s->first_queue >= PVF_MAX_QUEUES || nfds > PVF_MAX_QUEUES - s->first_queue)
+		return "START_NET: TAPs for queues that cannot be";
+	if (s->features & ~known || s->reserved)
+		return "START_NET: unknown features";
+	return NULL;
+}
+
 const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nfds)
 {
 	if (bytes < sizeof(m->hdr))
@@ -115,6 +134,8 @@ const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nf
 		return check_attach(pvf_ctl_attach(m), bytes, nfds);
 	case PVF_CTL_START:
 		return check_start(&m->start, bytes, nfds);
+	case PVF_CTL_START_NET:
+		return check_start_net(&m->start_net, bytes, nfds);
 	case PVF_CTL_DETACH:
 		if (bytes != sizeof(m->detach) || nfds)
 			return "DETACH has a wrong length, or descriptors";

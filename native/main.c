@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
- * pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] [--ublk] [--build ID]
+ * pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] [--ublk] [--net] [--build ID]
  *
  * One device's data path, a thread for each of up to N queues (1). Descriptor 3 is a listening AF_UNIX SOCK_SEQPACKET socket; everything
  * else comes through it (pvf_ctl.h). Status 0: told to exit; 1: could not start; 2: wrong usage.
@@ -24,7 +24,7 @@ static int usage(const char *what)
 {
 	fprintf(stderr,
 		"pvfront-worker: %s\n"
-		"usage: pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] [--ublk] "
+		"usage: pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] [--ublk] [--net] "
 		"[--build ID]\n"
 		"descriptor 3 must be a listening AF_UNIX SOCK_SEQPACKET socket; "
 		"pvfront starts workers, not people\n",
@@ -64,12 +64,13 @@ int main(int argc, char **argv)
 		{"gid", required_argument, NULL, 'g'},
 		{"chroot", required_argument, NULL, 'c'},
 		{"ublk", no_argument, NULL, 'b'},
+		{"net", no_argument, NULL, 't'},
 		{"build", required_argument, NULL, 'v'},
 		{0},
 	};
 	struct pvf_confine confine = {0};
 	const char *name = NULL, *build = "", *why = NULL;
-	bool uid = false, gid = false;
+	bool uid = false, gid = false, net = false;
 	uint32_t queues = 1;
 	int opt, rc;
 
@@ -98,6 +99,9 @@ int main(int argc, char **argv)
 		case 'b':
 			confine.uring = true;
 			break;
+		case 't':
+			net = true;
+			break;
 		case 'v':
 			build = optarg;
 			break;
@@ -120,6 +124,8 @@ int main(int argc, char **argv)
 	pvf_confine_start(&confine);
 	rc = pvf_worker_init(&worker, LISTEN_FD, name, queues, &why);
 	snprintf(worker.build, sizeof(worker.build), "%s", build);
+	if (!rc && net)
+		rc = pvf_worker_net(&worker, &why);
 	if (!rc && confine.uring)
 		rc = pvf_worker_uring(&worker, &why);
 	if (!rc)

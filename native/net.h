@@ -37,35 +37,6 @@
 #define PVF_NET_PAGES 16u  /* that the largest packet fills */
 #define PVF_NET_LARGEST 65535u
 
-#define PVF_NET_SG 1u        /* packets of several slots */
-#define PVF_NET_CSUM4 2u     /* the other end finishes checksums of TCP and UDP over IPv4 */
-#define PVF_NET_CSUM6 4u     /* and over IPv6 */
-#define PVF_NET_GSO4 8u      /* and cuts large TCP packets */
-#define PVF_NET_GSO6 16u
-
-enum pvf_net_drop { /* why a packet was not passed on */
-	PVF_DROP_TOO_SMALL,  /* shorter than an Ethernet header */
-	PVF_DROP_TOO_LARGE,  /* longer than netif, or the backend without scatter/gather, can take */
-	PVF_DROP_GSO,        /* to be cut by who cannot, or not a packet that can be cut */
-	PVF_DROP_CSUM,       /* its checksum cannot be found */
-	PVF_DROP_ERROR,      /* the other end says that it failed, or dropped it */
-	PVF_DROP_TRUNCATED,  /* RX: the rest of it is not there (rule 10) */
-	PVF_DROP_EXTRA,      /* RX: extra info that makes no sense (rule 11) */
-	PVF_DROP_TARGET,     /* RX: the TAP did not take it */
-	PVF_DROPS,
-};
-
-struct pvf_net_way {
-	uint64_t packets;
-	uint64_t bytes;
-	uint64_t slots;
-	uint64_t gso;         /* packets larger than the wire takes */
-	uint64_t gso_bytes;
-	uint64_t csum_left;   /* packets whose checksum the other end finishes (RX: finished or not needed) */
-	uint64_t csum_done;   /* TX: packets whose checksum was finished here */
-	uint64_t dropped[PVF_DROPS];
-};
-
 struct pvf_net_tx {
 	struct pvf_ring ring;
 	struct pvf_pool pool;

@@ -2,6 +2,7 @@
 #include "queue_int.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/stat.h>
@@ -43,7 +44,7 @@ static void close_own(struct pvf_queue *q)
 }
 
 int pvf_queue_init(struct pvf_queue *q, uint32_t index, struct pvf_fence *fence, int notes_fd,
-		   struct pvf_blk_stats *page)
+		   void *page)
 {
 	int rc;
 
@@ -121,6 +122,9 @@ void pvf_queue_free(struct pvf_queue *q)
 	}
 	pvf_queue_detach(q, false);
 	pvf_uring_free(&q->ublk.uring);
+	if (q->net)
+		pvf_netq_drop_target(q);
+	free(q->net);
 	close_own(q);
 	pthread_mutex_destroy(&q->lock);
 	pthread_mutex_destroy(&q->gate);
@@ -149,7 +153,10 @@ void pvf_queue_stop(struct pvf_queue *q)
 		return;
 	q->stopped = true;
 	q->serving = q->again = false;
-	q->blk.pool.quarantined = true;
+	if (q->net)
+		q->net->tx.pool.quarantined = q->net->rx.pool.quarantined = true;
+	else
+		q->blk.pool.quarantined = true;
 	/* A readable event channel would keep a level-triggered epoll awake. */
 	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
 }
@@ -167,8 +174,11 @@ int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
 		pvf_port_release(&q->port);
 		return rc;
 	}
-	pvf_blk_attach(&q->blk, q->port.ring, q->port.ring_bytes, q->port.pool, a->pool_pages,
-		       a->pool_grefs, a->flags & PVF_ATTACH_SCRUB);
+	if (q->net)
+		pvf_netq_attach(q, a);
+	else
+		pvf_blk_attach(&q->blk, q->port.ring, q->port.ring_bytes, q->port.pool, a->pool_pages,
+			       a->pool_grefs, a->flags & PVF_ATTACH_SCRUB);
 	q->attached = true;
 	q->serving = q->no_new = q->drained = q->stopped = false;
 	/* An event from before may be waiting; the ring is new, so begin as if one had come. */
@@ -201,6 +211,8 @@ static void forget_target(struct pvf_queue *q)
 
 void pvf_queue_drop_target(struct pvf_queue *q)
 {
+	if (q->net)
+		return pvf_netq_drop_target(q);
 	close_target(q);
 	forget_target(q);
 	q->notes &= ~(uint32_t)PVF_NOTE_TARGET_GONE;
@@ -208,6 +220,8 @@ void pvf_queue_drop_target(struct pvf_queue *q)
 
 bool pvf_queue_has_target(const struct pvf_queue *q)
 {
+	if (q->net)
+		return q->net->tap_fd >= 0;
 	return q->source_ops ? !q->target.gone : q->target.fd >= 0;
 }
 
@@ -223,6 +237,8 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 		q->notes |= PVF_NOTE_TARGET_GONE;
 	if (q->source_ops && q->attached)
 		q->source_ops->deliver(q->source, &q->blk);
+	if (q->net && !keep)
+		pvf_netq_drop_target(q);
 	if (!keep || q->target.gone)
 		close_target(q);
 	if (q->target.fd < 0)
@@ -234,7 +250,10 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 		pvf_queue_wake(q); /* what was delivered just now is told by the serving thread */
 	}
 	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
-	pvf_blk_detach(&q->blk);
+	if (q->net)
+		pvf_netq_detach(q);
+	else
+		pvf_blk_detach(&q->blk);
 	pvf_port_close(&q->port);
 	q->attached = q->serving = q->no_new = q->drained = q->stopped = false;
 	q->again = q->masked = q->delayed = q->stalled = q->watching = false;
@@ -270,6 +289,8 @@ int pvf_queue_target(struct pvf_queue *q, int fd, const char **why)
 {
 	struct stat st;
 
+	if (q->net)
+		return pvf_netq_target(q, fd, why);
 	pvf_queue_drop_target(q);
 	if (!fstat(fd, &st) && S_ISCHR(st.st_mode))
 		return take_ublk(q, fd, why);
@@ -288,6 +309,19 @@ void pvf_queue_start(struct pvf_queue *q, const struct pvf_geometry *geo)
 	/* A kept socket that was hung up meanwhile: no queue may receive before this one has looked. */
 	if (q->queues > 1 && q->target.fd >= 0 && q->target.ended)
 		pvf_fence_close(q->fence);
+}
+
+void pvf_queue_start_net(struct pvf_queue *q, uint32_t features, uint32_t stall_seconds)
+{
+	q->net->tx.features = features;
+	q->blk.geo.stall_seconds = stall_seconds;
+	/* The backend may have sent something before we were told that it is connected. */
+	q->masked = true;
+}
+
+uint32_t pvf_queue_in_flight(const struct pvf_queue *q)
+{
+	return q->net ? q->net->tx.in_flight : q->blk.in_flight;
 }
 
 void pvf_queue_run(struct pvf_queue *q)
@@ -312,6 +346,8 @@ void pvf_queue_publish(struct pvf_queue *q)
 	struct pvf_blk *blk = &q->blk;
 	struct pvf_blk_stats *s = &blk->stats;
 
+	if (q->net)
+		return pvf_netq_publish(q);
 	s->state = q->state;
 	s->generation = q->generation;
 	s->queue = q->index;
@@ -322,5 +358,5 @@ void pvf_queue_publish(struct pvf_queue *q)
 	s->pool_free_low = blk->pool.free_low;
 	s->ring_slots = blk->ring.entries;
 	s->nbd_pending = blk->pending;
-	pvf_stats_publish(q->page, s);
+	pvf_stats_publish(q->page, s, sizeof(*s));
 }

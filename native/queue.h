@@ -40,6 +40,7 @@
 #include "batch.h"
 #include "blk.h"
 #include "fence.h"
+#include "net.h"
 #include "port.h"
 #include "source.h"
 #include "target.h"
@@ -63,6 +64,16 @@ enum pvf_queue_note {
 	PVF_NOTE_DRAINED = 16,
 };
 
+struct pvf_netq { /* what a network's queue has instead of a disk's */
+	struct pvf_net_tx tx;
+	struct pvf_net_rx rx;
+	int tap_fd;
+	bool tap_ready; /* a read of the TAP may find something */
+	uint64_t full, tap_errors;
+	struct pvf_net_stats ended; /* counters of connections that are over */
+	struct pvf_net_packet packet; /* that is received now */
+};
+
 struct pvf_queue {
 	pthread_mutex_t gate, lock; /* see pvf_queue_lock() */
 	pthread_t thread;
@@ -74,7 +85,8 @@ struct pvf_queue {
 	int unmask_timer, watchdog_timer, wake_fd;
 	int notes_fd;            /* an eventfd of the worker's */
 	struct pvf_fence *fence; /* shared by the device's queues */
-	struct pvf_blk_stats *page;
+	void *page; /* struct pvf_blk_stats or pvf_net_stats */
+	struct pvf_netq *net; /* NULL: a disk's */
 	uint32_t state, generation; /* the worker's, for the statistics */
 	uint32_t queues;         /* attached: above 1, the fence holds */
 	struct pvf_blk blk;
@@ -118,7 +130,10 @@ struct pvf_queue {
 
 /* Once: makes epoll, timers and wake-up. 0, or -errno and nothing is held. */
 int pvf_queue_init(struct pvf_queue *queue, uint32_t index, struct pvf_fence *fence, int notes_fd,
-		   struct pvf_blk_stats *page);
+		   void *page);
+
+/* Makes it a network's, for good. 0 or -ENOMEM. */
+int pvf_queue_net(struct pvf_queue *queue);
 
 /* Starts the queue's own thread, which is past everything that only a beginning thread does when
  * this returns: a system call filter may follow. 0 or -errno. */
@@ -179,6 +194,12 @@ bool pvf_queue_has_target(const struct pvf_queue *queue);
 
 /* Takes the disk's numbers. */
 void pvf_queue_start(struct pvf_queue *queue, const struct pvf_geometry *geo);
+
+/* The same of a network: what its backend can, PVF_NET_*. */
+void pvf_queue_start_net(struct pvf_queue *queue, uint32_t features, uint32_t stall_seconds);
+
+/* Requests, or sent slots, that are not answered. */
+uint32_t pvf_queue_in_flight(const struct pvf_queue *queue);
 
 /* Intake is wanted from now on. After pvf_queue_start() of all queues. */
 void pvf_queue_run(struct pvf_queue *queue);

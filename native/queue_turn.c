@@ -10,7 +10,7 @@
 #define SPURIOUS_FORGET (2 * PVF_SECOND)
 #define UNMASK_CAP PVF_SECOND
 
-static void broken(struct pvf_queue *q)
+void pvf_queue_broken(struct pvf_queue *q)
 {
 	q->notes |= PVF_NOTE_BROKEN;
 	pvf_queue_stop(q);
@@ -21,7 +21,7 @@ static void port_failed(struct pvf_queue *q, int error, const char *text)
 	if (q->stopped)
 		return;
 	q->blk.fault = (struct pvf_fault){23, (uint64_t)error, "event-channel", text};
-	broken(q);
+	pvf_queue_broken(q);
 }
 
 /* Since when the oldest request in the ring, or on its way there, has been known. */
@@ -64,8 +64,7 @@ static void unmask(struct pvf_queue *q)
 	q->masked = q->delayed = false;
 }
 
-/* Ends the attention to one event: unmask now, or later if events keep coming for nothing. */
-static void finish_event(struct pvf_queue *q)
+void pvf_queue_finish_event(struct pvf_queue *q)
 {
 	if (q->responses_since_event || q->owed) {
 		q->owed = false;
@@ -90,7 +89,7 @@ static void finish_event(struct pvf_queue *q)
 	pvf_arm(q->unmask_timer, delay < UNMASK_CAP ? delay : UNMASK_CAP);
 }
 
-static void notify(struct pvf_queue *q)
+void pvf_queue_notify(struct pvf_queue *q)
 {
 	int rc = q->port.ops->notify(&q->port);
 
@@ -100,11 +99,11 @@ static void notify(struct pvf_queue *q)
 		q->blk.stats.notifies++;
 }
 
-static void watch_ring(struct pvf_queue *q)
+void pvf_queue_watch(struct pvf_queue *q, uint32_t in_flight)
 {
 	bool idle = q->idle;
 
-	q->idle = !q->blk.in_flight;
+	q->idle = !in_flight;
 	if (q->idle) {
 		q->oldest = 0;
 		return;
@@ -118,6 +117,20 @@ static void watch_ring(struct pvf_queue *q)
 	pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
 }
 
+/* `responses` were taken. With a recent `blk->now`. */
+void pvf_queue_progress(struct pvf_queue *q, uint32_t responses)
+{
+	q->responses_since_event += responses;
+	if (!q->masked)
+		q->owed = true;
+	q->progress_at = q->blk.now;
+	q->unseen = false;
+	if (q->stalled) {
+		q->stalled = false;
+		q->notes |= PVF_NOTE_STALL;
+	}
+}
+
 /* With a recent `blk->now`: in a guest, reading the clock may be a system call. */
 static void drain(struct pvf_queue *q)
 {
@@ -127,27 +140,25 @@ static void drain(struct pvf_queue *q)
 	if (n)
 		n = pvf_blk_drain(blk, n);
 	if (blk->fault.rule) {
-		broken(q);
+		pvf_queue_broken(q);
 		return;
 	}
 	if (!n)
 		return;
-	q->responses_since_event += n;
-	if (!q->masked)
-		q->owed = true;
 	if (q->poll_until)
 		blk->stats.polled++;
 	q->soon = blk->now - q->progress_at <= blk->geo.poll_us * PVF_US;
 	q->poll_until = 0;
-	q->progress_at = blk->now;
-	q->unseen = false;
-	if (q->stalled) {
-		q->stalled = false;
-		q->notes |= PVF_NOTE_STALL;
-	}
+	pvf_queue_progress(q, n);
 	if (blk->features_off & ~q->features_noted)
 		q->notes |= PVF_NOTE_FEATURE_OFF;
 	q->features_noted |= blk->features_off;
+}
+
+/* Responses that nobody has taken. */
+static uint32_t waiting(struct pvf_queue *q, struct pvf_fault *fault)
+{
+	return q->net ? pvf_netq_waiting(q, fault) : pvf_ring_poll(&q->blk.ring, fault);
 }
 
 static void watchdog(struct pvf_queue *q)
@@ -165,34 +176,40 @@ static void watchdog(struct pvf_queue *q)
 	uint64_t now = pvf_now_ns(), silent = now - q->progress_at;
 
 	blk->now = now;
-	if (!blk->in_flight) {
+	if (!pvf_queue_in_flight(q)) {
 		if (now < q->patience) {
 			q->watching = true;
 			pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
 		}
 		return;
 	}
-	if (q->delayed || q->polling) {
+	if (!q->net && (q->delayed || q->polling)) {
 		drain(q);
-	} else if (!q->masked && pvf_ring_poll(&blk->ring, &fault) && !fault.rule) {
-		if (q->unseen && q->unseen_at == blk->ring.rsp_cons) {
+	} else if (!q->masked && waiting(q, &fault) && !fault.rule) {
+		uint32_t at = q->net ? q->net->tx.ring.rsp_cons : blk->ring.rsp_cons;
+
+		if (q->unseen && q->unseen_at == at) {
 			blk->stats.watchdog_hits++;
-			drain(q);
+			if (q->net)
+				q->masked = true; /* as if the event had come */
+			else
+				drain(q);
 			q->again = true;
 		} else {
 			q->unseen = true;
-			q->unseen_at = blk->ring.rsp_cons;
+			q->unseen_at = at;
 		}
 	}
 	if (fault.rule) {
 		blk->fault = fault;
-		broken(q);
+		pvf_queue_broken(q);
 	}
 	if (q->stopped)
 		return;
-	q->oldest = oldest_request(blk);
+	if (!q->net)
+		q->oldest = oldest_request(blk);
 	if (blk->geo.stall_seconds && !q->stalled && silent >= blk->geo.stall_seconds * PVF_SECOND &&
-	    blk->in_flight) {
+	    pvf_queue_in_flight(q)) {
 		q->stalled = true;
 		q->stall_for = (uint32_t)(silent / PVF_SECOND);
 		q->notes |= PVF_NOTE_STALL;
@@ -246,14 +263,19 @@ void pvf_queue_event(struct pvf_queue *q, uint64_t data, uint32_t events)
 			take_event(q);
 		break;
 	case PVF_TAG_TARGET:
-		if (data == q->target.tag)
+		if (data != q->target.tag)
+			break;
+		if (q->net)
+			q->net->tap_ready = true;
+		else
 			take_socket(q, events);
 		break;
 	case PVF_TAG_UNMASK:
 		/* Delayed for its spuriousness: look at the ring again, then unmask. */
 		if (timer_fired(q->unmask_timer) && q->delayed && !q->stopped) {
 			q->blk.now = pvf_now_ns();
-			drain(q);
+			if (!q->net)
+				drain(q);
 			if (!q->stopped)
 				unmask(q);
 		}
@@ -327,6 +349,8 @@ static void serve_ring(struct pvf_queue *q)
 {
 	struct pvf_blk *blk = &q->blk;
 
+	if (q->net)
+		return pvf_netq_serve(q);
 	q->again = false;
 	if (!q->attached || q->stopped)
 		return;
@@ -339,10 +363,10 @@ static void serve_ring(struct pvf_queue *q)
 		q->again |= take_requests(q);
 	/* The backend has its work before the client has its answers: they go on side by side. */
 	if (pvf_ring_push(&blk->ring))
-		notify(q);
+		pvf_queue_notify(q);
 	if (pvf_queue_has_target(q))
 		q->again |= give_answers(q);
-	watch_ring(q);
+	pvf_queue_watch(q, blk->in_flight);
 	if (q->soon && q->threaded)
 		q->polling = true;
 	if (q->stopped || !q->masked || q->delayed || q->polling)
@@ -350,9 +374,9 @@ static void serve_ring(struct pvf_queue *q)
 	if (pvf_ring_final_check(&blk->ring, &blk->fault))
 		q->again = true;
 	else if (blk->fault.rule)
-		broken(q);
+		pvf_queue_broken(q);
 	else
-		finish_event(q);
+		pvf_queue_finish_event(q);
 }
 
 /* True: no request is in the ring, and none can come there without the client doing something. */
@@ -361,8 +385,10 @@ static bool is_drained(const struct pvf_queue *q)
 	const struct pvf_blk *blk = &q->blk;
 	const struct pvf_target *t = &q->target;
 
-	if (blk->in_flight)
+	if (pvf_queue_in_flight(q))
 		return false;
+	if (q->net)
+		return true;
 	if (q->source_ops)
 		return t->gone || (blk->current == PVF_NONE && !blk->flush_count && !blk->reply_count);
 	if (t->fd < 0)
@@ -423,13 +449,13 @@ bool pvf_queue_arm(struct pvf_queue *q)
 	if (pvf_ring_final_check(&blk->ring, &blk->fault))
 		return true;
 	if (blk->fault.rule) {
-		broken(q);
+		pvf_queue_broken(q);
 		tell(q);
 		return false;
 	}
 	q->polling = false;
 	if (q->masked && !q->delayed)
-		finish_event(q);
+		pvf_queue_finish_event(q);
 	return false;
 }
 

@@ -13,6 +13,10 @@
 #define FIRST offsetof(struct pvf_blk_stats, state)
 
 _Static_assert(sizeof(struct pvf_blk_stats) <= PVF_PAGE_SIZE, "one page");
+_Static_assert(sizeof(struct pvf_net_stats) <= PVF_PAGE_SIZE, "one page");
+_Static_assert(offsetof(struct pvf_net_stats, state) == FIRST &&
+	       offsetof(struct pvf_net_stats, queues) == offsetof(struct pvf_blk_stats, queues) &&
+	       sizeof(struct pvf_net_stats) % 4 == 0, "one head for both");
 _Static_assert(FIRST % 4 == 0 && sizeof(struct pvf_blk_stats) % 4 == 0, "copied in words");
 
 int pvf_stats_open(struct pvf_stats *s, uint32_t queues)
@@ -40,8 +44,10 @@ int pvf_stats_open(struct pvf_stats *s, uint32_t queues)
 	else
 		close(fd);
 	for (uint32_t i = 0; i < queues; i++) {
-		pvf_stats_page(s, i)->magic = PVF_STATS_MAGIC;
-		pvf_stats_page(s, i)->version = PVF_STATS_VERSION;
+		struct pvf_blk_stats *page = pvf_stats_page(s, i);
+
+		page->magic = PVF_STATS_MAGIC;
+		page->version = PVF_STATS_VERSION;
 	}
 	return 0;
 fail:;
@@ -60,20 +66,21 @@ void pvf_stats_close(struct pvf_stats *s)
 	s->fd = -1;
 }
 
-struct pvf_blk_stats *pvf_stats_page(const struct pvf_stats *s, uint32_t queue)
+void *pvf_stats_page(const struct pvf_stats *s, uint32_t queue)
 {
-	return (struct pvf_blk_stats *)(void *)(s->shared + (size_t)queue * PVF_PAGE_SIZE);
+	return (void *)(s->shared + (size_t)queue * PVF_PAGE_SIZE);
 }
 
-void pvf_stats_publish(struct pvf_blk_stats *page, const struct pvf_blk_stats *now)
+void pvf_stats_publish(void *to_page, const void *now, size_t size)
 {
+	struct pvf_blk_stats *page = to_page;
 	const uint32_t *from = (const uint32_t *)((const char *)now + FIRST);
 	uint32_t *to = (uint32_t *)((char *)page + FIRST);
 	uint32_t odd = page->sequence + 1;
 
 	/* Acquire on the read-modify-write: no store below may be seen before it. */
 	__atomic_exchange_n(&page->sequence, odd, __ATOMIC_ACQ_REL);
-	for (size_t i = 0; i < (sizeof(*now) - FIRST) / 4; i++)
+	for (size_t i = 0; i < (size - FIRST) / 4; i++)
 		__atomic_store_n(&to[i], from[i], __ATOMIC_RELAXED);
 	__atomic_store_n(&page->sequence, odd + 1, __ATOMIC_RELEASE);
 }

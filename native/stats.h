@@ -18,10 +18,10 @@ struct pvf_stats {
 int pvf_stats_open(struct pvf_stats *stats, uint32_t queues);
 void pvf_stats_close(struct pvf_stats *stats);
 
-struct pvf_blk_stats *pvf_stats_page(const struct pvf_stats *stats, uint32_t queue);
+void *pvf_stats_page(const struct pvf_stats *stats, uint32_t queue);
 
-/* Shows `now` (all but magic, version and sequence) under the page's sequence lock. A page has one
- * writer at a time. */
-void pvf_stats_publish(struct pvf_blk_stats *page, const struct pvf_blk_stats *now);
+/* Shows `now` (all but magic, version and sequence), a struct pvf_blk_stats or pvf_net_stats of `size` bytes,
+ * under the page's sequence lock. A page has one writer at a time. */
+void pvf_stats_publish(void *page, const void *now, size_t size);
 
 #endif

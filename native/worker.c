@@ -146,6 +146,9 @@ static void handle_attach(struct pvf_worker *w)
 		return pvf_tell_error(w, PVF_CTL_ATTACH, EBUSY, "this worker is parked for ever");
 	if (w->state != PVF_IDLE)
 		return pvf_tell_error(w, PVF_CTL_ATTACH, EBUSY, "a connection is attached: DETACH first");
+	if (m->device_class != w->device_class)
+		return pvf_tell_error(w, PVF_CTL_ATTACH, EINVAL,
+				  "a device of another class than this worker was started for");
 	if (m->queues > w->queues)
 		return pvf_tell_error(w, PVF_CTL_ATTACH, EINVAL,
 				  "more queues than this worker was started with");
@@ -168,7 +171,6 @@ static void handle_attach(struct pvf_worker *w)
 		return pvf_tell_error(w, PVF_CTL_ATTACH, -rc, why);
 	w->ctl.fds[0] = w->ctl.fds[1] = -1;
 	w->generation = m->hdr.generation;
-	w->device_class = m->device_class;
 	pvf_copy_text(w->name, sizeof(w->name), m->name);
 	if (!m->queue)
 		w->features_told = 0;
@@ -206,7 +208,7 @@ static int refuse_sockets(struct pvf_worker *w, uint32_t first, const char **why
 
 		pvf_queue_lock(q);
 		if (w->state != PVF_RUNNING || named)
-			busy |= q->blk.in_flight;
+			busy |= pvf_queue_in_flight(q);
 		if (w->state == PVF_RUNNING && named)
 			busy |= pvf_queue_has_target(q);
 		pvf_queue_unlock(q);
@@ -244,6 +246,49 @@ static int take_sockets(struct pvf_worker *w, uint32_t first, const char **why)
 		return -rc;
 	}
 	return 0;
+}
+
+/* All queues are set up: they begin. */
+static void run(struct pvf_worker *w)
+{
+	for (uint32_t i = 0; i < w->attached; i++) {
+		pvf_queue_lock(&w->queue[i]);
+		pvf_queue_run(&w->queue[i]);
+		pvf_queue_unlock(&w->queue[i]);
+		pvf_queue_wake(&w->queue[i]);
+	}
+	w->quiesce_asked = false;
+	w->state = PVF_RUNNING;
+}
+
+static void handle_start_net(struct pvf_worker *w)
+{
+	const struct pvf_ctl_start_net *m = &w->ctl.in.start_net;
+	const char *why = NULL;
+
+	if (w->device_class != PVF_CLASS_NET)
+		return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL, "this worker serves no network");
+	if (w->state == PVF_IDLE || w->state == PVF_BROKEN)
+		return pvf_tell_error(w, PVF_CTL_START_NET, ENOTCONN,
+				  "no usable connection: DETACH and ATTACH first");
+	if (m->first_queue + w->ctl.nfds > w->attached)
+		return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL,
+				  "a TAP for a queue that is not attached");
+	for (uint32_t i = 0; i < w->ctl.nfds; i++)
+		if (!character_device(w->ctl.fds[i]))
+			return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL, "the target is no TAP");
+	int error = take_sockets(w, m->first_queue, &why);
+
+	if (error)
+		return pvf_tell_error(w, PVF_CTL_START_NET, error, why);
+	for (uint32_t i = 0; i < w->attached; i++) {
+		pvf_queue_lock(&w->queue[i]);
+		w->queue[i].queues = w->attached;
+		pvf_queue_start_net(&w->queue[i], m->features, m->stall_seconds);
+		pvf_queue_unlock(&w->queue[i]);
+	}
+	run(w);
+	pvf_tell_simple(w, PVF_CTL_STARTED);
 }
 
 static void handle_start(struct pvf_worker *w)
@@ -296,16 +341,8 @@ static void handle_start(struct pvf_worker *w)
 		pvf_queue_unlock(&w->queue[i]);
 	}
 	/* A resize while a former client's requests are still in a ring: DRAINED is owed. */
-	if (w->state != PVF_TARGET_LOST) {
-		for (uint32_t i = 0; i < w->attached; i++) {
-			pvf_queue_lock(&w->queue[i]);
-			pvf_queue_run(&w->queue[i]);
-			pvf_queue_unlock(&w->queue[i]);
-			pvf_queue_wake(&w->queue[i]);
-		}
-		w->quiesce_asked = false;
-		w->state = PVF_RUNNING;
-	}
+	if (w->state != PVF_TARGET_LOST)
+		run(w);
 	pvf_tell_simple(w, PVF_CTL_STARTED);
 }
 
@@ -356,7 +393,11 @@ static void handle(struct pvf_worker *w)
 	case PVF_CTL_ATTACH:
 		return handle_attach(w);
 	case PVF_CTL_START:
-		return handle_start(w);
+		if (w->device_class == PVF_CLASS_BLK)
+			return handle_start(w);
+		return pvf_tell_error(w, PVF_CTL_START, EINVAL, "this worker serves no disk");
+	case PVF_CTL_START_NET:
+		return handle_start_net(w);
 	case PVF_CTL_QUIESCE:
 		return handle_quiesce(w);
 	case PVF_CTL_DETACH:
@@ -485,6 +526,19 @@ int pvf_worker_uring(struct pvf_worker *w, const char **why)
 {
 	for (uint32_t i = 0; i < w->queues; i++) {
 		int rc = pvf_queue_uring(&w->queue[i], why);
+
+		if (rc)
+			return rc;
+	}
+	return 0;
+}
+
+int pvf_worker_net(struct pvf_worker *w, const char **why)
+{
+	*why = "memory of the queues";
+	w->device_class = PVF_CLASS_NET;
+	for (uint32_t i = 0; i < w->queues; i++) {
+		int rc = pvf_queue_net(&w->queue[i]);
 
 		if (rc)
 			return rc;

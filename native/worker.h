@@ -49,6 +49,9 @@ int pvf_worker_init(struct pvf_worker *worker, int listen_fd, const char *name, 
 /* Before that, and before rights are given up: what ublk targets need. 0 or -errno with `*why`. */
 int pvf_worker_uring(struct pvf_worker *worker, const char **why);
 
+/* Before that too: its queues are a network's. 0 or -ENOMEM. */
+int pvf_worker_net(struct pvf_worker *worker, const char **why);
+
 /* Starts a thread for each queue; or else somebody calls pvf_queue_turn() for each. 0 or -errno. */
 int pvf_worker_start(struct pvf_worker *worker, const char **why);
 

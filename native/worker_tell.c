@@ -50,7 +50,7 @@ void pvf_tell_broken(struct pvf_worker *w)
 void pvf_tell_target_gone(struct pvf_worker *w, const struct pvf_queue *q)
 {
 	struct pvf_ctl_target_gone m = {
-		.error = q->target.error, .queue = q->index, .in_flight = q->blk.in_flight};
+		.error = q->target.error, .queue = q->index, .in_flight = pvf_queue_in_flight(q)};
 
 	pvf_copy_text(m.text, sizeof(m.text), q->target.why);
 	pvf_ctl_send(&w->ctl, &m, PVF_CTL_TARGET_GONE, w->generation, sizeof(m), -1);
@@ -76,7 +76,7 @@ void pvf_tell_stalled(struct pvf_worker *w, const struct pvf_queue *q)
 	struct pvf_ctl_stalled m = {
 		.seconds = q->stalled ? q->stall_for : 0,
 		.queue = q->index,
-		.in_flight = q->blk.in_flight,
+		.in_flight = pvf_queue_in_flight(q),
 	};
 
 	pvf_ctl_send(&w->ctl, &m, PVF_CTL_STALLED, w->generation, sizeof(m), -1);
@@ -98,7 +98,7 @@ void pvf_tell_hello(struct pvf_worker *w)
 		struct pvf_queue *q = &w->queue[i];
 
 		pvf_queue_lock(q);
-		m.in_flight += q->blk.in_flight;
+		m.in_flight += pvf_queue_in_flight(q);
 		m.targets |= (uint32_t)pvf_queue_has_target(q) << i;
 		pvf_queue_unlock(q);
 	}

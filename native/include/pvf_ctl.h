@@ -47,6 +47,7 @@ enum pvf_ctl_type {
 	PVF_CTL_EXIT = 5,
 	PVF_CTL_HAND_OVER = 6, /* fds: one end of a SEQPACKET pair, a memfd: docs/upgrade.md */
 	PVF_CTL_TAKE_OVER = 7, /* to the next worker; fds: the pair's other end, the same memfd */
+	PVF_CTL_START_NET = 8, /* fds: queues of the TAP, or none: those that are there stay */
 	/* worker to supervisor: answers */
 	PVF_CTL_ATTACHED = 64,
 	PVF_CTL_STARTED = 65,
@@ -94,6 +95,8 @@ struct pvf_ctl_attach {
 	uint32_t flags;
 	uint16_t queue;  /* this one: 0, 1 .. queues - 1, in this order */
 	uint16_t queues; /* of the connection; the same in each of its ATTACHes */
+	uint32_t tx_pages; /* net: of the pool, the first so many are TX's, read-only to the backend */
+	uint32_t reserved;
 	uint32_t pool_grefs[]; /* pool_pages of them */
 };
 
@@ -113,6 +116,23 @@ struct pvf_ctl_start {
 	uint32_t first_queue;   /* the one that the first descriptor is for */
 	uint32_t poll_us;       /* look for a response for so long before sleeping; 0: never */
 };
+
+struct pvf_ctl_start_net {
+	struct pvf_ctl_hdr hdr;
+	uint32_t features;      /* PVF_NET_* */
+	uint32_t stall_seconds; /* as in START */
+	uint32_t first_queue;   /* the one that the first descriptor is for */
+	uint32_t reserved;
+};
+
+#define PVF_NET_RING_PAGES 2u /* TX's, RX's */
+
+/* What the backend can. */
+#define PVF_NET_SG 1u    /* packets of several slots */
+#define PVF_NET_CSUM4 2u /* finishes checksums of TCP and UDP over IPv4 */
+#define PVF_NET_CSUM6 4u /* and over IPv6 */
+#define PVF_NET_GSO4 8u  /* cuts large TCP packets */
+#define PVF_NET_GSO6 16u
 
 #define PVF_POLL_MAX_US 100000u
 #define PVF_START_CLIENTS 1u /* clients come and go: a queue runs without a socket until one is given */
@@ -248,6 +268,56 @@ struct pvf_blk_stats {
 	uint64_t pool_empty;     /* intake paused for want of a page */
 	uint64_t target_blocked; /* replies paused: the client does not read */
 	uint64_t rejected;       /* NBD requests refused before the ring */
+};
+
+enum pvf_net_drop { /* why a packet was not passed on */
+	PVF_DROP_TOO_SMALL = 0, /* shorter than an Ethernet header */
+	PVF_DROP_TOO_LARGE = 1, /* longer than netif, or the backend without scatter/gather, can take */
+	PVF_DROP_GSO = 2,       /* to be cut by who cannot, or not a packet that can be cut */
+	PVF_DROP_CSUM = 3,      /* its checksum cannot be found */
+	PVF_DROP_ERROR = 4,     /* the other end says that it failed, or dropped it */
+	PVF_DROP_TRUNCATED = 5, /* RX: the rest of it is not there (rule 10) */
+	PVF_DROP_EXTRA = 6,     /* RX: extra info that makes no sense (rule 11) */
+	PVF_DROP_TARGET = 7,    /* RX: the TAP did not take it, or is not there */
+	PVF_DROPS = 8,
+};
+
+#define PVF_NET_DROPS 8u
+
+struct pvf_net_way { /* one direction; frontend's view */
+	uint64_t packets;
+	uint64_t bytes;
+	uint64_t slots;
+	uint64_t gso; /* packets larger than the wire takes */
+	uint64_t gso_bytes;
+	uint64_t csum_left; /* packets whose checksum the other end finishes (RX: or need not) */
+	uint64_t csum_done; /* TX: packets whose checksum was finished here */
+	uint64_t dropped[PVF_NET_DROPS];
+};
+
+/* As struct pvf_blk_stats up to `queues`, for a network's queue. */
+struct pvf_net_stats {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t sequence;
+	uint32_t state;
+	uint32_t generation;
+	uint32_t tx_in_flight; /* slots not answered */
+	uint32_t tx_pool_pages;
+	uint32_t tx_pool_free;
+	uint32_t tx_pool_free_low;
+	uint32_t rx_pool_pages;
+	uint32_t rx_pool_free;
+	uint32_t reserved;
+	uint32_t queue;
+	uint32_t queues;
+	struct pvf_net_way tx, rx;
+	uint64_t notifies;
+	uint64_t events;
+	uint64_t events_spurious;
+	uint64_t watchdog_hits;
+	uint64_t wakeups;
+	uint64_t tx_full; /* intake paused for want of a slot or a page */
 };
 
 #endif

@@ -1,0 +1,242 @@
+/* SPDX-License-Identifier: BSD-2-Clause
+ *
+ * A network's queue: a TAP on one side, a pair of rings on the other. queue.h has the theory of what both
+ * classes share; net.h that of packets.
+ *
+ *   The TAP is watched edge-triggered: `tap_ready` stays set until a read finds nothing. Nothing is read while
+ *   the ring has no room for any packet; answers make room, and while packets are unanswered an event comes with
+ *   half of them at the latest.
+ *
+ *   QUIESCE stops the reading; what the backend still sends is received. The queue is drained when every slot
+ *   that was sent is answered.
+ */
+#include "queue_int.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "stats.h"
+
+#define TURN 64 /* packets of either way: a bounded amount (rule 8) */
+
+int pvf_queue_net(struct pvf_queue *q)
+{
+	q->net = calloc(1, sizeof(*q->net));
+	if (!q->net)
+		return -ENOMEM;
+	q->net->tap_fd = -1;
+	return 0;
+}
+
+void pvf_netq_attach(struct pvf_queue *q, const struct pvf_ctl_attach *a)
+{
+	struct pvf_netq *n = q->net;
+	unsigned char *ring = q->port.ring, *pool = q->port.pool;
+	uint32_t tx = a->tx_pages;
+
+	pvf_net_tx_init(&n->tx, ring, pool, tx, a->pool_grefs, a->flags & PVF_ATTACH_SCRUB, 0);
+	pvf_net_rx_init(&n->rx, ring + PVF_PAGE_SIZE, pool + (size_t)tx * PVF_PAGE_SIZE, a->pool_pages - tx,
+			a->pool_grefs + tx);
+	/* The backend looks into the ring when it connects: no event is owed. */
+	pvf_net_rx_fill(&n->rx);
+	pvf_ring_push(&n->rx.ring);
+	q->blk.fault = (struct pvf_fault){0};
+}
+
+/* The counters of a connection go with it, those of the queue stay. */
+static void add_way(struct pvf_net_way *sum, const struct pvf_net_way *more)
+{
+	sum->packets += more->packets;
+	sum->bytes += more->bytes;
+	sum->slots += more->slots;
+	sum->gso += more->gso;
+	sum->gso_bytes += more->gso_bytes;
+	sum->csum_left += more->csum_left;
+	sum->csum_done += more->csum_done;
+	for (uint32_t i = 0; i < PVF_NET_DROPS; i++)
+		sum->dropped[i] += more->dropped[i];
+}
+
+void pvf_netq_detach(struct pvf_queue *q)
+{
+	struct pvf_netq *n = q->net;
+
+	add_way(&n->ended.tx, &n->tx.stats);
+	add_way(&n->ended.rx, &n->rx.stats);
+	n->tx = (struct pvf_net_tx){0};
+	n->rx = (struct pvf_net_rx){0};
+}
+
+int pvf_netq_target(struct pvf_queue *q, int fd, const char **why)
+{
+	struct pvf_netq *n = q->net;
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET,
+				    .data.u64 = (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET};
+
+	pvf_netq_drop_target(q);
+	*why = "the TAP cannot be watched";
+	if (epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, fd, &event))
+		return -errno;
+	q->target.tag = event.data.u64;
+	n->tap_fd = fd;
+	n->tap_ready = true;
+	return 0;
+}
+
+void pvf_netq_drop_target(struct pvf_queue *q)
+{
+	if (q->net->tap_fd >= 0)
+		close(q->net->tap_fd);
+	q->net->tap_fd = -1;
+	q->net->tap_ready = false;
+}
+
+/* Service */
+
+static bool check(struct pvf_queue *q, const struct pvf_fault *fault)
+{
+	if (!fault->rule)
+		return true;
+	q->blk.fault = *fault;
+	pvf_queue_broken(q);
+	return false;
+}
+
+static void take_answers(struct pvf_queue *q)
+{
+	struct pvf_net_tx *tx = &q->net->tx;
+	uint32_t n = pvf_ring_poll(&tx->ring, &tx->fault);
+
+	if (n)
+		pvf_net_tx_drain(tx, n);
+	if (!check(q, &tx->fault) || !n)
+		return;
+	pvf_queue_progress(q, n);
+}
+
+/* True: stopped by the bound. */
+static bool receive(struct pvf_queue *q)
+{
+	struct pvf_netq *n = q->net;
+	struct pvf_net_rx *rx = &n->rx;
+	uint32_t count = pvf_ring_poll(&rx->ring, &rx->fault), before = count, packets = 0;
+
+	while (count && packets < TURN && !rx->fault.rule) {
+		if (!pvf_net_rx_next(rx, &count, &n->packet))
+			continue;
+		packets++;
+		bool taken = n->tap_fd >= 0 &&
+			     writev(n->tap_fd, n->packet.iov, (int)n->packet.iovs) >= 0;
+
+		pvf_net_rx_done(rx, &n->packet, !taken);
+	}
+	if (!check(q, &rx->fault))
+		return false;
+	if (before != count) {
+		pvf_net_rx_fill(rx);
+		pvf_queue_progress(q, before - count);
+	}
+	return count;
+}
+
+/* True: stopped by the bound. */
+static bool transmit(struct pvf_queue *q)
+{
+	struct pvf_netq *n = q->net;
+	struct iovec iov[1 + PVF_NET_PAGES];
+
+	for (uint32_t i = 0; i < TURN; i++) {
+		int iovs = pvf_net_tx_begin(&n->tx, iov);
+
+		if (!iovs) {
+			take_answers(q);
+			if (q->stopped)
+				return false;
+			iovs = pvf_net_tx_begin(&n->tx, iov);
+		}
+		if (!iovs) {
+			n->full++;
+			return false;
+		}
+		ssize_t got = readv(n->tap_fd, iov, iovs);
+		bool nothing = got < 0;
+
+		if (nothing && errno != EAGAIN && errno != EINTR)
+			n->tap_errors++;
+		pvf_net_tx_end(&n->tx, got);
+		if (nothing) {
+			n->tap_ready = false;
+			return false;
+		}
+	}
+	return true;
+}
+
+void pvf_netq_serve(struct pvf_queue *q)
+{
+	struct pvf_netq *n = q->net;
+
+	q->again = false;
+	/* Before START nothing is taken: there is no one to give it to. */
+	if (!q->attached || q->stopped || n->tap_fd < 0)
+		return;
+	q->blk.now = pvf_now_ns();
+	if (q->masked && !q->delayed) {
+		take_answers(q);
+		if (!q->stopped)
+			q->again |= receive(q);
+	}
+	if (!q->stopped && q->serving && n->tap_ready)
+		q->again |= transmit(q);
+	if (q->stopped)
+		return;
+	bool tell = pvf_ring_push(&n->tx.ring);
+
+	if (pvf_ring_push(&n->rx.ring) || tell)
+		pvf_queue_notify(q);
+	pvf_queue_watch(q, n->tx.in_flight + n->tx.extras);
+	if (q->stopped || !q->masked || q->delayed || q->again)
+		return;
+	if (pvf_ring_ask(&n->tx.ring, pvf_net_tx_patience(&n->tx), &n->tx.fault) |
+	    pvf_ring_final_check(&n->rx.ring, &n->rx.fault))
+		q->again = true;
+	else if (check(q, &n->tx.fault) && check(q, &n->rx.fault))
+		pvf_queue_finish_event(q);
+}
+
+/* For the watchdog: what lies in the rings. */
+uint32_t pvf_netq_waiting(struct pvf_queue *q, struct pvf_fault *fault)
+{
+	uint32_t sent = pvf_ring_poll(&q->net->tx.ring, fault);
+
+	return fault->rule ? 0 : sent + pvf_ring_poll(&q->net->rx.ring, fault);
+}
+
+void pvf_netq_publish(struct pvf_queue *q)
+{
+	const struct pvf_netq *n = q->net;
+	const struct pvf_blk_stats *shared = &q->blk.stats;
+	struct pvf_net_stats s = n->ended;
+
+	add_way(&s.tx, &n->tx.stats);
+	add_way(&s.rx, &n->rx.stats);
+	s.state = q->state;
+	s.generation = q->generation;
+	s.queue = q->index;
+	s.queues = q->queues;
+	s.tx_in_flight = n->tx.in_flight;
+	s.tx_pool_pages = n->tx.pool.pages;
+	s.tx_pool_free = n->tx.pool.free;
+	s.tx_pool_free_low = n->tx.pool.free_low;
+	s.rx_pool_pages = n->rx.pool.pages;
+	s.rx_pool_free = n->rx.pool.free;
+	s.notifies = shared->notifies;
+	s.events = shared->events;
+	s.events_spurious = shared->events_spurious;
+	s.watchdog_hits = shared->watchdog_hits;
+	s.wakeups = shared->wakeups;
+	s.tx_full = n->full;
+	pvf_stats_publish(q->page, &s, sizeof(s));
+}
