@@ -93,7 +93,43 @@ def read_stats(fd: int, queue: int = 0, *, attempts: int = 1000) -> BlkStats:
     that was killed inside an update leaves the sequence odd for ever), OSError if it cannot be
     mapped.
     """
-    size, offset = ffi.sizeof("struct pvf_blk_stats"), queue * lib.PVF_PAGE_SIZE
+    s = _page(fd, "struct pvf_blk_stats", queue, attempts)
+    values: dict[str, Any] = {name: int(getattr(s, name)) for name in _PLAIN}
+    for name in _OPS:
+        op = getattr(s, name)
+        values[name] = BlkOpStats(
+            int(op.requests),
+            int(op.bytes),
+            int(op.errors),
+            int(op.ring_requests),
+            tuple(op.latency),
+        )
+    return BlkStats(**values)
+
+
+def read_all_net_stats(fd: int) -> list[dict[str, Any]]:
+    """The same of a network's worker: each queue's counters, named as in struct pvf_net_stats."""
+    pages = os.fstat(fd).st_size // lib.PVF_PAGE_SIZE
+    return [_plain(_page(fd, "struct pvf_net_stats", queue, 1000)) for queue in range(pages)]
+
+
+def _plain(struct: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    kind = ffi.typeof(struct)
+    for name, member in (kind.item if kind.kind == "pointer" else kind).fields:
+        value = getattr(struct, name)
+        match member.type.kind:
+            case "struct":
+                values[name] = _plain(value)
+            case "array":
+                values[name] = [int(one) for one in value]
+            case _:
+                values[name] = int(value)
+    return values
+
+
+def _page(fd: int, kind: str, queue: int, attempts: int) -> Any:
+    size, offset = ffi.sizeof(kind), queue * lib.PVF_PAGE_SIZE
     if os.fstat(fd).st_size < offset + lib.PVF_PAGE_SIZE:
         raise StatsUnreadable(f"the statistics have no page of queue {queue}")
     with mmap.mmap(
@@ -108,18 +144,8 @@ def read_stats(fd: int, queue: int = 0, *, attempts: int = 1000) -> BlkStats:
                 time.sleep(0.0001)
         else:
             raise StatsUnreadable("the statistics never stood still: did the worker die?")
-    s = ffi.new("struct pvf_blk_stats *")
+    s = ffi.new(f"{kind} *")
     ffi.memmove(s, copy, size)
     if (s.magic, s.version) != (lib.PVF_STATS_MAGIC, lib.PVF_STATS_VERSION):
         raise StatsUnreadable("not a statistics page of this version of pvfront")
-    values: dict[str, Any] = {name: int(getattr(s, name)) for name in _PLAIN}
-    for name in _OPS:
-        op = getattr(s, name)
-        values[name] = BlkOpStats(
-            int(op.requests),
-            int(op.bytes),
-            int(op.errors),
-            int(op.ring_requests),
-            tuple(op.latency),
-        )
-    return BlkStats(**values)
+    return s

@@ -72,6 +72,7 @@ class WorkerGone(PvfrontError):
 _ANSWERS = {
     lib.PVF_CTL_ATTACH: lib.PVF_CTL_ATTACHED,
     lib.PVF_CTL_START: lib.PVF_CTL_STARTED,
+    lib.PVF_CTL_START_NET: lib.PVF_CTL_STARTED,
     lib.PVF_CTL_QUIESCE: lib.PVF_CTL_DRAINED,
     lib.PVF_CTL_DETACH: lib.PVF_CTL_DETACHED,
     lib.PVF_CTL_HAND_OVER: lib.PVF_CTL_HANDED_OVER,
@@ -80,6 +81,7 @@ _ANSWERS = {
 _COMMANDS = {
     lib.PVF_CTL_ATTACH: "ATTACH",
     lib.PVF_CTL_START: "START",
+    lib.PVF_CTL_START_NET: "START_NET",
     lib.PVF_CTL_QUIESCE: "QUIESCE",
     lib.PVF_CTL_DETACH: "DETACH",
     lib.PVF_CTL_HAND_OVER: "HAND_OVER",
@@ -126,6 +128,7 @@ class Worker:
         queues: int = 1,
         change_user: bool = True,
         ublk: bool = False,
+        net: bool = False,
         following: bool = False,
     ) -> Worker:
         """Starts a worker listening at ``run_dir/<name>.sock`` and waits for its HELLO.
@@ -133,10 +136,11 @@ class Worker:
         `following`: at ``<name>.next``; it is to take over from the one at ``.sock``.
         `queues`: the most that a connection can have, PVF_MAX_QUEUES at most; each is a thread.
         `change_user`: as root, it becomes the user pvfront's and gets an empty root directory.
+        `net`: it serves a network instead of a disk.
         `ublk`: it can serve a ublk device; it then may use an io_uring.
         """
         path = run_dir / f"{name}.{'next' if following else 'sock'}"
-        pid = start(name, path, queues=queues, change_user=change_user, ublk=ublk)
+        pid = start(name, path, queues=queues, change_user=change_user, ublk=ublk, net=net)
         try:
             return await cls._greet(name, path, pid)
         except ConnectionError:
@@ -254,6 +258,7 @@ class Worker:
         pool_grefs: Sequence[int],
         scrub: bool,
         fds: tuple[int, int],
+        tx_pages: int = 0,
     ) -> None:
         """ATTACH of one queue with the descriptors of its event channel and of gntalloc; the caller
         closes its own. Each of a generation's queues is attached by one, in order.
@@ -268,6 +273,7 @@ class Worker:
         message.name = self.name.encode()
         message.flags = lib.PVF_ATTACH_SCRUB if scrub else 0
         message.queue, message.queues = queue, queues
+        message.tx_pages = tx_pages
         size = ffi.sizeof("struct pvf_ctl_attach") + 4 * len(pool_grefs)
         await self._command(lib.PVF_CTL_ATTACH, generation, message, size, fds)
 
@@ -306,6 +312,15 @@ class Worker:
         message.first_queue = first_queue
         message.poll_us = poll_us
         await self._command(lib.PVF_CTL_START, generation, message, None, target_fds)
+
+    async def start_net(
+        self, generation: int, *, features: int, stall_seconds: int, target_fds: Sequence[int]
+    ) -> None:
+        """START_NET: `features` is what the backend can (PVF_NET_*), `target_fds` a TAP's queues."""
+        message = ffi.new("struct pvf_ctl_start_net *")
+        message.features = features
+        message.stall_seconds = stall_seconds
+        await self._command(lib.PVF_CTL_START_NET, generation, message, None, target_fds)
 
     async def quiesce(self, generation: int, timeout: float) -> bool:
         """QUIESCE; False if the ring was not empty within `timeout` seconds."""

@@ -58,7 +58,7 @@ def worker_ids() -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
-def start(name: str, path: Path, *, queues: int, change_user: bool, ublk: bool) -> int:
+def start(name: str, path: Path, *, queues: int, change_user: bool, ublk: bool, net: bool = False) -> int:
     """Starts a worker that listens at `path`, and returns its pid; see `Worker.spawn`."""
     program = binary()
     argv = [str(program), "--name", name, "--queues", str(queues)]
@@ -70,6 +70,8 @@ def start(name: str, path: Path, *, queues: int, change_user: bool, ublk: bool) 
         argv += ["--uid", str(uid), "--gid", str(gid), "--chroot", str(root)]
     if ublk:
         argv.append("--ublk")
+    if net:
+        argv.append("--net")
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))

@@ -20,6 +20,7 @@ from .store import store
 from .trace import trace
 from .upgrade import upgrade
 from .vbd import vbd
+from .vif import vif
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,7 +29,7 @@ def cli() -> None:
     """Xen PV devices of this guest, served in user space."""
 
 
-for command in (ledger, list_command, release, status, store, trace, upgrade, vbd):
+for command in (ledger, list_command, release, status, store, trace, upgrade, vbd, vif):
     cli.add_command(command)
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What the store's keys say about a network interface, and what we write. Pure: text in, values out.
+"""What the store's keys say of a network interface, and what we write. Pure: text in, values out.
 
-The keys are those of Xen's public header io/netif.h. netback writes all of its own before InitWait, but
-nobody has to: they are read then, where they shape the rings, and again at Connected.
+The keys are those of Xen's public header io/netif.h. netback writes all of its own before
+InitWait, but nobody has to: they are read then, where they shape the rings, and again at
+Connected.
 
-What the header leaves open is taken as Linux takes it: without `feature-no-csum-offload` a backend finishes
-IPv4 checksums, without `feature-ipv6-csum-offload` none of IPv6; large packets want feature-sg.
+What the header leaves open is taken as Linux takes it: without `feature-no-csum-offload` a
+backend finishes IPv4 checksums, without `feature-ipv6-csum-offload` none of IPv6; large packets
+want feature-sg.
 
-Backend contents are hostile. Without `feature-rx-copy` (or with 0) there is no interface to be had: the
-other way, page flipping, has been gone from Linux since 2.6.
+Backend contents are hostile. Without `feature-rx-copy` (or with 0) there is no interface to be
+had: the other way, page flipping, has been gone from Linux since 2.6.
 """
 
 from __future__ import annotations
@@ -112,11 +114,11 @@ def parse_offer(backend: Mapping[str, str]) -> tuple[Offer, list[Problem]]:
 
 
 def parse_mac(text: str | None) -> bytes:
-    """The six bytes of a frontend's `mac`. Raises NetError; a group's address is none of a machine's."""
+    """The six bytes of a frontend's `mac`. Raises NetError, for the address of a group too."""
     if text is None:
         raise NetError("frontend key mac is missing: the interface has no address")
     if not _MAC.fullmatch(text.strip()):
-        raise NetError(f"frontend key mac={ascii(text[:40])}: not six bytes as 00:16:3e:01:02:03")
+        raise NetError(f"frontend key mac={text[:40]!a}: not six bytes as 00:16:3e:01:02:03")
     mac = bytes.fromhex(text.strip().replace(":", ""))
     if mac[0] & 1 or not any(mac):
         raise NetError(f"frontend key mac={text.strip()}: not the address of one machine")

@@ -2,19 +2,20 @@
 """The OS device of a vif: a persistent TAP, of as many queues as the connection has.
 
 Theory of operation
-    The TAP outlives its worker and this process (TUNSETPERSIST): addresses, routes and sockets stay with
-    it while nobody serves it, and its carrier is off meanwhile. Each queue is a descriptor of its own,
-    opened here, where the privilege is, and handed to the worker; the packets of a queue without a
-    descriptor go to the others.
+    The TAP outlives its worker and this process (TUNSETPERSIST): addresses, routes and sockets
+    stay with it while nobody serves it, and its carrier is off meanwhile. Each queue is a
+    descriptor of its own, opened here, where the privilege is, and handed to the worker; the
+    packets of a queue without a descriptor go to the others.
 
-    Packets carry a virtio_net_hdr (IFF_VNET_HDR) of `VNET_HDR` bytes. What the kernel may leave to us,
-    checksums and the cutting of large TCP packets, is told by `set_offloads`; it applies to packets that are
-    sent from then on, so one more that wants it may come.
+    Packets carry a virtio_net_hdr (IFF_VNET_HDR) of `VNET_HDR` bytes. What the kernel may leave
+    to us, checksums and the cutting of large TCP packets, is told by `set_offloads`; it applies
+    to packets that are sent from then on, so one more that wants it may come.
 
     The kernel's side: drivers/net/tun.c, linux/if_tun.h.
 
-Limits: a frame of netif has at most 65,535 bytes with its Ethernet header, so gso_max_size is what is left of
-that. The kernel drops packets when a queue is full rather than stop their senders: `TX_QUEUE` is long.
+Limits: a frame of netif has at most 65,535 bytes with its Ethernet header, so gso_max_size is
+what is left of that. The kernel drops packets when a queue is full rather than stop their
+senders: `TX_QUEUE` is long.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import re
 import struct
 from collections.abc import Iterator
 from fcntl import ioctl
+from pathlib import Path
 from typing import Any, Self
 
 from ..errors import PvfrontError
@@ -40,7 +42,6 @@ _TUNSETIFF = 0x400454CA
 _TUNSETPERSIST = 0x400454CB
 _TUNSETOFFLOAD = 0x400454D0
 _TUNSETVNETHDRSZ = 0x400454D8
-_TUNSETCARRIER = 0x400454E2
 _IFF_TAP = 0x0002
 _IFF_MULTI_QUEUE = 0x0100
 _IFF_NO_PI = 0x1000
@@ -70,8 +71,8 @@ class Tap:
     def open(cls, name: str, queues: int = 1) -> Self:
         """Makes the TAP, or takes up the one that is there, with so many queues.
 
-        Raises TapError: the name is none, or another interface's; somebody else has this TAP; there is no
-        /dev/net/tun, or no right to it.
+        Raises TapError: the name is none, or another interface's; somebody else has this TAP;
+        there is no /dev/net/tun, or no right to it.
         """
         if not _NAME.fullmatch(name) or name in (".", ".."):
             raise TapError(f"{name!r} cannot be the name of a network interface")
@@ -104,11 +105,12 @@ class Tap:
             flags |= _TUN_F_CSUM
             flags |= (_TUN_F_TSO4 | _TUN_F_TSO_ECN) if tso4 else 0
             flags |= (_TUN_F_TSO6 | _TUN_F_TSO_ECN) if tso6 else 0
-        self._do(_TUNSETOFFLOAD, flags, "offloads")
-
-    def set_carrier(self, up: bool) -> None:
-        """Raises TapError."""
-        self._do(_TUNSETCARRIER, struct.pack("=i", up), "carrier")
+        if not self._fds:
+            raise TapError(f"{self.name}: no queue of it is open here")
+        try:
+            ioctl(self._fds[0], _TUNSETOFFLOAD, flags)
+        except OSError as error:
+            raise TapError(f"{self.name}: its offloads cannot be set: {error.strerror}") from error
 
     def configure(self, *, mac: bytes, mtu: int) -> None:
         """Address, MTU, lengths. What is so already is left alone. Raises TapError."""
@@ -125,22 +127,38 @@ class Tap:
             if wanted:
                 ipr.link("set", index=index, **wanted)
 
-    def delete(self) -> None:
-        """The interface goes with its last descriptor. Raises TapError."""
-        self._do(_TUNSETPERSIST, 0, "persistence")
-        self.close()
-
     def close(self) -> None:
         """Our descriptors only: the interface stays, without carrier if nobody else has one."""
         _close(self._fds)
 
-    def _do(self, request: int, value: int | bytes, what: str) -> None:
-        if not self._fds:
-            raise TapError(f"{self.name}: no queue of it is open here")
-        try:
-            ioctl(self._fds[0], request, value)
-        except OSError as error:
-            raise TapError(f"{self.name}: its {what} cannot be set: {error.strerror}") from error
+
+def set_carrier(name: str, up: bool) -> None:
+    """Raises TapError. An interface without any queue has none, whatever is said here."""
+    with _netlink(name) as (ipr, index, _):
+        ipr.link("set", index=index, carrier=int(up))
+
+
+def announce(name: str) -> None:
+    """Has the kernel tell the neighbours where this interface's addresses are now, by gratuitous
+    ARP and unsolicited neighbour advertisements. Raises TapError.
+
+    It does so when the interface gets its address, where arp_notify and ndisc_notify are set.
+    """
+    for key in (f"ipv4/conf/{name}/arp_notify", f"ipv6/conf/{name}/ndisc_notify"):
+        with contextlib.suppress(OSError):  # IPv6 may be off
+            (Path("/proc/sys/net") / key).write_text("1")
+    with _netlink(name) as (ipr, index, link):
+        ipr.link("set", index=index, address=link["address"])
+
+
+def delete(name: str) -> None:
+    """The interface goes, whoever has its queues. Nothing if there is none. Raises TapError."""
+    with contextlib.suppress(_NoInterface), _netlink(name) as (ipr, index, _):
+        ipr.link("del", index=index)
+
+
+class _NoInterface(TapError):
+    pass
 
 
 def is_tap(name: str) -> bool:
@@ -179,7 +197,7 @@ def _refusal(name: str, error: OSError) -> TapError:
         case errno.EINVAL | errno.EBUSY:
             return TapError(
                 f"{name}: this TAP is in use, or was made in another way",
-                hint=f"see who has it with `ls -l /proc/*/fd | grep tun`; `ip link del {name}` removes it",
+                hint=f"`ip link del {name}` removes it",
             )
         case errno.E2BIG:
             return TapError(f"{name}: more queues than the kernel lets one TAP have")
@@ -201,7 +219,7 @@ def _netlink(name: str) -> Iterator[tuple[Any, int, dict[str, Any]]]:
         with IPRoute() as ipr:
             found = ipr.link_lookup(ifname=name)
             if not found:
-                raise TapError(f"{name}: there is no such interface any more")
+                raise _NoInterface(f"{name}: there is no such interface any more")
             message = ipr.link("get", index=found[0])[0]
             names = {
                 "address": "IFLA_ADDRESS", "mtu": "IFLA_MTU", "txqlen": "IFLA_TXQLEN",

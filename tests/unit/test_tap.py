@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 
-from pvfront.netfront.tap import GSO_MAX_SIZE, TUN, VNET_HDR, Tap, TapError, is_tap
+from pvfront.netfront.tap import (
+    GSO_MAX_SIZE,
+    TUN,
+    VNET_HDR,
+    Tap,
+    TapError,
+    announce,
+    delete,
+    is_tap,
+    set_carrier,
+)
 
 CLONE_NEWNET = 0x40000000
 MAC = bytes.fromhex("00163e0a0b0c")
@@ -54,18 +64,19 @@ def test_a_tap_is_set_up_and_outlives_its_descriptors() -> None:
     assert "NO-CARRIER" in ip("link", "set", "enX7", "up") + ip("link", "show", "enX7")
     again = Tap.open("enX7")
     again.configure(mac=MAC, mtu=9000)
-    again.delete()
+    delete("enX7")
+    again.close()
     assert "enX7" not in ip("link", "show")
 
 
 def test_the_carrier_is_what_it_was_told() -> None:
     tap = Tap.open("enX7")
     ip("link", "set", "enX7", "up")
-    tap.set_carrier(False)
-    assert "NO-CARRIER" in ip("link", "show", "enX7")
-    tap.set_carrier(True)
+    set_carrier("enX7", False)
+    wait_for("its end", lambda: "NO-CARRIER" in ip("link", "show", "enX7"))
+    set_carrier("enX7", True)
     wait_for("the carrier", lambda: "LOWER_UP" in ip("link", "show", "enX7"))
-    tap.delete()
+    tap.close()
 
 
 def test_packets_carry_the_header_that_a_worker_expects() -> None:
@@ -93,6 +104,26 @@ def test_packets_carry_the_header_that_a_worker_expects() -> None:
     os.close(fd)
 
 
+def test_neighbours_are_told_where_an_address_is() -> None:
+    tap = Tap.open("enX7")
+    tap.configure(mac=MAC, mtu=1500)
+    ip("addr", "add", "10.1.2.1/24", "dev", "enX7")
+    ip("link", "set", "enX7", "up")
+    (fd,) = tap.give()
+    announce("enX7")
+
+    def gratuitous() -> bool:
+        try:
+            packet = os.read(fd, 70000)[VNET_HDR:]
+        except BlockingIOError:
+            return False
+        address = socket.inet_aton("10.1.2.1")
+        return packet[12:14] == b"\x08\x06" and packet[28:32] == address == packet[38:42]
+
+    wait_for("a gratuitous ARP", gratuitous)
+    os.close(fd)
+
+
 def test_another_interfaces_name_is_refused_with_the_reason() -> None:
     with pytest.raises(TapError, match="lo: there is an interface of this name, and it is no TAP"):
         Tap.open("lo")
@@ -110,11 +141,15 @@ def test_a_name_that_is_none_is_refused(name: str) -> None:
         Tap.open(name)
 
 
-def test_what_is_closed_cannot_be_set() -> None:
+def test_what_is_closed_or_gone_cannot_be_set() -> None:
     tap = Tap.open("enX7")
-    tap.delete()
+    tap.close()
     with pytest.raises(TapError, match="no queue of it is open"):
-        tap.set_carrier(True)
+        tap.set_offloads(csum=True, tso4=False, tso6=False)
+    delete("enX7")
+    delete("enX7")  # nothing is left to do
+    with pytest.raises(TapError, match="no such interface any more"):
+        set_carrier("enX7", True)
 
 
 def test_a_missing_node_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
