@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from .startlimit import Limits
+from .states import XenbusState
 from .trace import Note
 from .xenbus import XenbusDevice
 
@@ -26,6 +27,12 @@ class Frontend(Protocol):
     @property
     def pending(self) -> bool:
         """Whether `update` has something to do although the backend wrote nothing."""
+        ...
+
+    @property
+    def publish_state(self) -> XenbusState:
+        """What its keys are published with: Initialised, or Connected where backends act on nothing
+        before."""
         ...
 
     @property

@@ -7,6 +7,7 @@ frontend's walk, whatever the class of the device:
     close cycle   5 → backend 5 or 6 → 6 → backend 6      both ends at rest
     restart       stale keys removed, 1 → backend 2       fresh start
     connect       keys and 3 → backend 4 → 4
+                  a network's: keys and 4 → backend 4, since netback acts on nothing before
 
 `next_step` says what comes next from any pair of states: a fresh start, what a crash left behind
 (4/4 with nobody behind the keys), a detach, a backend that jumps. It knows no descriptor and no
@@ -86,7 +87,8 @@ class Step(Enum):
     WAIT_INIT_WAIT = auto()
     """Wait until the backend is in InitWait (2)."""
     ALLOCATE_AND_PUBLISH = auto()
-    """Open ring and port; publish them with Initialised (3) in one transaction."""
+    """Open ring and port; publish them with Initialised (3), or what the class of devices has in
+    its place, in one transaction."""
     WAIT_CONNECTED = auto()
     """Wait until the backend is Connected (4)."""
     CONNECT = auto()
@@ -114,7 +116,7 @@ WRITES: dict[Step, XenbusState] = {
     Step.PAUSE_THEN_WRITE_CLOSING: XenbusState.CLOSING,
     Step.WRITE_CLOSED: XenbusState.CLOSED,
     Step.RESTART: XenbusState.INITIALISING,
-    Step.ALLOCATE_AND_PUBLISH: XenbusState.INITIALISED,
+    Step.ALLOCATE_AND_PUBLISH: XenbusState.INITIALISED,  # a network's: Connected
     Step.CONNECT: XenbusState.CONNECTED,
 }
 """The frontend state that a step ends with."""
@@ -143,18 +145,21 @@ def next_step(
     online: bool,
     goal: Goal,
     published: bool = False,
+    started: bool = True,
 ) -> Decision:
     """The next step from the states found. Total: every combination has one.
 
     online: the backend's `online` key is 1; 0 together with a backend that closes is a detach.
     published: the present keys are those of a connection that this frontend holds now. False for
     whatever was found at a start: the ring behind those keys is then nobody's.
+    started: the data path of that connection runs. Where keys are published with Initialised, that
+    is what Connected says.
 
     Between any two waits (or pauses) a walk takes a handful of steps, never a cycle.
     """
     if frontend is XenbusState.UNKNOWN and (backend is XenbusState.UNKNOWN or not online):
         return Decision(Step.DETACHED, "the device's nodes are gone")
-    return _TABLE[frontend](_Found(backend, online, goal, published))
+    return _TABLE[frontend](_Found(backend, online, goal, published, started))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,7 @@ class _Found:
     online: bool
     goal: Goal
     published: bool
+    started: bool
 
     @property
     def leave(self) -> bool:
@@ -212,6 +218,8 @@ def _connected(found: _Found) -> Decision:
     backend = found.backend
     if not found.published:
         return Decision(Step.WRITE_CLOSING, "the connection is left over, nobody holds its ring")
+    if not found.started:
+        return _initialised(found)
     if found.goal is Goal.CLOSED:
         return Decision(Step.WRITE_CLOSING, found.why_leave)
     if backend is XenbusState.CONNECTED:

@@ -65,6 +65,7 @@ class Walk:
         self.published = False  # the keys in the store are those of what is held
         self.poisoned = False  # the domain slept while attached
         self.told = 0  # `View.told` before the backend's keys were read to serve it
+        self._started = True  # the data path runs, or did when the supervisor before us ended
         self._in_vain: Step | None = None  # the wait that ended without what was waited for
         self._may_bind = may_bind
         self._note = note
@@ -111,6 +112,7 @@ class Walk:
                 online=view.online,
                 goal=goal,
                 published=self.published,
+                started=self._started,
             )
             log.debug("%s: %s: %s", device.name, decision.step.name, decision.reason)
             if decision.step is not Step.DONE:
@@ -129,11 +131,13 @@ class Walk:
                         await self._may_bind()
                     self.attached = True
                     keys = await self.frontend.attach(device)
-                    await device.publish(dict(keys), XenbusState.INITIALISED)
+                    self._started = False
+                    await device.publish(dict(keys), self.frontend.publish_state)
                     self.published = True
                 case Step.CONNECT:
                     self.told = view.told
                     await self.frontend.start(device)
+                    self._started = True
                     await device.write_state(XenbusState.CONNECTED)
                 case Step.PAUSE_THEN_WRITE_CLOSING:
                     self.published = False

@@ -106,6 +106,10 @@ class DiskFrontend(WorkerSide):
         return asked or self._news or self._next_client or self.target.resize_waits
 
     @property
+    def publish_state(self) -> XenbusState:
+        return XenbusState.INITIALISED
+
+    @property
     def start_limits(self) -> Limits:
         return self.settings.start_limits
 

@@ -93,6 +93,10 @@ class NetFrontend:
         return False
 
     @property
+    def publish_state(self) -> XenbusState:
+        return XenbusState.CONNECTED  # netback's frontend_changed() ignores Initialised
+
+    @property
     def start_limits(self) -> Limits:
         return Limits()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pvfront.errors import PvfrontError
 from pvfront.startlimit import Limits
+from pvfront.states import XenbusState
 from pvfront.trace import Note
 from pvfront.xenbus import XenbusDevice
 
@@ -16,6 +17,7 @@ class FakeFrontend:
     """Does what it is asked, with success; `calls`: what it was asked that changes something."""
 
     start_limits = Limits()
+    publish_state = XenbusState.INITIALISED
 
     def __init__(self) -> None:
         self.calls: list[str] = []
