@@ -27,9 +27,10 @@ from typing import Any
 
 from pvfront.errors import PvfrontError
 from pvfront.host.blkengine import Engine, Features
+from pvfront.host.busdevice import INITIALISING
 from pvfront.host.child import answers
 from pvfront.host.faults import Fault, Misstep
-from pvfront.host.vbd import INITIALISING, Plan, Vbd
+from pvfront.host.vbd import Plan, Vbd
 from pvfront.xenstore import Xenstore, XenstoreError, XenstoreLost
 
 log = logging.getLogger(__name__)

@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""One disk's backend in the store: the walk of Linux's blkback, and missteps as they are told.
+"""One disk's backend in the store: the walk of Linux's blkback, on busdevice.py.
 
-Theory of operation. The honest half follows drivers/block/xen-blkback/xenbus.c step by step, its
-oddities included, because frontends are written against them:
+Theory of operation. It follows drivers/block/xen-blkback/xenbus.c step by step, its oddities
+included, because frontends are written against them:
 
 * What the transport needs is published with InitWait, what the disk is only just before Connected.
-* Every event of the frontend's state is acted upon; what was written in between is never seen.
 * Closed is published even while requests are in flight. A frontend that comes back meanwhile is
   refused with "pending I/O": Closing, and no way out but another round.
 * `protocol` missing means 32-bit x86, which is not served here.
-* A device goes when its frontend is Closed and `online` is 0, or when its nodes do.
-
-A `Vbd` is one device on the bus, from its probe to its end. blkback.py makes one for each directory
-below backend/vbd and pokes it when something there changes.
 """
 
 from __future__ import annotations
@@ -22,20 +17,28 @@ import contextlib
 import errno
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pvfront.errors import PvfrontError
 from pvfront.host.blkengine import Busy, Engine, EngineError, Features, Queue
-from pvfront.host.faults import Fault, Misstep
+from pvfront.host.busdevice import (
+    CLOSED,
+    CLOSING,
+    CONNECTED,
+    INIT_WAIT,
+    INITIALISED,
+    INITIALISING,
+    UNKNOWN,
+    BusDevice,
+    FrontendError,
+    flag,
+)
+from pvfront.host.faults import Fault
 from pvfront.host.params import SECTOR, parse_params
-from pvfront.xenstore import Permission, Xenstore, XenstoreError
+from pvfront.xenstore import Xenstore
 
 log = logging.getLogger(__name__)
-
-# enum xenbus_state (xen/io/xenbus.h)
-UNKNOWN, INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = range(7)
 
 # xen/io/blkif.h
 VDISK_CDROM, VDISK_REMOVABLE, VDISK_READONLY = 1, 2, 4
@@ -44,13 +47,6 @@ PROTOCOLS = ("x86_64-abi",)  # XEN_IO_PROTO_ABI_X86_64: the layout of this machi
 LINGER_SECONDS = 0.05
 MARK = "rings-in-order"
 """Key of the rings that a backend left in order: "GREF:RSP_PROD ..."."""
-
-Keys = Mapping[str, str | None]
-
-
-class FrontendError(PvfrontError):
-    """The frontend asked for something that cannot be."""
-
 
 @dataclass
 class Plan:
@@ -63,27 +59,11 @@ class Plan:
     seed: int = 0
 
 
-@dataclass
-class _Armed:
-    misstep: Misstep
-    skip: int
-    times: int
-
-    def due(self) -> bool:
-        if self.skip:
-            self.skip -= 1
-            return False
-        if self.times < 0:
-            return False
-        if self.misstep.times:
-            self.times -= 1
-            if not self.times:
-                self.times = -1
-        return True
-
-
-class Vbd:
+class Vbd(BusDevice):
     """The backend's end of one virtual disk."""
+
+    KLASS = "vbd"
+    PUBLISHED = rf"feature-|discard-[ags]|sector|physical-sector|info$|m.*max-|max-ring|{MARK}$"
 
     def __init__(
         self,
@@ -95,65 +75,15 @@ class Vbd:
         plan: Plan,
         engine: Engine | None = None,
     ) -> None:
-        self.store = store
-        self.host = host
-        self.own_domid = own_domid
-        self.domid = domid
-        self.devid = devid
+        super().__init__(store, host, own_domid, domid, devid)
         self.plan = plan
-        self.path = f"/local/domain/{own_domid}/backend/vbd/{domid}/{devid}"
         self.engine = engine
-        self.state = UNKNOWN
-        """What was written last; the kernel's `dev->state`."""
-        self.frontend = ""
         self.features = plan.features
         self.overrides = plan.overrides
-        self.keep_engine = False
-        """The disk outlives this device: it only pretends to vanish."""
-        self._armed: list[_Armed] = []
-        self._woken = asyncio.Event()
-        self._frontend_fired = self._own_fired = False
         self._refused: str | None = None
         """The `params` that could not be opened last."""
-        self._gone = False
-        self._flicker: asyncio.Task[None] | None = None
-        self._saved: tuple[dict[str, str], list[Permission]] | None = None
-
-    def __repr__(self) -> str:
-        return f"vbd {self.domid}/{self.devid}"
 
     # -- the device on its bus -------------------------------------------------------------------
-
-    async def run(self) -> None:
-        """From the probe to the end. What is still in flight then is the caller's (`linger`)."""
-        try:
-            self.frontend = await self._read("frontend") or ""
-            if not self.frontend:
-                log.warning("%r: no frontend key; ignored", self)
-                return
-            await self._step("probe", self._probe)
-            async with self.store.watch(f"{self.frontend}/state") as watch:
-                follow = asyncio.create_task(self._follow(watch))
-                try:
-                    self._own_fired = True
-                    self._woken.set()
-                    while not self._gone:
-                        await self._woken.wait()
-                        self._woken.clear()
-                        if not self._gone:
-                            await self._look()
-                finally:
-                    follow.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, XenstoreError):
-                        await follow
-        finally:
-            if self._flicker is not None:
-                self._flicker.cancel()
-
-    def poke(self) -> None:
-        """Something below its directory changed."""
-        self._own_fired = True
-        self._woken.set()
 
     async def linger(self) -> None:
         """Waits until nothing is in flight, lets go of the frontend and closes the disk."""
@@ -168,24 +98,10 @@ class Vbd:
                 self.engine = None
             return
 
-    async def _follow(self, watch: object) -> None:
-        async for _ in watch:  # type: ignore[attr-defined]
-            self._frontend_fired = True
-            self._woken.set()
-
-    async def _look(self) -> None:
-        if self._own_fired:
-            self._own_fired = False
-            if await self._read("state") is None:
-                self._gone = True
-                return
-            if self.engine is None:
-                await self._open_disk()
-                self._frontend_fired |= self.engine is not None
-        if self._frontend_fired:
-            self._frontend_fired = False
-            state = _state(await self.store.read_opt(f"{self.frontend}/state"))
-            await self._frontend_changed(state)
+    async def _own_changed(self) -> None:
+        if self.engine is None:
+            await self._open_disk()
+            self._frontend_fired |= self.engine is not None
 
     async def _frontend_changed(self, state: int) -> None:
         log.debug("%r: frontend %d, own state %d", self, state, self.state)
@@ -272,12 +188,6 @@ class Vbd:
         if not await self._online():
             await self._unregister()
 
-    async def _unregister(self) -> None:
-        # xenbus_dev_remove: what the toolstack has forced to Closing is Closed then.
-        if _state(await self._read("state")) == CLOSING:
-            await self._switch(CLOSED)
-        self._gone = True
-
     # The kernel's blkback drains before it lets go of a ring and then may be bound to it again. A
     # process can be killed with requests answered out of order, of which nothing in the ring tells;
     # so a used ring is taken up only by its mark, which is written last and removed before anything
@@ -304,18 +214,18 @@ class Vbd:
     async def _properties(self) -> dict[str, str]:
         assert self.engine is not None
         f = self.features
-        keys = {"feature-flush-cache": _flag(f.flush)}
+        keys = {"feature-flush-cache": flag(f.flush)}
         if (await self._read("discard-enable") or "1") != "0":
             if f.discard:
                 keys["discard-granularity"] = str(f.discard_granularity)
                 keys["discard-alignment"] = str(f.discard_alignment)
-                keys["discard-secure"] = _flag(f.discard_secure)
-            keys["feature-discard"] = _flag(f.discard)
+                keys["discard-secure"] = flag(f.discard_secure)
+            keys["feature-discard"] = flag(f.discard)
         device_type = await self.store.read_opt(f"{self.frontend}/device-type")
         info = VDISK_CDROM * (f.cdrom or device_type == "cdrom")
         info |= VDISK_REMOVABLE * f.removable | VDISK_READONLY * self.engine.read_only
-        keys["feature-barrier"] = _flag(f.barrier)
-        keys["feature-persistent"] = _flag(f.persistent)
+        keys["feature-barrier"] = flag(f.barrier)
+        keys["feature-persistent"] = flag(f.persistent)
         keys["sectors"] = str(self.engine.size // SECTOR)
         keys["info"] = str(info)
         keys["sector-size"] = str(f.sector_size)
@@ -364,163 +274,3 @@ class Vbd:
         self.features = features
         if self.engine is not None:
             self.engine.set_features(features)
-
-    # -- missteps --------------------------------------------------------------------------------
-
-    def arm(self, missteps: Sequence[Misstep]) -> None:
-        """Replaces what goes wrong in the walk."""
-        self._armed = [_Armed(m, m.skip, m.times) for m in missteps]
-
-    async def _step(self, name: str, honest: Callable[[], Awaitable[None]]) -> None:
-        due = [a.misstep for a in self._armed if a.misstep.at == name and a.due()]
-        for misstep in due:
-            if misstep.place == "before":
-                await self._do(misstep)
-        instead = [m for m in due if m.place == "instead"]
-        for misstep in instead:
-            await self._do(misstep)
-        if not instead:
-            await honest()
-        for misstep in due:
-            if misstep.place == "after":
-                await self._do(misstep)
-
-    async def _do(self, misstep: Misstep) -> None:
-        log.info("%r: misstep %s at %s", self, misstep.action, misstep.at)
-        if misstep.action == "state":
-            await self.jump(misstep.number)
-        elif misstep.action == "keys":
-            await self.write_keys(misstep.keys or {})
-        elif misstep.action == "pause":
-            await asyncio.sleep(misstep.number / 1000)
-        elif misstep.action == "vanish":
-            await self.vanish()
-            if misstep.number:
-                await asyncio.sleep(misstep.number / 1000)
-                await self.come_back()
-
-    async def jump(self, state: int) -> None:
-        """Writes any number as its state."""
-        await self._write_state(state)
-
-    async def write_keys(self, keys: Keys) -> None:
-        """Sets, or (None) removes, keys of its directory."""
-        for key, value in keys.items():
-            if value is None:
-                await self.store.remove(f"{self.path}/{key}", missing_ok=True)
-            else:
-                await self.store.write(f"{self.path}/{key}", value)
-
-    def flicker(self, keys: Mapping[str, Sequence[str]], every: float) -> None:
-        """Writes the values of each key in turn, all `every` seconds; {} ends it."""
-        if self._flicker is not None:
-            self._flicker.cancel()
-            self._flicker = None
-        if keys:
-            self._flicker = asyncio.create_task(self._flickering(keys, every))
-
-    async def _flickering(self, keys: Mapping[str, Sequence[str]], every: float) -> None:
-        turn = 0
-        with contextlib.suppress(XenstoreError):
-            while True:
-                await self.write_keys({k: v[turn % len(v)] for k, v in keys.items()})
-                turn += 1
-                await asyncio.sleep(every)
-
-    async def vanish(self) -> None:
-        """Its nodes go, as if the toolstack had removed them; the disk stays for `come_back`."""
-        if self._saved is None:
-            permissions = await self.store.get_permissions(self.path)
-            self._saved = await self._dump(""), permissions
-        self.keep_engine = True
-        self._gone = True
-        self._woken.set()
-        await self.store.remove(self.path)
-
-    async def come_back(self) -> None:
-        """The nodes return as the toolstack writes them: a new device, with the same disk."""
-        if self._saved is None:
-            raise PvfrontError(f"{self!r} has not vanished")
-        keys, permissions = self._saved
-        self._saved = None
-        async for txn in self.store.transaction():
-            async with txn:
-                await txn.mkdir(self.path)
-                await txn.set_permissions(self.path, permissions)
-                for key, value in keys.items():
-                    await txn.write(f"{self.path}/{key}", value)
-                await txn.write(f"{self.path}/state", str(INITIALISING))
-
-    async def _dump(self, below: str) -> dict[str, str]:
-        """Keys of the toolstack, from "params" to "a/b"; what a backend publishes is left out."""
-        keys = {}
-        for name in await self.store.directory(self.path + below):
-            key = f"{below}/{name}"
-            if re.match(r"/(feature-|discard-[ags]|sector|physical-sector|info$|m.*max-)", key):
-                continue
-            if not key.startswith("/max-ring") and key not in ("/state", f"/{MARK}"):
-                keys[key[1:]] = await self.store.read_opt(self.path + key) or ""
-                keys |= await self._dump(key)
-        return keys
-
-    # -- the store -------------------------------------------------------------------------------
-
-    async def _read(self, key: str) -> str | None:
-        return await self.store.read_opt(f"{self.path}/{key}")
-
-    async def _online(self) -> bool:
-        return bool(await self._number(self.path, "online", 0))
-
-    async def _number(self, where: str, key: str, default: int) -> int:
-        """As xenbus_read_unsigned: nonsense counts as missing."""
-        found = re.match(r"\s*(\d{1,10})", await self.store.read_opt(f"{where}/{key}") or "")
-        return default if found is None else int(found[1])
-
-    async def _required(self, where: str, key: str) -> int:
-        number = await self._number(where, key, -1)
-        if not 0 <= number < 1 << 32:
-            raise FrontendError(f"reading {where}/{key}")
-        return number
-
-    async def _publish(self, keys: Keys) -> None:
-        said = {k: self.overrides.get(k, v) for k, v in keys.items()}
-        async for txn in self.store.transaction():
-            async with txn:
-                for key, value in said.items():
-                    if value is None:
-                        await txn.remove(f"{self.path}/{key}", missing_ok=True)
-                    else:
-                        await txn.write(f"{self.path}/{key}", value)
-
-    async def _switch(self, state: int) -> None:
-        if state != self.state:
-            await self._write_state(state)
-
-    async def _write_state(self, state: int) -> None:
-        """As xenbus_switch_state: a directory that has gone is not made again."""
-        if await self._write_if_there("state", str(state)):
-            self.state = state
-
-    async def _write_if_there(self, key: str, value: str) -> bool:
-        async for txn in self.store.transaction():
-            async with txn:
-                there = await txn.read_opt(f"{self.path}/state") is not None
-                if there:
-                    await txn.write(f"{self.path}/{key}", value)
-        return there
-
-    async def _fatal(self, code: int, text: str) -> None:
-        """As xenbus_dev_fatal: says why, and goes Closing."""
-        log.warning("%r: %d %s", self, code, text)
-        where = f"/local/domain/{self.own_domid}/error/backend/vbd/{self.domid}/{self.devid}"
-        await self.store.write(f"{where}/error", f"{code} {text}")
-        await self._switch(CLOSING)
-
-
-def _flag(on: bool) -> str:
-    return "1" if on else "0"
-
-
-def _state(text: str | None) -> int:
-    """As xenbus_read_driver_state: anything that is no number is Unknown."""
-    return int(text) if text is not None and re.fullmatch(r"\d{1,9}", text) else UNKNOWN

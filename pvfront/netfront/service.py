@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from pathlib import Path
 
+from ..claim import load_module
 from ..errors import PvfrontError
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
@@ -15,6 +17,7 @@ from ..suspend_shared import SharedSuspend
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
 from .frontend import NetFrontend
+from .tap import TUN
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +129,12 @@ async def serve(names: Collection[str], *, everything: bool, force: bool) -> int
     on = platform()
     on.require()
     in_guest = on.name == "xen"
+    if not Path(TUN).exists():
+        problem = await in_daemon_thread("modprobe tun", lambda: load_module("tun"))
+        if problem is not None:
+            raise PvfrontError(f"{TUN} is missing, and its module is not loaded: {problem}")
+    # Its debug messages are of every packet of netlink.
+    logging.getLogger("pyroute2").setLevel(logging.INFO)
     store = await on.store()
     try:
         present = await Bus(store, "vif").ids()

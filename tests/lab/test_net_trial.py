@@ -25,7 +25,7 @@ def test_trial(guest: Guest, lab: Lab) -> None:
     conf = "ip link set eth1 up; ip addr add 192.168.9.2/24 dev eth1; ip -6 addr add fd00::2/64 dev eth1 nodad; ip -s link show eth1"
     sh(guest, conf)
     sh(guest, "ethtool -k eth1 | grep -E 'tcp-seg|scatter|checksumming'; sleep 2; ping -c 3 192.168.9.1; iperf3 -c 192.168.9.1 -t 5 | tail -4; iperf3 -c 192.168.9.1 -t 5 -R | tail -4")
-    sh(guest, "systemd-run --unit=pvfvif --collect pvfront vif serve 1 -v; for i in $(seq 60); do grep -q '\"phase\": \"connected\"' /run/pvfront/vif-1.json && break; sleep 1; done; cat /run/pvfront/vif-1.json; journalctl -u pvfvif --no-pager | tail -40; ip link; xenstore-ls -f device/vif/1")
+    sh(guest, "systemd-run --unit=pvfvif --collect pvfront vif serve 1 -v; for i in $(seq 90); do grep -qs '\"phase\": \"connected\"' /run/pvfront/vif-1.json && break; sleep 1; done; cat /run/pvfront/vif-1.json; journalctl -u pvfvif --no-pager | tail -40; ip link; xenstore-ls -f device/vif/1")
     sh(d0, "xenstore-ls -f /local/domain/0/backend/vif | tail -60; ip link; dmesg | tail -5")
     sh(guest, conf)
     sh(guest, "ip -s neigh; ping -c 5 192.168.9.1; ping -c 3 fd00::1; ping -c 3 -s 65507 192.168.9.1; ping -c 3 -s 1400 -M do 192.168.9.1")
