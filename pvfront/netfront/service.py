@@ -124,15 +124,17 @@ def find(name: str, present: Collection[int]) -> int:
     return int(number)
 
 
+def _need_tun() -> None:
+    if not Path(TUN).exists() and (problem := load_module("tun")) is not None:
+        raise PvfrontError(f"{TUN} is missing, and its module cannot be loaded: {problem}")
+
+
 async def serve(names: Collection[str], *, everything: bool, force: bool) -> int:
     """Serves the named vifs, or every vif, until SIGTERM; returns the exit status."""
     on = platform()
     on.require()
     in_guest = on.name == "xen"
-    if not Path(TUN).exists():
-        problem = await in_daemon_thread("modprobe tun", lambda: load_module("tun"))
-        if problem is not None:
-            raise PvfrontError(f"{TUN} is missing, and its module is not loaded: {problem}")
+    await in_daemon_thread("modprobe tun", _need_tun)
     # Its debug messages are of every packet of netlink.
     logging.getLogger("pyroute2").setLevel(logging.INFO)
     store = await on.store()
