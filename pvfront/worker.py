@@ -316,7 +316,7 @@ class Worker:
     async def start_net(
         self, generation: int, *, features: int, stall_seconds: int, target_fds: Sequence[int]
     ) -> None:
-        """START_NET: `features` is what the backend can (PVF_NET_*), `target_fds` a TAP's queues."""
+        """START_NET: `features` are the backend's (PVF_NET_*), `target_fds` a TAP's queues."""
         message = ffi.new("struct pvf_ctl_start_net *")
         message.features = features
         message.stall_seconds = stall_seconds

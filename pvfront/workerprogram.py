@@ -58,7 +58,9 @@ def worker_ids() -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
-def start(name: str, path: Path, *, queues: int, change_user: bool, ublk: bool, net: bool = False) -> int:
+def start(
+    name: str, path: Path, *, queues: int, change_user: bool, ublk: bool, net: bool = False
+) -> int:
     """Starts a worker that listens at `path`, and returns its pid; see `Worker.spawn`."""
     program = binary()
     argv = [str(program), "--name", name, "--queues", str(queues)]
