@@ -9,7 +9,9 @@ loaded, and when told to (/sys/bus/xen/drivers_probe). There is no driver_overri
 - Hot-plugged devices: `hold_autoprobe` writes 0 to /sys/bus/xen/drivers_autoprobe, and devices
   that are not ours are handed on one by one (`probe`). This is global, therefore noted in
   /run/pvfront/autoprobe and undone by `release_autoprobe`, by `repair` (ExecStopPost), or by
-  the next start, which finds the note and keeps it.
+  the next start, which finds the note and keeps it. It may be wanted by several services, each
+  of which has a file of its name in /run/pvfront/hot-plug: the last to go undoes it, and none
+  hands on devices of a class whose service has one.
 - Present devices: `take` loads the kernel's frontend module first, because its later load would
   bind the device behind our back; with autoprobe off meanwhile, because a vbd that the kernel has
   bound once is lost to it. Then it unbinds the device. A disk in use is refused.
@@ -30,9 +32,11 @@ Driver names on the xen bus are the class names: vbd, vif, console.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,35 +112,64 @@ class Claims:
     def _autoprobe_note(self) -> Path:
         return self._roots.run / "autoprobe"
 
+    @property
+    def _holders(self) -> Path:
+        return self._roots.run / "hot-plug"
+
     # -- hot plug --------------------------------------------------------------------------
 
-    def hold_autoprobe(self) -> None:
-        """From now on the kernel binds no device by itself. Idempotent, also over a crash."""
-        if not self._autoprobe_note.exists():
-            before = sysfs.read(self._bus / "drivers_autoprobe")
-            if before is None:
-                raise PvfrontError(
-                    f"{self._bus}/drivers_autoprobe is missing",
-                    hint="is this a Xen guest with the xenbus driver?",
-                )
-            # The note goes first: a crash in between then restores what was there anyway.
-            self._write(self._autoprobe_note, before + "\n")
-        sysfs.write(self._bus / "drivers_autoprobe", 0)
+    def hold_autoprobe(self, holder: str) -> None:
+        """From now on the kernel binds no device by itself. Idempotent, also over a crash.
 
-    def release_autoprobe(self) -> None:
-        """Undoes `hold_autoprobe`; nothing if it was not in force.
+        `holder`: who wants that, a service by the class of its devices.
+        """
+        with self._autoprobe_lock():
+            if not self._autoprobe_note.exists():
+                before = sysfs.read(self._bus / "drivers_autoprobe")
+                if before is None:
+                    raise PvfrontError(
+                        f"{self._bus}/drivers_autoprobe is missing",
+                        hint="is this a Xen guest with the xenbus driver?",
+                    )
+                # The note goes first: a crash in between then restores what was there anyway.
+                self._write(self._autoprobe_note, before + "\n")
+            self._holders.mkdir(mode=0o755, parents=True, exist_ok=True)
+            (self._holders / holder).touch()
+            sysfs.write(self._bus / "drivers_autoprobe", 0)
+
+    def release_autoprobe(self, holder: str) -> None:
+        """Undoes `hold_autoprobe` once nobody else holds it; nothing if it was not in force.
 
         Devices that appeared meanwhile and are nobody's stay unbound: `probe_others` first.
         """
-        before = sysfs.read(self._autoprobe_note)
-        if before is None:
-            return
-        sysfs.write(self._bus / "drivers_autoprobe", 0 if before == "0" else 1)
-        self._autoprobe_note.unlink(missing_ok=True)
+        with self._autoprobe_lock():
+            (self._holders / holder).unlink(missing_ok=True)
+            before = sysfs.read(self._autoprobe_note)
+            if before is None or self._holding():
+                return
+            sysfs.write(self._bus / "drivers_autoprobe", 0 if before == "0" else 1)
+            self._autoprobe_note.unlink(missing_ok=True)
 
-    def repair(self) -> None:
+    def repair(self, holder: str) -> None:
         """After a crash (ExecStopPost): autoprobe is restored. Claims stay, workers may live."""
-        self.release_autoprobe()
+        self.release_autoprobe(holder)
+
+    def _holding(self) -> list[str]:
+        """Who holds autoprobe; of the loads of a module (MODULE.PID) those that go on."""
+        found = sysfs.listdir(self._holders)
+        return [
+            name
+            for name in found
+            if not (pid := name.partition(".")[2]) or (self._roots.proc / pid).exists()
+        ]
+
+    @contextlib.contextmanager
+    def _autoprobe_lock(self) -> Iterator[None]:
+        """Services that start at the same time must not take each other's 0 for what was there."""
+        self._roots.run.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with (self._roots.run / "autoprobe.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def probe(self, name: str) -> None:
         """Lets the kernel have a device, if it has a driver for it and does not have it already.
@@ -149,11 +182,17 @@ class Claims:
             sysfs.write(self._bus / "drivers_probe", name)
 
     def probe_others(self, keep: Callable[[str], bool]) -> list[str]:
-        """`probe` for every device that nobody has and that `keep` does not want; their names."""
+        """`probe` for every device that nobody has or takes, and that `keep` does not want; their
+        names.
+        """
+        taken = self._holding()
         others = [
             name
             for name in sysfs.listdir(self._bus / "devices")
-            if self.driver_of(name) is None and not keep(name) and self._noted(name) is None
+            if self.driver_of(name) is None
+            and name.partition("-")[0] not in taken
+            and not keep(name)
+            and self._noted(name) is None
         ]
         for name in others:
             self.probe(name)
@@ -278,13 +317,12 @@ class Claims:
         """A module that is not installed can never bind anything: that is no error."""
         if (self._roots.sys / "module" / module.replace("-", "_")).exists():
             return
-        ours = not self._autoprobe_note.exists()
-        self.hold_autoprobe()
+        holder = f"{module}.{os.getpid()}"
+        self.hold_autoprobe(holder)
         try:
             self._load(module)
         finally:
-            if ours:
-                self.release_autoprobe()
+            self.release_autoprobe(holder)
 
     def _inode(self, name: str) -> int:
         """Changes with each device that gets the name; 0 if there is none."""

@@ -192,10 +192,10 @@ class Embedded:
 class _NoKernelClaims(Claims):
     """Claims where no kernel has a frontend of its own: only notes of what is ours."""
 
-    def hold_autoprobe(self) -> None:
+    def hold_autoprobe(self, holder: str) -> None:
         pass
 
-    def release_autoprobe(self) -> None:
+    def release_autoprobe(self, holder: str) -> None:
         pass
 
     def probe(self, name: str) -> None:

@@ -141,13 +141,13 @@ class Disks:
         self.claims.forget(name)
 
     def repair(self) -> None:
-        self.claims.repair()
+        self.claims.repair(self.klass)
 
     def hold_hot_plug(self) -> None:
-        self.claims.hold_autoprobe()
+        self.claims.hold_autoprobe(self.klass)
 
     def release_hot_plug(self) -> None:
-        self.claims.release_autoprobe()
+        self.claims.release_autoprobe(self.klass)
 
     def pass_on(self, name: str) -> None:
         self.claims.probe(name)

@@ -5,11 +5,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
+from typing import Any
 
 import click
 
 from ..platform import platform
 from ..service import prepare_process
+
+
+def _options(texts: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE of the command line; wrong usage is said as such."""
+    if not texts:
+        return {}
+    from ..netfront.settings import parse_option
+
+    try:
+        return dict(map(parse_option, texts))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.group()
@@ -21,12 +35,32 @@ def vif() -> None:
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every vif, also those attached later.")
 @click.option("--force", is_flag=True, help="Take the interface of the default route, too.")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=lambda _context, _parameter, values: _options(values),
+    help="A setting (max_queues=N: 0, the default, is one for each processor).",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
-def serve(names: tuple[str, ...], everything: bool, force: bool, verbose: bool) -> None:
+def serve(
+    names: tuple[str, ...],
+    everything: bool,
+    force: bool,
+    options: dict[str, Any],
+    verbose: bool,
+) -> None:
     """Serve network interfaces in user space until SIGTERM.
 
-    NAME is a vif's number, or vif0, or enX0. The interface appears under the name that the kernel
-    had for it.
+    NAME is a vif's number in the xl config, or vif0, or the interface's name (enX0). The interface
+    keeps its name, its addresses and its routes. With --all, vifs attached later are served as
+    they come, and the interface of the default route is left to the kernel unless --force is said.
+
+    On SIGTERM interfaces are given back to the kernel, with their addresses and routes. Where
+    systemd restarts the service they are not: workers go on, and the next `pvfront vif serve`
+    adopts them.
     """
     if bool(names) == everything:
         raise click.UsageError("name the interfaces to serve, or say --all")
@@ -34,4 +68,6 @@ def serve(names: tuple[str, ...], everything: bool, force: bool, verbose: bool) 
 
     in_guest = platform().name == "xen"
     prepare_process(logging.DEBUG if verbose else logging.INFO, relied_on=in_guest)
-    raise SystemExit(asyncio.run(serve_networks(names, everything=everything, force=force)))
+    raise SystemExit(
+        asyncio.run(serve_networks(names, everything=everything, force=force, options=options))
+    )

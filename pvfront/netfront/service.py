@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..claim import load_module
 from ..errors import PvfrontError
@@ -17,6 +18,7 @@ from ..suspend_shared import SharedSuspend
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
 from .frontend import NetFrontend
+from .settings import NetSettings
 from .tap import TUN
 
 log = logging.getLogger(__name__)
@@ -27,8 +29,9 @@ class Networks:
 
     klass = "vif"
 
-    def __init__(self, on: Platform) -> None:
+    def __init__(self, on: Platform, settings: NetSettings | None = None) -> None:
         self.platform = on
+        self.settings = settings or NetSettings()
         self.claims = on.claims()
 
     def label(self, devid: int) -> str:
@@ -59,6 +62,7 @@ class Networks:
             device.devid,
             self.ifname(device.name),
             self.platform,
+            max_queues=self.settings.max_queues,
             stolen=lambda: self._stolen(device.name),
         )
 
@@ -82,13 +86,13 @@ class Networks:
         self.claims.forget(name)
 
     def repair(self) -> None:
-        self.claims.repair()
+        self.claims.repair(self.klass)
 
     def hold_hot_plug(self) -> None:
-        self.claims.hold_autoprobe()
+        self.claims.hold_autoprobe(self.klass)
 
     def release_hot_plug(self) -> None:
-        self.claims.release_autoprobe()
+        self.claims.release_autoprobe(self.klass)
 
     def pass_on(self, name: str) -> None:
         self.claims.probe(name)
@@ -129,8 +133,17 @@ def _need_tun() -> None:
         raise PvfrontError(f"{TUN} is missing, and its module cannot be loaded: {problem}")
 
 
-async def serve(names: Collection[str], *, everything: bool, force: bool) -> int:
-    """Serves the named vifs, or every vif, until SIGTERM; returns the exit status."""
+async def serve(
+    names: Collection[str],
+    *,
+    everything: bool,
+    force: bool,
+    options: Mapping[str, Any] | None = None,
+) -> int:
+    """Serves the named vifs, or every vif, until SIGTERM; returns the exit status.
+
+    `options`: settings (settings.py).
+    """
     on = platform()
     on.require()
     in_guest = on.name == "xen"
@@ -146,7 +159,7 @@ async def serve(names: Collection[str], *, everything: bool, force: bool) -> int
         )
         supervisor = Supervisor(
             store,
-            Networks(on),
+            Networks(on, NetSettings(**(options or {}))),
             wanted,
             run_dir=on.run_dir,
             named=named,

@@ -310,10 +310,10 @@ def test_a_device_that_is_gone_is_just_released(bus: FakeBus, claims: Claims) ->
 
 
 def test_holding_autoprobe_is_noted_and_undone(bus: FakeBus, claims: Claims) -> None:
-    claims.hold_autoprobe()
+    claims.hold_autoprobe("vbd")
     assert bus.autoprobe() == "0"
     assert (bus.roots.run / "autoprobe").exists()
-    claims.release_autoprobe()
+    claims.release_autoprobe("vbd")
     assert bus.autoprobe() == "1"
     assert not (bus.roots.run / "autoprobe").exists()
 
@@ -321,36 +321,66 @@ def test_holding_autoprobe_is_noted_and_undone(bus: FakeBus, claims: Claims) -> 
 def test_autoprobe_held_by_a_supervisor_that_crashed_is_repaired(
     bus: FakeBus, claims: Claims
 ) -> None:
-    claims.hold_autoprobe()
-    Claims(bus.roots).repair()
+    claims.hold_autoprobe("vbd")
+    Claims(bus.roots).repair("vbd")
     assert bus.autoprobe() == "1"
 
 
 def test_a_restart_after_a_crash_does_not_take_our_0_for_the_users(
     bus: FakeBus, claims: Claims
 ) -> None:
-    claims.hold_autoprobe()
+    claims.hold_autoprobe("vbd")
     after_crash = Claims(bus.roots)
-    after_crash.hold_autoprobe()
-    after_crash.release_autoprobe()
+    after_crash.hold_autoprobe("vbd")
+    after_crash.release_autoprobe("vbd")
     assert bus.autoprobe() == "1"
 
 
 def test_autoprobe_that_was_off_before_stays_off(bus: FakeBus, claims: Claims) -> None:
     (bus.bus / "drivers_autoprobe").write_text("0\n")
-    claims.hold_autoprobe()
-    claims.release_autoprobe()
+    claims.hold_autoprobe("vbd")
+    claims.release_autoprobe("vbd")
     assert bus.autoprobe() == "0"
 
 
+def test_autoprobe_stays_off_until_the_last_service_goes(bus: FakeBus, claims: Claims) -> None:
+    claims.hold_autoprobe("vbd")
+    claims.hold_autoprobe("vif")
+    claims.release_autoprobe("vbd")
+    assert bus.autoprobe() == "0"
+    Claims(bus.roots).repair("vbd")  # one that serves what it was named, beside it
+    assert bus.autoprobe() == "0"
+    claims.release_autoprobe("vif")
+    assert bus.autoprobe() == "1"
+
+
+def test_a_device_whose_own_service_takes_it_is_not_handed_to_the_kernel(
+    bus: FakeBus, claims: Claims
+) -> None:
+    claims.hold_autoprobe("vbd")
+    claims.hold_autoprobe("vif")
+    bus.device("vif-0")
+    bus.device("console-1")
+    assert claims.probe_others(lambda name: name.startswith("vbd-")) == ["console-1"]
+    claims.release_autoprobe("vif")
+    assert "vif-0" in claims.probe_others(lambda name: name.startswith("vbd-"))
+
+
+def test_a_load_of_a_module_that_was_killed_holds_nothing(bus: FakeBus, claims: Claims) -> None:
+    claims.hold_autoprobe("vbd")
+    (bus.roots.run / "hot-plug" / "xen-netfront.999999999").touch()
+    claims.release_autoprobe("vbd")
+    assert bus.autoprobe() == "1"
+
+
 def test_releasing_what_was_never_held_changes_nothing(bus: FakeBus, claims: Claims) -> None:
-    claims.release_autoprobe()
+    claims.release_autoprobe("vbd")
     assert bus.autoprobe() == "1"
 
 
 def test_without_a_xen_bus_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(PvfrontError, match="drivers_autoprobe is missing"):
-        Claims(Roots(tmp_path)).hold_autoprobe()
+        Claims(Roots(tmp_path)).hold_autoprobe("vbd")
 
 
 def test_devices_that_are_nobodys_go_to_the_kernel(bus: FakeBus, claims: Claims) -> None:
