@@ -370,14 +370,18 @@ class Guest(Machine):
         argv = ["xl", "block-detach", self.kind, vdev, *(["--force"] if force else [])]
         self.dom0.run(argv, timeout=timeout)
 
-    def vdevs(self) -> list[int]:
-        """Numbers of the vbds that it has now, as libxl keeps them in the store."""
-        path = f"/libxl/{self.number}/device/vbd"
+    def vdevs(self, klass: str = "vbd") -> list[int]:
+        """Numbers of the vbds (or vifs) that it has now, as libxl keeps them in the store."""
+        path = f"/libxl/{self.number}/device/{klass}"
         listing = self.dom0.run(["xenstore-list", path], check=False).stdout
         return [int(word) for word in listing.split()]
 
     def detach_extras(self) -> None:
-        """Detach every vbd but the root and the payload; one that will not go, by force."""
+        """Detach every vif but the control vif, and every vbd but the root and the payload; one
+        that will not go, by force."""
+        for number in self.vdevs("vif"):
+            if number:
+                self.dom0.run(["xl", "network-detach", self.kind, str(number)], check=False)
         for number in self.vdevs():
             if number not in (51712, (1 << 28) + (25 << 8)):
                 if self.dom0.run(["xl", "block-detach", self.kind, str(number)], check=False).ok:

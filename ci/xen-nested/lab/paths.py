@@ -12,6 +12,9 @@ LAB = Path(__file__).resolve().parent
 BLOCK_SCRIPT = LAB / "scripts" / "block-lab"
 """dom0's hotplug script for vbds; it goes there when the lab starts."""
 
+VIF_SCRIPT = LAB / "scripts" / "vif-lab"
+"""The same for vifs that are a network of their own."""
+
 HERE = LAB.parent
 """ci/xen-nested: package lists."""
 

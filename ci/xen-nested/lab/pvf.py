@@ -62,7 +62,7 @@ class Pvfront:
 
     def state(self, name: str = "xvdb") -> dict[str, Any]:
         """What the supervisor last wrote about the disk, {} if nothing. Quick: for waiting."""
-        return _state(self.guest.look(_state_file(name))[0])
+        return state_in(self.guest.look(_state_file(name))[0])
 
     def status(self, name: str = "xvdb") -> dict[str, Any]:
         """`pvfront status --json`, with the worker's counters; {} if there is none."""
@@ -78,7 +78,7 @@ class Pvfront:
     def served(self, name: str = "xvdb") -> bool:
         """The disk is there under its link, and both ends are Connected."""
         node, state = self.guest.look(f"/dev/pvfront/{name}", _state_file(name))
-        return node is not None and node.kind == "b" and _state(state).get("phase") == "connected"
+        return node is not None and node.kind == "b" and state_in(state).get("phase") == "connected"
 
     def wait_served(self, name: str = "xvdb", deadline: float = 180.0) -> None:
         wait_until(f"/dev/pvfront/{name} served by pvfront", lambda: self.served(name), deadline)
@@ -141,7 +141,8 @@ def _state_file(name: str) -> str:
     return f"/run/pvfront/vbd-{VDEV[name]}.json"
 
 
-def _state(seen: Seen | None) -> dict[str, Any]:
+def state_in(seen: Seen | None) -> dict[str, Any]:
+    """What a state file says, {} if it is not there."""
     answer: dict[str, Any] = json.loads(seen.text) if seen and seen.text else {}
     return answer
 

@@ -184,7 +184,8 @@ class Lab:
                     outer.dom0.push(built.kernel, boot_file(kind, "vmlinuz"))
                     outer.dom0.push(built.initrd, boot_file(kind, "initrd.img"))
                 outer.dom0.push(images["guest"].grub, f"{FILES}/grub.lnx")
-                outer.dom0.push(paths.BLOCK_SCRIPT, f"/etc/xen/scripts/{paths.BLOCK_SCRIPT.name}")
+                for script in (paths.BLOCK_SCRIPT, paths.VIF_SCRIPT):
+                    outer.dom0.push(script, f"/etc/xen/scripts/{script.name}")
         except BaseException:
             outer.stop()
             raise
@@ -348,6 +349,7 @@ class Lab:
             "xl-dmesg.txt": "xl dmesg",
             "xl-list.txt": "xl list -v; xl vcpu-list",
             "dom0-dmesg.txt": "dmesg",
+            "dom0-networks.txt": "ip -s link; ip address; ip route; ip neigh; nstat -az",
             "dom0-processes.txt": "ps axo pid,ppid,stat,time,wchan:24,args",
             "xl-logs.txt": "tail -n +1 /var/log/xen/*.log",
         }
@@ -356,6 +358,7 @@ class Lab:
             "journal.txt": "journalctl -b --no-pager -o short-monotonic",
             "processes.txt": "ps axo pid,ppid,stat,wchan:24,cgroup:40,args",
             "blocks.txt": "lsblk -a; cat /proc/interrupts; ls -la /sys/bus/xen/drivers/*/",
+            "networks.txt": "ip -s link; ip address; ip route; ip neigh; nstat -az",
         }
         commands: list[tuple[Machine, str, str]] = [(self.dom0, n, c) for n, c in dom0.items()]
         commands += [(g, f"{g.kind}-{n}", c) for g in guests for n, c in inside.items()]

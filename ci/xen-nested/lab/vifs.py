@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Networks between dom0 and a guest, and pvfront's network service in the guest.
+
+Each vif is a network of its own: dom0's end has addresses on the vif itself (scripts/vif-lab), the
+guest's gets its own from `Networks.attach`. dom0's numbers of devices, addresses and ports differ
+from guest to guest, since several may run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import paths
+from .client import Job, Machine
+from .guest import Guest
+from .pvf import state_in
+from .scenario import Lab, wait_until
+
+UNIT = "pvfront-vif"
+CHECKER = "/run/lab/netcheck.py"
+FRAME = 14  # bytes of an Ethernet header
+
+
+@dataclass
+class Vif:
+    """A network of two: dom0 and a guest."""
+
+    lab: Lab
+    guest: Guest
+    devid: int
+    mac: str
+    net: int
+    """Of its addresses: 10.KIND.NET.1 is dom0, .2 the guest."""
+    name: str = ""
+    """The guest's interface."""
+
+    @property
+    def dom0_name(self) -> str:
+        return f"vif{self.guest.number}.{self.devid}"
+
+    @property
+    def dom0(self) -> str:
+        return self.addresses(1)[0]
+
+    @property
+    def dom0_v6(self) -> str:
+        return self.addresses(1)[1]
+
+    @property
+    def address(self) -> str:
+        return self.addresses(2)[0]
+
+    @property
+    def address_v6(self) -> str:
+        return self.addresses(2)[1]
+
+    def addresses(self, host: int) -> tuple[str, str]:
+        kind = self.guest.address.rsplit(".", 1)[1]
+        return f"10.{kind}.{self.net}.{host}", f"fd00:{kind}:{self.net}::{host}"
+
+    @property
+    def port(self) -> int:
+        """For a server of this network in dom0."""
+        return 5000 + 100 * (int(self.guest.address.rsplit(".", 1)[1]) - 20) + self.net
+
+    def states(self) -> tuple[str | None, str | None]:
+        """(frontend's, backend's) XenbusState; None: no such key."""
+        front = f"/local/domain/{self.guest.number}/device/vif/{self.devid}/state"
+        back = f"/local/domain/0/backend/vif/{self.guest.number}/{self.devid}/state"
+        read = f"for k in {front} {back}; do xenstore-read $k 2>/dev/null || echo; done"
+        states = self.lab.dom0.run(read).stdout.split("\n")
+        return states[0] or None, states[1] or None
+
+    def configure(self, name: str) -> None:
+        """Gives the guest's interface its addresses."""
+        self.name = name
+        v4, v6 = self.addresses(2)
+        self.guest.run(
+            f"ip address replace {v4}/24 dev {name} && "
+            f"ip address replace {v6}/64 dev {name} nodad && ip link set {name} up"
+        )
+
+    def counter(self, name: str) -> int:
+        """/sys/class/net/*/statistics/NAME of the guest's interface. Quick: for waiting."""
+        (seen,) = self.guest.look(f"/sys/class/net/{self.name}/statistics/{name}")
+        return int(seen.text) if seen and seen.text else 0
+
+    def ping(self, *sizes: int, options: str = "") -> None:
+        """dom0's IPv4 and IPv6 addresses, until the first answer to each size; a minute at most."""
+        for where in (self.dom0, self.dom0_v6):
+            for size in sizes or (56,):
+                self.guest.run(f"ping -n -c1 -w60 -s{size} {options} {where}")
+
+    def send(self, mib: int, where: str = "") -> None:
+        """Random data over TCP to dom0, or whoever else has the address `where`: in a namespace
+        of dom0 if it is given as "NAMESPACE/ADDRESS". Raises AssertionError if it arrives changed.
+        """
+        namespace, _, address = where.rpartition("/")
+        inside = f"ip netns exec {namespace} " if namespace else ""
+        sink = self.lab.dom0.start(
+            f"set -o pipefail; {inside}{self._listen(address, '-u')} - | sha256sum"
+        )
+        there = f"/dev/tcp/{address or self.dom0}/{self.port}"
+        sent = self.guest.output(
+            f"head -c {mib}M /dev/urandom >/dev/shm/sent; {_connect(there)}; "
+            "cat /dev/shm/sent >&3; exec 3>&-; sha256sum </dev/shm/sent; rm /dev/shm/sent",
+            timeout=300,
+        )
+        assert sink.wait(60).stdout == sent + "\n"
+
+    def fetch(self, mib: int, address: str = "") -> None:
+        """The same the other way, from dom0."""
+        source = f"/tmp/fetched-{self.port}"
+        source_sum = self.lab.dom0.output(
+            f"head -c {mib}M /dev/urandom >{source}; sha256sum <{source}"
+        )
+        job = self.lab.dom0.start(f"{self._listen(address, '-U')} OPEN:{source}; rm {source}")
+        there = f"/dev/tcp/{address or self.dom0}/{self.port}"
+        got = self.guest.output(f"{_connect(there)}; sha256sum <&3", timeout=300)
+        assert got == source_sum
+        job.wait(60)
+
+    def _listen(self, address: str, way: str) -> str:
+        version = 6 if ":" in address else 4
+        return f"socat {way} TCP{version}-LISTEN:{self.port},reuseaddr"
+
+    def iperf(self, *options: str, v6: bool = False, timeout: float = 300.0) -> dict[str, Any]:
+        """iperf3 in the guest against dom0: its report."""
+        port = self.port + 1000
+        listens = f"ss -Hltn 'sport = {port}' | grep -q ."
+        serve = (
+            f"{listens} || iperf3 -s -D -p {port} >/dev/null 2>&1; "
+            f"until {listens}; do sleep 0.1; done"
+        )
+        self.lab.dom0.run(serve)
+        line = self.iperf_line("-J", *options, v6=v6)
+        answer: dict[str, Any] = json.loads(self.guest.run(line, timeout=timeout).stdout)
+        return answer
+
+    def iperf_line(self, *options: str, v6: bool = False) -> list[str]:
+        """The same as a command, for whoever has called `iperf` before: its server stays."""
+        where = self.dom0_v6 if v6 else self.dom0
+        return ["iperf3", "-c", where, "-p", str(self.port + 1000), *options]
+
+
+def _connect(there: str) -> str:
+    """For bash: descriptor 3 is the connection, as soon as somebody listens."""
+    return f"until exec 3<>{there}; do sleep 0.1; done 2>/dev/null"
+
+
+def checker(machine: Machine, *arguments: object, ready: bool = False) -> Job:
+    """Starts netcheck.py there; `ready`: returns once it has said that it is."""
+    if not machine.has(CHECKER):
+        machine.write(CHECKER, (paths.LAB / "scripts" / "netcheck.py").read_bytes())
+    job = machine.start(["python3", CHECKER, *map(str, arguments)])
+    if ready:
+
+        def said() -> bool:
+            job.poll()
+            assert job.code is None, job.stderr
+            return "ready" in job.stdout
+
+        wait_until(f"netcheck.py {arguments[0]} in {machine.name}", said)
+    return job
+
+
+def report(job: Job, timeout: float = 300.0) -> dict[str, Any]:
+    """What a netcheck.py that has succeeded says in its last line."""
+    ended = job.wait(timeout)
+    assert ended.ok, ended
+    answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return answer
+
+
+@dataclass
+class Networks:
+    """The network service of one guest, and the guest's vifs."""
+
+    lab: Lab
+    guest: Guest
+    _nets: set[int] = field(default_factory=set)
+
+    # -- the service -------------------------------------------------------------------------
+
+    def start(self, vifs: str = "--all") -> None:
+        """Starts the service for these vifs (as on its command line), if it does not run so.
+
+        The control vif is never ours: the default route goes through it.
+        """
+        line, settings = f"PVFRONT_VIFS={vifs}", f"/etc/default/{UNIT}"
+        self.guest.run(
+            "ip route replace default via 10.0.2.2 dev eth0; "
+            f"echo '{line}' | cmp -s - {settings} && systemctl is-active -q {UNIT} || "
+            f"{{ echo '{line}' >{settings}; systemctl reset-failed {UNIT}; "
+            f"systemctl restart {UNIT}; }}",
+            timeout=300,
+        )
+
+    def stop(self) -> None:
+        self.guest.run(f"systemctl stop {UNIT}", timeout=300)
+
+    def pid(self) -> int:
+        """The supervisor's."""
+        return int(self.guest.output(f"systemctl show -p MainPID --value {UNIT}"))
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def state(self, vif: Vif | int) -> dict[str, Any]:
+        """What the supervisor last wrote about the vif, {} if nothing. Quick: for waiting."""
+        devid = vif if isinstance(vif, int) else vif.devid
+        return state_in(self.guest.look(f"/run/pvfront/vif-{devid}.json")[0])
+
+    def status(self, vif: Vif) -> dict[str, Any]:
+        """`pvfront status --json`, with the worker's counters."""
+        answer: dict[str, Any] = json.loads(
+            self.guest.output(["pvfront", "status", vif.name, "--json"])
+        )
+        return answer
+
+    def served(self, vif: Vif | int) -> bool:
+        now = self.state(vif)
+        return now.get("phase") == "connected" and bool(now.get("carrier"))
+
+    def wait_served(self, vif: Vif, deadline: float = 180.0) -> None:
+        wait_until(f"vif{vif.devid} served by pvfront", lambda: self.served(vif), deadline)
+
+    # -- vifs --------------------------------------------------------------------------------
+
+    def attach(self, *, mtu: int = 1500, served: bool = True) -> Vif:
+        """Attaches a vif, waits for its interface, which pvfront (or, not `served`, the kernel)
+        makes, and gives both ends their addresses."""
+        net = next(n for n in range(1, 99) if n not in self._nets)
+        self._nets.add(net)
+        kind = self.guest.mac.rsplit(":", 1)[1]
+        vif = Vif(self.lab, self.guest, -1, f"00:16:3e:77:{kind}:{net:02x}", net)
+        v4, v6 = vif.addresses(1)
+        path = f"/local/domain/0/backend/vif/{self.guest.number}"
+        attach = [
+            "xl", "network-attach", self.guest.kind, "type=vif", f"mac={vif.mac}", f"mtu={mtu}",
+            f"script={paths.VIF_SCRIPT.name}", f"ip={v4}/24 {v6}/64",
+        ]  # fmt: skip
+        find = (
+            '"$@" || exit 1; '
+            f"for i in $(xenstore-list {path}); do "
+            f'[ "$(xenstore-read {path}/$i/mac)" = {vif.mac} ] && echo $i; done'
+        )
+        found = self.lab.dom0.output(["bash", "-c", find, "attach", *attach])
+        vif.devid = int(found.split()[-1])
+        if served:
+            self.wait_served(vif)
+            vif.configure(self.state(vif)["os_device"])
+        else:
+            vif.configure(wait_until("the kernel's interface", lambda: self._named(vif.mac)))
+        return vif
+
+    def _named(self, mac: str) -> str:
+        look = f"grep -l {mac} /sys/class/net/*/address"
+        found = self.guest.run(look, check=False).stdout.split()
+        return found[0].split("/")[4] if found else ""
+
+    def detach(self, vif: Vif) -> None:
+        """`xl network-detach`; returns once nothing of it is left on either side."""
+        self.lab.xl("network-detach", self.guest.kind, str(vif.devid))
+        wait_until("the vif gone from the store", lambda: vif.states() == (None, None))
+        wait_until(f"{vif.name} gone", lambda: not self.guest.has(f"/sys/class/net/{vif.name}"))
+        self._nets.discard(vif.net)
+
+    @contextlib.contextmanager
+    def vif(self, *, mtu: int = 1500, served: bool = True) -> Iterator[Vif]:
+        """`attach`; and `detach` at the end."""
+        vif = self.attach(mtu=mtu, served=served)
+        try:
+            yield vif
+        finally:
+            self.detach(vif)
