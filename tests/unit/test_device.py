@@ -84,6 +84,7 @@ class Backend:
     def __init__(self, store: Xenstore) -> None:
         self.store = store
         self.answers = True
+        self.acts_on = ("3", "4")  # blkback's; netback acts on nothing before Connected
         self.refuses = 0  # how many times "pending I/O" is said instead of Connected
         self.seen: list[str] = []
 
@@ -102,7 +103,7 @@ class Backend:
         match state:
             case "1" if mine in ("6", "1"):
                 await self.write("2")
-            case "3" | "4" if mine != "4":
+            case "3" | "4" if mine != "4" and state in self.acts_on:
                 if self.refuses:
                     self.refuses -= 1
                     await self.write("5")
@@ -195,11 +196,25 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
                 await made.loop.device.close()
 
 
+@pytest.fixture(params=["vbd", "vif"])
+def either(request: pytest.FixtureRequest, world: World) -> World:
+    """Keys are published with Initialised, or with Connected, and the backend waits for that."""
+    if request.param == "vif":
+        as_a_network(world)
+    return world
+
+
+def as_a_network(world: World) -> None:
+    world.disk.publish_state = XenbusState.CONNECTED
+    world.backend.acts_on = ("4",)
+
+
 @pytest.mark.parametrize("front", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("back", [1, 2, 4, 5, 6])
 async def test_whatever_states_are_found_the_walk_ends_connected(
-    world: World, front: int, back: int
+    either: World, front: int, back: int
 ) -> None:
+    world = either
     world.nodes(front, back, **{"ring-ref": "99", "event-channel": "99"})
     loop = await world.start()
     await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
@@ -227,6 +242,68 @@ async def test_a_worker_that_dies_between_attach_and_start_begins_a_new_generati
     await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
     assert world.disk.calls.count("attach") == world.disk.generation == 2
     assert world.states() == ("4", "4")
+
+
+async def test_a_network_publishes_with_connected_and_starts_when_the_backend_is_too(
+    world: World,
+) -> None:
+    as_a_network(world)
+    world.nodes()
+    world.backend.answers = False
+    loop = await world.start()
+    await world.eventually("the keys", lambda: world.states() == ("4", "2"))
+    assert world.mem.value(f"{FRONT}/ring-ref") == b"1"
+    assert world.disk.calls == ["attach"]
+    assert loop.phase is Phase.CONNECTING, "Connected is ours to write, not yet true"
+    await world.backend.write("4")
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.disk.calls[-1] == "start"
+    assert "3" not in world.backend.seen
+
+
+async def test_a_network_whose_start_fails_is_started_again_on_the_same_connection(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_a_network(world)
+    usual, failures = world.disk.start, ["the TAP's name is taken"]
+
+    async def start(device: XenbusDevice) -> None:
+        if failures:
+            raise PvfrontError(failures.pop())
+        await usual(device)
+
+    monkeypatch.setattr(world.disk, "start", start)
+    world.nodes()
+    loop = await world.start()
+    await loop.until_phase(Phase.FAILED, timeout=PATIENCE)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.disk.generation == 1
+    assert world.states() == ("4", "4")
+
+
+async def test_a_network_that_was_never_started_is_detached_in_order(world: World) -> None:
+    as_a_network(world)
+    world.nodes()
+    world.backend.answers = False
+    loop = await world.start()
+    await world.eventually("the keys", lambda: world.states() == ("4", "2"))
+    world.backend.answers = True
+    loop.aim(Goal.CLOSED)
+    await world.finished()
+    assert world.states() == ("6", "6")
+    assert not world.disk.held
+    assert "start" not in world.disk.calls
+
+
+async def test_a_network_refused_by_its_backend_goes_round_again(world: World) -> None:
+    as_a_network(world)
+    world.nodes()
+    world.backend.refuses = 1
+    loop = await world.start()
+    await loop.until_phase(Phase.FAILED, timeout=PATIENCE)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert world.disk.generation == 2
+    assert world.disk.calls.count("start") == 1
 
 
 async def test_keys_and_initialised_appear_together_and_start_follows_connected(

@@ -23,10 +23,14 @@ from pvfront.states import (
 
 S = XenbusState
 EVERYTHING = list(product(S, S, (True, False), Goal, (True, False)))
+PUBLISHED_WITH = (S.INITIALISED, S.CONNECTED)
+"""What keys are published with: a disk's, a network's."""
 
 
-def decide(frontend, backend, online=True, goal=Goal.CONNECTED, published=False):
-    return next_step(frontend, backend, online=online, goal=goal, published=published)
+def decide(frontend, backend, online=True, goal=Goal.CONNECTED, published=False, started=True):
+    return next_step(
+        frontend, backend, online=online, goal=goal, published=published, started=started
+    )
 
 
 # -- reading a state ---------------------------------------------------------------------------
@@ -88,17 +92,18 @@ def test_every_step_is_used_and_is_a_write_a_wait_or_an_end():
 
 def test_no_cycle_without_a_wait():
     """With a backend that does not move, a walk soon waits, pauses or ends."""
-    for case in EVERYTHING:
+    for case, started, publish in product(EVERYTHING, (True, False), PUBLISHED_WITH):
         frontend, backend, online, goal, published = case
         seen = set()
         while True:
-            step = decide(frontend, backend, online, goal, published).step
+            step = decide(frontend, backend, online, goal, published, started).step
             if step in WAITS | ENDS or step is Step.PAUSE_THEN_WRITE_CLOSING:
                 break
-            assert (frontend, published) not in seen, f"a cycle that never waits: {case}"
-            seen.add((frontend, published))
-            frontend = WRITES[step]
-            published = after(step, published)
+            found = frontend, published, started
+            assert found not in seen, f"a cycle that never waits: {case}"
+            seen.add(found)
+            frontend = written(step, publish)
+            published, started = after(step, published), begun(step, started)
         assert len(seen) <= 4, case
 
 
@@ -109,6 +114,14 @@ def test_a_wait_is_never_for_what_is_already_there():
 
 def after(step, published):
     return {Step.ALLOCATE_AND_PUBLISH: True, Step.CONNECT: published}.get(step, False)
+
+
+def begun(step, started):
+    return {Step.ALLOCATE_AND_PUBLISH: False, Step.CONNECT: True}.get(step, started)
+
+
+def written(step, publish):
+    return publish if step is Step.ALLOCATE_AND_PUBLISH else WRITES[step]
 
 
 # -- whole walks against backends --------------------------------------------------------------
@@ -122,6 +135,7 @@ class Blkback:
     online: bool = True
     busy: int = 0
     """Connects that it refuses with "pending I/O"."""
+    publish = S.INITIALISED
 
     def react(self, frontend):
         if frontend is S.INITIALISING:
@@ -141,11 +155,22 @@ class Blkback:
             self.state = S.CLOSED
 
 
+@dataclass
+class Netback(Blkback):
+    """Linux's netback (drivers/net/xen-netback/xenbus.c): nothing happens before Connected."""
+
+    publish = S.CONNECTED
+
+    def react(self, frontend):
+        if frontend is not S.INITIALISED:
+            super().react(frontend)
+
+
 def walk(frontend, backend, goal=Goal.CONNECTED, published=False, limit=40):
     """Drives the walk to its end; returns the steps. The backend reacts to each write."""
-    steps = []
+    steps, started = [], True
     for _ in range(limit):
-        decision = decide(frontend, backend.state, backend.online, goal, published)
+        decision = decide(frontend, backend.state, backend.online, goal, published, started)
         steps.append(decision.step)
         if decision.step in ENDS:
             return steps
@@ -154,28 +179,32 @@ def walk(frontend, backend, goal=Goal.CONNECTED, published=False, limit=40):
             backend.react(frontend)
             assert backend.state is not before, f"stuck: {decision} ({frontend}, {before})"
             continue
-        frontend = WRITES[decision.step]
+        frontend = written(decision.step, backend.publish)
         published = after(decision.step, published)
+        started = begun(decision.step, started)
         if decision.step is not Step.CONNECT:
             backend.react(frontend)
     raise AssertionError(f"does not arrive: {steps}")
 
 
 LIVE_BACKEND = (S.INITIALISING, S.INIT_WAIT, S.CONNECTED, S.CLOSING, S.CLOSED)
+KINDS = pytest.mark.parametrize("kind", [Blkback, Netback])
 
 
+@KINDS
 @pytest.mark.parametrize("backend", LIVE_BACKEND)
 @pytest.mark.parametrize("frontend", list(S))
-def test_from_any_states_found_the_walk_arrives_at_connected(frontend, backend):
-    end = Blkback(backend)
+def test_from_any_states_found_the_walk_arrives_at_connected(frontend, backend, kind):
+    end = kind(backend)
     assert walk(frontend, end)[-1] is Step.DONE
     assert end.state is S.CONNECTED
 
 
+@KINDS
 @pytest.mark.parametrize("backend", LIVE_BACKEND)
 @pytest.mark.parametrize("frontend", list(S))
-def test_from_any_states_found_the_walk_arrives_at_closed(frontend, backend):
-    end = Blkback(backend)
+def test_from_any_states_found_the_walk_arrives_at_closed(frontend, backend, kind):
+    end = kind(backend)
     assert walk(frontend, end, Goal.CLOSED)[-1] is Step.DONE
     assert end.state is S.CLOSED
 
@@ -189,16 +218,18 @@ def test_a_detached_device_is_left_closed_and_never_connected_again(frontend, ba
     assert Step.CONNECT not in steps
 
 
-def test_a_fresh_device_is_connected_without_a_close_cycle():
-    assert walk(S.INITIALISING, Blkback(S.INIT_WAIT)) == [
+@KINDS
+def test_a_fresh_device_is_connected_without_a_close_cycle(kind):
+    assert walk(S.INITIALISING, kind(S.INIT_WAIT)) == [
         Step.ALLOCATE_AND_PUBLISH,
         Step.CONNECT,
         Step.DONE,
     ]
 
 
-def test_what_a_crash_left_behind_goes_through_closing_closed_and_restart():
-    assert walk(S.CONNECTED, Blkback(S.CONNECTED)) == [
+@KINDS
+def test_what_a_crash_left_behind_goes_through_closing_closed_and_restart(kind):
+    assert walk(S.CONNECTED, kind(S.CONNECTED)) == [
         Step.WRITE_CLOSING,
         Step.WRITE_CLOSED,
         Step.RESTART,
@@ -230,6 +261,44 @@ def test_a_live_connection_is_left_alone_while_the_backend_only_says_offline():
 def test_any_jump_of_the_backend_ends_a_live_connection_in_order(backend):
     for online in (True, False):
         assert decide(S.CONNECTED, backend, online, published=True).step is Step.WRITE_CLOSING
+
+
+@pytest.mark.parametrize(("online", "goal"), list(product((True, False), Goal)))
+@pytest.mark.parametrize("backend", list(S))
+def test_connected_before_the_data_path_runs_is_what_initialised_is(backend, online, goal):
+    """Keys that are published with Connected: the backend's answer is yet to come."""
+    as_connected = decide(S.CONNECTED, backend, online, goal, published=True, started=False)
+    as_initialised = decide(S.INITIALISED, backend, online, goal, published=True)
+    assert as_connected == as_initialised
+
+
+@pytest.mark.parametrize(
+    ("backend", "step"),
+    [
+        (S.INIT_WAIT, Step.WAIT_CONNECTED),
+        (S.INITIALISED, Step.WAIT_CONNECTED),
+        (S.CONNECTED, Step.CONNECT),
+        (S.CLOSING, Step.PAUSE_THEN_WRITE_CLOSING),
+        (S.CLOSED, Step.PAUSE_THEN_WRITE_CLOSING),
+        (S.UNKNOWN, Step.PAUSE_THEN_WRITE_CLOSING),
+    ],
+)
+def test_keys_published_with_connected_wait_for_the_backend_to_take_them(backend, step):
+    assert decide(S.CONNECTED, backend, published=True, started=False).step is step
+
+
+def test_whether_the_data_path_runs_matters_only_for_keys_that_are_ours():
+    for frontend, backend, online, goal, published in EVERYTHING:
+        if frontend is S.CONNECTED and published:
+            continue
+        case = frontend, backend, online, goal, published
+        assert decide(*case, started=False) == decide(*case, started=True), case
+
+
+def test_a_connection_that_was_never_started_is_closed_when_it_is_not_wanted_any_more():
+    for case in ({"online": False}, {"goal": Goal.CLOSED}):
+        step = decide(S.CONNECTED, S.INIT_WAIT, published=True, started=False, **case).step
+        assert step is Step.WRITE_CLOSING
 
 
 def test_vanished_nodes_end_the_walk_at_once():
