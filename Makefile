@@ -93,7 +93,7 @@ soak: build setup-lab ## the long tests and counts; the lab's are resumable, res
 xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
 	@$(LAB) shell --guest $(GUEST)
 
-bench-xen: build setup-lab ## pvfront beside the kernel's blkfront, same guest and run: build/bench-xen.json, .svg
+bench-xen: build setup-lab ## pvfront beside the kernel's blkfront and netfront, same guest and run: build/bench-xen.json, .svg
 	@PYTHONPATH=ci/xen-nested $(BIN)/python bench/xen.py \
 		$(if $(filter-out file,$(origin GUEST)),--guest $(GUEST))
 

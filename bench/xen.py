@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Disks through pvfront beside disks through the kernel's blkfront: build/bench-xen.json.
+"""pvfront beside the kernel's own drivers, in guests of the lab: build/bench-xen.json.
+
+Networks are xen_net.py's, in the HVM guest; what follows is of disks.
 
 Same guest, same run, same kind of backing store (RAM in dom0), for each target that the guest has:
 the kernel's nbd device, ublk where the kernel has that, and the library for one program (direct:
@@ -31,17 +33,20 @@ import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import plot
+import xen_net
 from lab import payload
 from lab.errors import CommandFailed, DeadlineExceeded
-from lab.guest import KINDS, Guest, Kind, triple_fault
+from lab.guest import KINDS, Guest, Kind
 from lab.progress import say
 from lab.pvf import Pvfront
 from lab.scenario import Lab, wait_until
+from labbench import COUNTERS, Figure, counted, through_losses
 
 OUTPUT = Path("build/bench-xen.json")
 PROFILES = Path("build/bench-xen")
@@ -52,7 +57,6 @@ PROFILED = 16  # seconds; some go by before perf has begun
 OURS, THEIRS = "/dev/pvfront/xvdb", "/dev/xvdc"
 LENT = "xvdb, lent"  # no device: to a program
 USUAL: Mapping[Kind, list[str]] = {"hvm": ["nbd", "direct"], "pvh612": ["ublk", "nbd"]}
-LOSSES = 3  # of a guest, to the emulator
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,6 @@ JOBS = [
 
 
 @dataclass
-class Figure:
-    """One line of the result; ratio above 1: ours is better."""
-
-    figure: str
-    unit: str
-    ours: float
-    peer: float
-    peer_name: str
-    ratio: float
-
-
-@dataclass
 class Sample:
     rate: float  # IOPS for 4k, MiB/s for 1M
     cpu: float  # seconds per GiB
@@ -119,25 +111,19 @@ COUNTED = {"CPU": "s/GiB", "switches": "per request", "interrupts": "per request
 
 def measure(guest: Guest, device: str, job: Job, seconds: int) -> Sample:
     """One fio job; raises if fio reports an error."""
-    counters = "awk '/^cpu /{print $2+$3+$4+$7+$8} /^(ctxt|intr) /{print $2}' /proc/stat | xargs"
     script = (
-        f"a=$({counters}); {job.command(device, seconds)} && b=$({counters}); echo $a $b; "
+        f"a=$({COUNTERS}); {job.command(device, seconds)} && b=$({COUNTERS}); echo $a; echo $b; "
         "cat /tmp/bench.json"
     )
     text = guest.run(script, timeout=seconds * 4 + 60).stdout
-    line, _, report = text.partition("\n")
-    # CPU time in ticks of 10 ms, and in the order of /proc/stat: interrupts, context switches.
-    before_and_after = [int(word) for word in line.split()]
-    cpu, interrupts, switches = (
-        after - before
-        for before, after in zip(before_and_after[:3], before_and_after[3:], strict=True)
-    )
+    before, after, report = text.split("\n", 2)
+    used = counted(before, after)
     side = json.loads(report)["jobs"][0][job.side]
     # All is counted over ramp time as well, so is what it is divided by.
     gib = side["bw_bytes"] * (seconds + 1) / 2**30
     requests = side["iops"] * (seconds + 1)
     rate = side["iops"] if job.unit == "IOPS" else side["bw_bytes"] / 2**20
-    return Sample(rate, cpu / 100 / gib, switches / requests, interrupts / requests)
+    return Sample(rate, used.cpu / gib, used.switches / requests, used.interrupts / requests)
 
 
 def targets(guest: Guest) -> list[str]:
@@ -286,8 +272,9 @@ def profile(pvf: Pvfront, job: Job, seconds: int) -> str:
 def save(figures: list[Figure]) -> None:
     OUTPUT.parent.mkdir(exist_ok=True)
     found = [asdict(figure) for figure in figures]
+    disks = [figure for figure in found if figure["figure"].startswith("disk")]
     OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
-    OUTPUT.with_suffix(".svg").write_text(plot.ratios(found, PEER))
+    OUTPUT.with_suffix(".svg").write_text(plot.ratios(disks, PEER))
 
 
 @dataclass
@@ -328,25 +315,6 @@ def one_life(
                 done.add(name)
 
 
-def in_guest(
-    lab: Lab, kind: Kind, wanted: list[str], jobs: list[Job], options: Options
-) -> Iterator[list[Figure]]:
-    """The same, with another guest for each that the emulator triple-faults."""
-    done: set[str] = set()
-    for life in range(1 + LOSSES):
-        begin = lab.outer.console.position()
-        try:
-            yield from one_life(lab, kind, wanted, jobs, options, done)
-            return
-        except (CommandFailed, DeadlineExceeded):
-            guest = lab.guest(kind)
-            fault = triple_fault(lab.outer.console.since(begin), guest.console())
-            if guest.running() or not fault or life == LOSSES:
-                raise
-            say(f"the emulator triple-faulted the {kind} guest: another one")
-            guest.close()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--guest", action="append", choices=KINDS)
@@ -361,8 +329,10 @@ def main() -> int:
     parser.add_argument("--add", action="store_true", help="keep what else is in the result")
     given = parser.parse_args()
     jobs = [job for job in JOBS if given.match in job.title]
-    if not jobs:
-        parser.error(f"--match: there are {', '.join(job.title for job in JOBS)}")
+    nets = [job for job in xen_net.JOBS if given.match in job.title and not given.target]
+    if not (jobs or nets):
+        titles = [*(job.title for job in JOBS), *(job.title for job in xen_net.JOBS)]
+        parser.error(f"--match: there are {', '.join(titles)}")
     kinds: list[Kind] = given.guest or list(USUAL)
     if given.lab_attach:
         lab = Lab.attach()
@@ -370,22 +340,33 @@ def main() -> int:
         image = payload.build(payload.find_wheel())
         lab = Lab.up(image, owner="bench", wait=1800, kinds=kinds)
     options = Options(given.rounds, given.seconds, given.profile, given.vcpus, given.queues)
-    figures: dict[str, Figure] = {}
+    figures: dict[tuple[str, str], Figure] = {}
+
+    def keep(found: Iterable[Figure]) -> None:
+        figures.update({(figure.figure, figure.peer_name): figure for figure in found})
+
     if given.add and OUTPUT.exists():
-        figures = {found["figure"]: Figure(**found) for found in json.loads(OUTPUT.read_text())}
+        keep(Figure(**found) for found in json.loads(OUTPUT.read_text()))
     try:
         for kind in kinds:
             wanted = given.target or ([] if given.guest else USUAL[kind])
-            for found in in_guest(lab, kind, wanted, jobs, options):
-                figures |= {figure.figure: figure for figure in found}
-                save(list(figures.values()))
+            lives = [partial(one_life, lab, kind, wanted, jobs, options)] if jobs else []
+            if nets and (kind == "hvm" or given.guest) and not given.profile:
+                more = (options.rounds, options.seconds)
+                lives.append(partial(xen_net.bench, lab, kind, nets, *more))
+            for life in lives:
+                for found in through_losses(lab, kind, life):
+                    keep(found)
+                    save(list(figures.values()))
+            if nets and given.profile:
+                xen_net.profile(lab, kind, nets, max(options.seconds, PROFILED), PROFILES)
             if kind != kinds[-1]:
                 lab.guest(kind).destroy()
     finally:
         if not given.lab_attach:
             lab.down()
     if not given.profile:
-        width = max(len(name) for name in figures)
+        width = max(len(name) for name, _ in figures)
         for f in figures.values():
             print(
                 f"{f.figure:{width}}  {f.ours:10.2f} {f.peer:10.2f} {f.unit:11}  "
