@@ -201,7 +201,7 @@ def _profiled(net: Networks, vif: Vif, job: Job, seconds: int, *, ours: bool) ->
     guest, dom0 = vif.guest, vif.lab.dom0
     interrupts = "grep -E 'xen-dyn|LOC|RES|CAL|HYP' /proc/interrupts"
     threads = "ps -eLo comm,cputimes | grep -E 'vif|ksoftirq|iperf|kworker|python' | sort -k2nr"
-    before = net.status(vif)["statistics"] if ours else {}
+    before = net.counters(vif) if ours else {}
     load = (
         f"python3 /run/lab/netcheck.py ask {vif.dom0} {vif.port} {seconds}"
         if job.options is None
@@ -222,8 +222,12 @@ def _profiled(net: Networks, vif: Vif, job: Job, seconds: int, *, ours: bool) ->
         check=False,
     ).stdout
     if ours:
-        after = net.status(vif)["statistics"]
-        yield "worker's counters\n" + json.dumps(_changes(before, after), indent=1) + "\n"
+        changes = {key: value - before[key] for key, value in net.counters(vif).items()}
+        packets = max(changes["tx.packets"], changes["rx.packets"], 1)
+        yield "worker's counters, and by packet of the larger way\n"
+        for key, value in changes.items():
+            if value:
+                yield f"  {key:28} {value:10} {value / packets:8.3f}\n"
         pid = net.state(vif)["worker_pid"]
         yield guest.run(
             f"{load} >/dev/null & sleep 3; timeout -s INT 3 strace -f -c -p {pid} 2>&1; wait",
@@ -235,13 +239,3 @@ def _profiled(net: Networks, vif: Vif, job: Job, seconds: int, *, ours: bool) ->
         yield guest.run(
             f"{view} 2>/dev/null | grep -v '^$' | head -60", timeout=300, check=False
         ).stdout
-
-
-def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in after.items():
-        if isinstance(value, dict):
-            found[name] = _changes(before.get(name, {}), value)
-        elif isinstance(value, int) and value != before.get(name, 0):
-            found[name] = value - before.get(name, 0)
-    return found

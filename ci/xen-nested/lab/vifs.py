@@ -215,11 +215,35 @@ class Networks:
         return state_in(self.guest.look(f"/run/pvfront/vif-{devid}.json")[0])
 
     def status(self, vif: Vif) -> dict[str, Any]:
-        """`pvfront status --json`, with the worker's counters."""
+        """`pvfront status --json`."""
         answer: dict[str, Any] = json.loads(
             self.guest.output(["pvfront", "status", vif.name, "--json"])
         )
         return answer
+
+    def queues(self, vif: Vif) -> list[dict[str, Any]]:
+        """The worker's counters of each queue, as struct pvf_net_stats has them."""
+        file = self.state(vif)["statistics_file"]
+        program = (
+            "import json; from pvfront.abi import read_all_net_stats; "
+            f"print(json.dumps(read_all_net_stats(open({file!r}, 'rb').fileno())))"
+        )
+        answer: list[dict[str, Any]] = json.loads(
+            self.guest.output(["/opt/pvfront/bin/python", "-W", "ignore", "-c", program])
+        )
+        return answer
+
+    def counters(self, vif: Vif) -> dict[str, int]:
+        """The same of all queues together, by plain names: "tx.packets"."""
+        sums: dict[str, int] = {}
+        for queue in self.queues(vif):
+            for name, value in queue.items():
+                inner = value if isinstance(value, dict) else {"": value}
+                for key, number in inner.items():
+                    if isinstance(number, int):
+                        full = f"{name}.{key}".rstrip(".")
+                        sums[full] = sums.get(full, 0) + number
+        return sums
 
     def served(self, vif: Vif | int) -> bool:
         now = self.state(vif)
