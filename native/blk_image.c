@@ -9,6 +9,7 @@
  */
 #include "blk_int.h"
 #include "image.h"
+#include "image_check.h"
 
 #include <string.h>
 
@@ -35,6 +36,13 @@ uint64_t pvf_image_shape(void)
 		offsetof(struct pvf_blk, piece), offsetof(struct pvf_blk, stats),
 		sizeof(struct pvf_request), offsetof(struct pvf_request, sector),
 		offsetof(struct pvf_request, type), offsetof(struct pvf_request, reply_sent),
+		sizeof(struct pvf_image_net), offsetof(struct pvf_image_net, rx),
+		offsetof(struct pvf_image_net, ended), sizeof(struct pvf_net_tx),
+		offsetof(struct pvf_net_tx, page_of), offsetof(struct pvf_net_tx, cut),
+		offsetof(struct pvf_net_tx, stats), sizeof(struct pvf_net_cut), sizeof(struct pvf_packet),
+		sizeof(struct pvf_net_rx), offsetof(struct pvf_net_rx, stats),
+		sizeof(struct pvf_net_way), sizeof(struct pvf_group_set), sizeof(struct pvf_group),
+		offsetof(struct pvf_image, groups),
 		sizeof(struct pvf_piece), offsetof(struct pvf_piece, request),
 		offsetof(struct pvf_piece, descriptors), sizeof(struct pvf_blk_stats),
 	};
@@ -54,55 +62,19 @@ struct used {
 	bool listed[PVF_PIECES];
 };
 
-/* Marks as used what is not free. False: the free ones are not as many, or not different ones. */
-static bool mark(bool *used, uint32_t size, const uint16_t *free, uint32_t count)
-{
-	if (count > size)
-		return false;
-	memset(used, true, size * sizeof(*used));
-	for (uint32_t i = 0; i < count; i++) {
-		if (free[i] >= size || !used[free[i]])
-			return false;
-		used[free[i]] = false;
-	}
-	return true;
-}
-
-/* Anything but 0 and 1 in a bool is no value that C knows. */
-static bool is_bool(const bool *what)
-{
-	unsigned char byte;
-
-	memcpy(&byte, what, 1);
-	return byte <= 1;
-}
-
 static bool good_bools(const struct pvf_blk *blk)
 {
-	bool good = is_bool(&blk->pool.scrub) && is_bool(&blk->pool.quarantined);
+	bool good = pvf_image_bool(&blk->pool.scrub) && pvf_image_bool(&blk->pool.quarantined);
 
 	for (uint32_t i = 0; good && i < PVF_PIECES; i++)
-		good = is_bool(&blk->piece[i].in_flight) && is_bool(&blk->piece[i].done);
+		good = pvf_image_bool(&blk->piece[i].in_flight) && pvf_image_bool(&blk->piece[i].done);
 	for (uint32_t i = 0; good && i < PVF_REQUESTS; i++) {
 		const struct pvf_request *r = &blk->request[i];
 
-		good = is_bool(&r->fua) && is_bool(&r->stream) && is_bool(&r->queued) &&
-		       is_bool(&r->orphan);
+		good = pvf_image_bool(&r->fua) && pvf_image_bool(&r->stream) && pvf_image_bool(&r->queued) &&
+		       pvf_image_bool(&r->orphan);
 	}
 	return good;
-}
-
-static const char *check_ring(const struct pvf_ring *r, size_t bytes)
-{
-	if (r->entry_size != sizeof(union blkif_sring_entry) ||
-	    r->entries != pvf_ring_entries(bytes, r->entry_size))
-		return "the ring has another size";
-	if (r->req_prod_pvt - r->rsp_cons > r->entries ||
-	    r->req_published - r->rsp_seen > r->req_prod_pvt - r->rsp_cons ||
-	    r->req_prod_pvt - r->req_published > r->entries ||
-	    r->rsp_seen - r->rsp_cons > r->entries)
-		return "the ring's indices contradict each other";
-	return NULL;
 }
 
 static const char *check_limits(const struct pvf_blk *blk)
@@ -118,27 +90,14 @@ static const char *check_limits(const struct pvf_blk *blk)
 	return NULL;
 }
 
-/* Takes a page that the table says to be in use from `u`: each has one holder. */
-static bool hold(const struct pvf_pool *pool, struct used *u, uint16_t page)
-{
-	if (page >= pool->pages || !u->page[page])
-		return false;
-	u->page[page] = false;
-	return true;
-}
-
 static const char *check_pages(const struct pvf_blk *blk, struct used *u)
 {
 	const struct pvf_pool *pool = &blk->pool;
 
-	if (!mark(u->page, pool->pages, pool->stack, pool->free) || pool->free_low > pool->free)
-		return "the pool's free pages are impossible";
-	for (uint32_t i = 0; i < pool->pages; i++) {
-		if (pool->state[i] != (u->page[i] ? PVF_PAGE_USED : PVF_PAGE_FREE))
-			return "a page is free and in use";
-		if (pool->dirty[i] > PVF_PAGE_SIZE)
-			return "a page has more bytes than it has";
-	}
+	const char *why = pvf_image_pool(pool, u->page);
+
+	if (why)
+		return why;
 	for (uint32_t i = 0; i < PVF_PIECES; i++) {
 		const struct pvf_piece *p = &blk->piece[i];
 		uint16_t page = p->first;
@@ -148,9 +107,9 @@ static const char *check_pages(const struct pvf_blk *blk, struct used *u)
 		if (p->pages > PVF_BLK_SEGMENTS)
 			return "a piece is too large";
 		for (uint32_t k = 0; k < p->pages; k++, page = pool->next[page])
-			if (!hold(pool, u, page))
+			if (!pvf_image_hold(pool, u->page, page))
 				return "a piece's pages are not its own";
-		if (p->descriptors != PVF_NONE && !hold(pool, u, p->descriptors))
+		if (p->descriptors != PVF_NONE && !pvf_image_hold(pool, u->page, p->descriptors))
 			return "a piece's descriptors are not its own";
 	}
 	for (uint32_t i = 0; i < pool->pages; i++)
@@ -163,7 +122,7 @@ static const char *check_pieces(const struct pvf_blk *blk, struct used *u)
 {
 	uint32_t in_flight = 0;
 
-	if (!mark(u->piece, PVF_PIECES, blk->free_piece, blk->free_pieces))
+	if (!pvf_image_mark(u->piece, PVF_PIECES, blk->free_piece, blk->free_pieces))
 		return "the free pieces are impossible";
 	for (uint32_t i = 0; i < PVF_PIECES; i++) {
 		const struct pvf_piece *p = &blk->piece[i];
@@ -280,7 +239,7 @@ static const char *check_intake(const struct pvf_blk *blk, const struct used *u)
 static const char *check(const struct pvf_blk *blk, size_t ring_bytes, uint32_t pool_pages)
 {
 	struct used u = {.outstanding = {0}};
-	const char *why = check_ring(&blk->ring, ring_bytes);
+	const char *why = pvf_image_ring(&blk->ring, ring_bytes, sizeof(union blkif_sring_entry));
 
 	if (why)
 		return why;
@@ -290,7 +249,7 @@ static const char *check(const struct pvf_blk *blk, size_t ring_bytes, uint32_t 
 		return "the backend has broken its ring";
 	if (blk->pool.pages != pool_pages)
 		return "the pool has another size";
-	if (!mark(u.request, PVF_REQUESTS, blk->free_request, blk->free_requests))
+	if (!pvf_image_mark(u.request, PVF_REQUESTS, blk->free_request, blk->free_requests))
 		return "the free requests are impossible";
 	why = check_limits(blk);
 	if (!why)

@@ -53,16 +53,17 @@ static const char *check_attach(const struct pvf_ctl_attach *a, size_t bytes, ui
 		return "ATTACH: pool_pages must be 2 to 1056";
 	if (bytes != sizeof(*a) + (size_t)a->pool_pages * 4)
 		return "ATTACH: length does not fit pool_pages";
-	if (nfds != 2)
-		return "ATTACH wants two descriptors: event channel, gntalloc";
+	if (nfds != (a->rx_port ? 3 : 2))
+		return "ATTACH wants two descriptors, event channel and gntalloc, and RX's event channel with "
+		       "rx_port";
 	if (a->device_class != PVF_CLASS_BLK && a->device_class != PVF_CLASS_NET)
 		return "ATTACH: only disks (class 1) and networks (class 2) are served by this worker";
 	if (a->device_class == PVF_CLASS_NET
 		    ? a->ring_pages != PVF_NET_RING_PAGES || !a->tx_pages || a->tx_pages >= a->pool_pages
 		    : a->tx_pages)
 		return "ATTACH: a network has 2 ring_pages and tx_pages within the pool, a disk none";
-	if (a->reserved)
-		return "ATTACH: a reserved field is not 0";
+	if (a->rx_port && (a->device_class != PVF_CLASS_NET || a->rx_port == a->port))
+		return "ATTACH: rx_port is a network's, and another than port";
 	if (!a->ring_pages || a->ring_pages > PVF_MAX_RING_PAGES ||
 	    a->ring_pages & (a->ring_pages - 1))
 		return "ATTACH: ring_pages must be 1, 2, 4, 8 or 16";
@@ -108,14 +109,20 @@ static const char *check_start(const struct pvf_ctl_start *s, size_t bytes, uint
 
 static const char *check_start_net(const struct pvf_ctl_start_net *s, size_t bytes, uint32_t nfds)
 {
-	uint32_t known = PVF_NET_SG | PVF_NET_CSUM4 | PVF_NET_CSUM6 | PVF_NET_GSO4 | PVF_NET_GSO6;
+	uint32_t known = PVF_NET_SG | PVF_NET_CSUM4 | PVF_NET_CSUM6 | PVF_NET_GSO4 | PVF_NET_GSO6 |
+			 PVF_NET_MULTICAST;
 
 	if (bytes != sizeof(*s))
 		return "START_NET has a wrong length";
 	if (s->first_queue >= PVF_MAX_QUEUES || nfds > PVF_MAX_QUEUES - s->first_queue)
 		return "START_NET: TAPs for queues that cannot be";
-	if (s->features & ~known || s->reserved)
+	if (s->features & ~known)
 		return "START_NET: unknown features";
+	if (s->groups > PVF_NET_GROUPS)
+		return "START_NET: more groups than there is room for";
+	for (uint32_t i = 0; i < s->groups; i++)
+		if (!(s->group[i][0] & 1))
+			return "START_NET: a group that is no multicast address";
 	return NULL;
 }
 
@@ -147,6 +154,9 @@ const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nf
 		return bytes != sizeof(m->simple) || nfds != 2 ?
 			       "HAND_OVER and TAKE_OVER want two descriptors: a socket, a memfd" :
 			       NULL;
+	case PVF_CTL_TRACE:
+		return bytes != sizeof(m->simple) || nfds > 1 ?
+			       "TRACE has a wrong length, or more than one descriptor" : NULL;
 	case PVF_CTL_QUIESCE:
 	case PVF_CTL_EXIT:
 		return bytes != sizeof(m->simple) || nfds ?

@@ -161,6 +161,8 @@ static int send_all(const struct pvf_worker *w, int peer, struct pvf_image *imag
 		.queues = w->attached,
 	};
 	memcpy(image->name, w->name, sizeof(image->name));
+	if (w->device_class == PVF_CLASS_NET)
+		image->groups = w->groups.set; /* every queue is locked */
 	image->magic = PVF_IMAGE_MAGIC;
 	for (p.queue = 0; !rc && p.queue < w->attached; p.queue++) {
 		int fds[PVF_QUEUE_FDS];
@@ -264,8 +266,10 @@ static const char *check_head(const struct pvf_image *image, const struct pvf_wo
 		return "more queues than this worker was started with";
 	if (image->state != PVF_RUNNING && image->state != PVF_DRAINED)
 		return "the table is of a worker that does not serve";
-	if (!image->generation || image->device_class != PVF_CLASS_BLK)
-		return "the table is of no disk that is served";
+	if (!image->generation || image->device_class != w->device_class)
+		return "the table is of no device of this worker's class that is served";
+	if (image->device_class == PVF_CLASS_NET && !pvf_groups_possible(&image->groups))
+		return "the table's multicast groups are impossible";
 	if (!memchr(image->name, 0, sizeof(image->name)))
 		return "the table has no name";
 	return NULL;
@@ -373,6 +377,8 @@ static int take_over(struct pvf_worker *w, int peer, int table, uint64_t *pause,
 		w->features_told = head.features_told;
 		w->attaching = w->attached;
 		memcpy(w->name, head.name, sizeof(w->name));
+		if (w->device_class == PVF_CLASS_NET)
+			pvf_groups_take_over(&w->groups, &head.groups);
 	}
 	unlock_all(w);
 	if (!rc) {
@@ -410,7 +416,7 @@ void pvf_handle_take_over(struct pvf_worker *w)
 	m.pause_us = (uint32_t)(pause / 1000);
 	for (uint32_t i = 0; i < w->attached; i++) {
 		pvf_queue_lock(&w->queue[i]);
-		m.in_flight += w->queue[i].blk.in_flight;
+		m.in_flight += pvf_queue_in_flight(&w->queue[i]);
 		pvf_queue_unlock(&w->queue[i]);
 	}
 	pvf_worker_publish(w);

@@ -12,11 +12,23 @@
 #define PVF_IMAGE_H
 
 #include "fence.h"
+#include "net.h"
 #include "port.h"
 #include "target.h"
 
 #define PVF_IMAGE_MAGIC 0x55465650u /* "PVFU" */
-#define PVF_IMAGE_LAYOUT 1u
+#define PVF_IMAGE_LAYOUT 2u
+
+struct pvf_image_net { /* what a network's queue has instead of a disk's */
+	struct pvf_net_tx tx;
+	struct pvf_net_rx rx;
+	struct pvf_net_stats ended;
+	struct pvf_port_image rx_port; /* with `split` */
+	uint64_t full, tap_errors, groups_told;
+	uint64_t notifies, events, events_spurious, watchdog_hits, wakeups;
+	uint32_t stall_seconds;
+	uint8_t split, reserved[3];
+};
 
 struct pvf_image_queue {
 	struct pvf_port_image port;
@@ -30,10 +42,15 @@ struct pvf_image_queue {
 	uint32_t notes; /* enum pvf_queue_note, that its worker has not looked at */
 	uint32_t ahead; /* bytes */
 	uint8_t serving, no_new, drained, idle, stalled; /* 0 or not: a bool of noise is none */
-	uint8_t target; /* it has an NBD socket, of which: */
+	uint8_t target; /* it has an NBD socket, of which all up to `ended`, or a TAP */
 	uint8_t disc, starved, bulky, ended;
-	struct pvf_blk blk;
-	uint8_t ahead_bytes[PVF_TARGET_AHEAD];
+	union {
+		struct {
+			struct pvf_blk blk;
+			uint8_t ahead_bytes[PVF_TARGET_AHEAD];
+		};
+		struct pvf_image_net net;
+	};
 };
 
 struct pvf_image {
@@ -48,6 +65,7 @@ struct pvf_image {
 	uint32_t queues; /* attached */
 	uint32_t reserved;
 	char name[PVF_NAME_MAX];
+	struct pvf_group_set groups; /* of a network */
 	struct pvf_image_queue queue[];
 };
 
@@ -63,6 +81,10 @@ _Static_assert(sizeof(struct pvf_image) + PVF_MAX_QUEUES * sizeof(struct pvf_ima
 
 /* Changes with the size or place of anything in the image. */
 uint64_t pvf_image_shape(void);
+
+/* net_image.c. The same as the next, of a network's queue; on a refusal both are all zero. */
+const char *pvf_net_take_over(struct pvf_net_tx *tx, struct pvf_net_rx *rx, const struct pvf_image_net *image,
+			      void *rings, size_t ring_bytes, void *pool, uint32_t pool_pages);
 
 /* blk_image.c. Takes over an engine from `image`, which may change meanwhile: what is used is checked
  * after it was copied. Its ring and pool lie here now. NULL, or what is wrong with it: then `blk` is

@@ -45,11 +45,16 @@ static void broken(struct pvf_net_rx *rx, uint32_t rule, uint64_t value, const c
 
 /* A packet's slots */
 
+/* Types of extra info: headers before Xen 4.15 do not know the last, which says that there is room before the
+ * packet in its page. */
+#define EXTRA_TYPES (XEN_NETIF_EXTRA_TYPE_MAX < 6 ? 6 : XEN_NETIF_EXTRA_TYPE_MAX)
+
 struct packet { /* what its responses say */
 	uint16_t flags;
 	enum pvf_net_drop why; /* PVF_DROPS: none so far */
-	struct netif_extra_info extra[XEN_NETIF_EXTRA_TYPE_MAX];
+	struct netif_extra_info extra[EXTRA_TYPES];
 	uint32_t extras_seen; /* bit t: one of type t */
+	bool headed;          /* its first bytes are private */
 };
 
 static void refuse(struct packet *p, enum pvf_net_drop why)
@@ -83,7 +88,8 @@ static void take_extras(struct pvf_net_rx *rx, uint32_t *count, struct packet *p
 			return;
 		}
 		pvf_pool_give(&rx->pool, take_slot(rx, count, &extra));
-		if (!extra.type || extra.type >= XEN_NETIF_EXTRA_TYPE_MAX ||
+		rx->stats.extras++;
+		if (!extra.type || extra.type >= EXTRA_TYPES ||
 		    p->extras_seen >> extra.type & 1) {
 			refuse(p, PVF_DROP_EXTRA);
 			continue;
@@ -205,9 +211,31 @@ static void give_pages(struct pvf_net_rx *rx, const struct pvf_net_packet *packe
 		pvf_pool_give(&rx->pool, packet->page[i]);
 }
 
+/* For the trace: a packet that came, with the bytes of it that can still be found. */
+static void note(struct pvf_net_rx *rx, const struct pvf_net_packet *out, const struct packet *p)
+{
+	const struct virtio_net_hdr *v = &out->vnet;
+	struct pvf_trace_packet what = {
+		.length = out->total,
+		.way = 1,
+		.dropped = (uint8_t)p->why,
+		.slots = (uint16_t)out->slots,
+		.gso_size = v->gso_size,
+		.csum_start = v->csum_start,
+		.csum_offset = v->csum_offset,
+		.flags = v->flags,
+		.gso_type = v->gso_type,
+		.offered = (uint8_t)((p->flags & (NETRXF_csum_blank | NETRXF_data_validated) ? 1 : 0) |
+				     (v->gso_type ? 2 : 0)),
+	};
+
+	pvf_trace_add(rx->trace, &what, &out->iov[1], p->headed);
+}
+
 bool pvf_net_rx_next(struct pvf_net_rx *rx, uint32_t *count, struct pvf_net_packet *out)
 {
 	struct packet p = {.why = PVF_DROPS};
+	uint32_t before = *count;
 
 	if (!*count || rx->fault.rule)
 		return false;
@@ -224,8 +252,12 @@ bool pvf_net_rx_next(struct pvf_net_rx *rx, uint32_t *count, struct pvf_net_pack
 		p.why = PVF_DROP_TOO_LARGE;
 	if (p.why == PVF_DROPS) {
 		take_head(out);
+		p.headed = true;
 		offloads(&p, out);
 	}
+	out->slots = before - *count;
+	if (rx->trace)
+		note(rx, out, &p);
 	if (p.why == PVF_DROPS)
 		return true;
 	rx->stats.dropped[p.why]++;
@@ -242,8 +274,7 @@ void pvf_net_rx_done(struct pvf_net_rx *rx, const struct pvf_net_packet *packet,
 		s->dropped[PVF_DROP_TARGET]++;
 		return;
 	}
-	s->packets++;
-	s->bytes += packet->total;
+	pvf_net_count(s, packet->total);
 	s->csum_left += !!packet->vnet.flags;
 	if (packet->vnet.gso_type) {
 		s->gso++;

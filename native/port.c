@@ -27,6 +27,8 @@ static int map(int fd, uint64_t offset, size_t bytes, void **where)
 
 int pvf_port_map(struct pvf_port *port, int fd, const char **why)
 {
+	if (!port->ring_bytes)
+		return 0;
 	*why = "the ring cannot be mapped at its offset";
 	int rc = map(fd, port->ring_offset, port->ring_bytes, &port->ring);
 
@@ -43,6 +45,8 @@ int pvf_port_map(struct pvf_port *port, int fd, const char **why)
 
 void pvf_port_unmap(struct pvf_port *port)
 {
+	if (!port->ring_bytes)
+		return;
 	munmap(port->pool, port->pool_bytes);
 	munmap(port->ring, port->ring_bytes);
 	port->ring = port->pool = NULL;
@@ -51,13 +55,14 @@ void pvf_port_unmap(struct pvf_port *port)
 static int recognise(struct pvf_port *port, const char **why)
 {
 	struct stat events, grants;
+	bool pages = port->grant_source >= 0;
 
 	*why = "a descriptor of ATTACH is unusable";
-	if (fstat(port->event_source, &events) || fstat(port->grant_source, &grants))
+	if (fstat(port->event_source, &events) || (pages && fstat(port->grant_source, &grants)))
 		return -errno;
 	if (S_ISCHR(events.st_mode)) {
 		*why = "the event channel is a device, so the pages must be /dev/xen/gntalloc's";
-		if (!S_ISCHR(grants.st_mode))
+		if (pages && !S_ISCHR(grants.st_mode))
 			return -EINVAL;
 		port->ops = &pvf_port_xen;
 		return 0;
@@ -66,7 +71,7 @@ static int recognise(struct pvf_port *port, const char **why)
 	if (!pvf_scm_packets(port->event_source))
 		return -EINVAL;
 	*why = "the event channel is an embedded host's, so the pages must be too";
-	if (!pvf_scm_packets(port->grant_source))
+	if (pages && !pvf_scm_packets(port->grant_source))
 		return -EINVAL;
 	port->ops = &pvf_port_embedded;
 	return 0;
@@ -96,6 +101,18 @@ int pvf_port_open(struct pvf_port *port, int event_fd, int grant_fd,
 	return rc;
 }
 
+int pvf_port_open_event(struct pvf_port *port, int event_fd, uint32_t number, const char **why)
+{
+	return pvf_port_open(port, event_fd, -1, &(struct pvf_ctl_attach){.port = number}, why);
+}
+
+static uint32_t descriptors(const struct pvf_port *port)
+{
+	uint32_t event = 1 + port->ops->extra;
+
+	return port->grant_source < 0 ? event : event + 1 + port->ops->arena;
+}
+
 uint32_t pvf_port_share(const struct pvf_port *port, struct pvf_port_image *image, int *fds)
 {
 	*image = (struct pvf_port_image){
@@ -105,29 +122,38 @@ uint32_t pvf_port_share(const struct pvf_port *port, struct pvf_port_image *imag
 		.pool_pages = (uint32_t)(port->pool_bytes / PVF_PAGE_SIZE),
 		.port = port->port,
 		.side = port->side,
+		.fds = descriptors(port),
+		.bare = port->grant_source < 0,
 	};
-	fds[0] = port->event_source;
-	fds[1] = port->grant_source;
-	return 2 + port->ops->share(port, fds + 2);
+	*fds++ = port->event_source;
+	if (port->grant_source >= 0)
+		*fds++ = port->grant_source;
+	port->ops->share(port, fds);
+	return image->fds;
 }
 
 int pvf_port_take_over(struct pvf_port *port, const struct pvf_port_image *image, int *fds,
 		       uint32_t count, const char **why)
 {
+	bool bare = image->bare;
+	uint32_t first = bare ? 1 : 2;
+
 	*why = "the pages of the ring or the pool are impossible";
-	if (!image->ring_pages || image->ring_pages > PVF_MAX_RING_PAGES ||
-	    image->pool_pages < 2 || image->pool_pages > PVF_MAX_POOL_PAGES ||
-	    (image->ring_offset | image->pool_offset) % PVF_PAGE_SIZE ||
+	if (bare ? image->ring_pages || image->pool_pages :
+		   !image->ring_pages || image->ring_pages > PVF_MAX_RING_PAGES ||
+			   image->pool_pages < 2 || image->pool_pages > PVF_MAX_POOL_PAGES)
+		return -EINVAL;
+	if ((image->ring_offset | image->pool_offset) % PVF_PAGE_SIZE ||
 	    image->ring_offset > INT64_MAX / 2 || image->pool_offset > INT64_MAX / 2 ||
 	    image->side > 1)
 		return -EINVAL;
 	*why = "descriptors of the port are missing";
-	if (count < 2)
+	if (count < first)
 		return -EINVAL;
 	*port = (struct pvf_port){
 		.event_fd = -1,
 		.event_source = fds[0],
-		.grant_source = fds[1],
+		.grant_source = bare ? -1 : fds[1],
 		.port = image->port,
 		.ring_bytes = (size_t)image->ring_pages * PVF_PAGE_SIZE,
 		.pool_bytes = (size_t)image->pool_pages * PVF_PAGE_SIZE,
@@ -139,17 +165,18 @@ int pvf_port_take_over(struct pvf_port *port, const struct pvf_port_image *image
 	};
 	int rc = recognise(port, why);
 
-	if (!rc && count != 2 + port->ops->extra) {
+	if (!rc && count != descriptors(port)) {
 		*why = "there are not as many descriptors as a port of this kind has";
 		rc = -EINVAL;
 	}
 	if (!rc)
-		rc = port->ops->take_over(port, fds + 2, why);
-	if (rc)
+		rc = port->ops->take_over(port, fds + first, why);
+	if (rc) {
 		port->event_fd = -1;
-	else
-		fds[0] = fds[1] = -1;
-	return rc;
+		return rc;
+	}
+	fds[0] = fds[first - 1] = -1;
+	return 0;
 }
 
 void pvf_port_release(struct pvf_port *port)
@@ -168,5 +195,6 @@ void pvf_port_close(struct pvf_port *port)
 	if (!port->parked)
 		close(port->event_source);
 	pvf_port_release(port);
-	close(port->grant_source);
+	if (port->grant_source >= 0)
+		close(port->grant_source);
 }

@@ -33,14 +33,16 @@ struct pvf_port_ops {
 	/* 0 or -errno. */
 	int (*unmask)(struct pvf_port *port);
 	int (*notify)(struct pvf_port *port);
-	/* The descriptors beside the sources that another process needs, `extra` of them at most, to
-	 * have the port as well; and that process's open() of them, which takes what it keeps. */
-	uint32_t (*share)(const struct pvf_port *port, int *fds);
-	uint32_t extra;
+	/* The descriptors beside the sources that another process needs to have the port as well; and
+	 * that process's open() of them, which takes what it keeps. */
+	void (*share)(const struct pvf_port *port, int *fds);
+	uint32_t extra; /* of the event channel; one more for the pages where `arena` is set */
+	bool arena;
 	int (*take_over)(struct pvf_port *port, int *fds, const char **why);
 };
 
-#define PVF_PORT_FDS 6u /* the two sources, and the most that any provider shares beside them */
+#define PVF_PORT_FDS 6u  /* the two sources, and the most that any provider shares beside them */
+#define PVF_EVENT_FDS 4u /* without pages */
 
 /* Where a port's pages lie in its descriptors: plain data for another process. */
 struct pvf_port_image {
@@ -48,13 +50,15 @@ struct pvf_port_image {
 	uint32_t ring_pages, pool_pages;
 	uint32_t port;
 	uint32_t side; /* embedded host: which end of the channel is ours */
+	uint32_t fds;  /* how many descriptors go with it */
+	uint32_t bare; /* 1: an event channel without pages */
 };
 
 struct pvf_port {
 	const struct pvf_port_ops *ops;
 	int event_fd;     /* to be polled for reading; -1: closed */
 	int event_source; /* what ATTACH brought */
-	int grant_source;
+	int grant_source; /* -1: an event channel only, without pages */
 	uint32_t port;
 	bool parked; /* closing leaves event_source open */
 	void *ring, *pool;
@@ -74,6 +78,9 @@ extern const struct pvf_port_ops pvf_port_xen, pvf_port_embedded;
 int pvf_port_open(struct pvf_port *port, int event_fd, int grant_fd,
 		  const struct pvf_ctl_attach *attach, const char **why);
 
+/* The same of an event channel without pages: the second of a network's queue. */
+int pvf_port_open_event(struct pvf_port *port, int event_fd, uint32_t number, const char **why);
+
 /* Unmaps and closes: the port is unbound and the grants freed when this returns. */
 void pvf_port_close(struct pvf_port *port);
 
@@ -81,7 +88,7 @@ void pvf_port_close(struct pvf_port *port);
 void pvf_port_release(struct pvf_port *port);
 
 /* Handing over a port that is open: `fds` get the port's own descriptors, `image` what is to be said of
- * them; returns how many they are, PVF_PORT_FDS at most. */
+ * them; returns how many they are, PVF_PORT_FDS at most, PVF_EVENT_FDS of one without pages. */
 uint32_t pvf_port_share(const struct pvf_port *port, struct pvf_port_image *image, int *fds);
 
 /* As pvf_port_open(), of the `count` descriptors of a pvf_port_share(). Those that it took are -1 in

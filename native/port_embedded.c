@@ -68,6 +68,8 @@ static int open_pages(struct pvf_port *port, const char **why)
 	struct pvf_host_packet packet;
 	int arena;
 
+	if (port->grant_source < 0)
+		return 0;
 	*why = "no pages wait in the connection to the embedded host";
 	int rc = receive(port->grant_source, PVF_HOST_PAGES, &packet, &arena, 1);
 
@@ -82,7 +84,8 @@ static int open_pages(struct pvf_port *port, const char **why)
 static void close_pages(struct pvf_port *port)
 {
 	pvf_port_unmap(port);
-	close(port->arena_fd);
+	if (port->arena_fd >= 0)
+		close(port->arena_fd);
 	port->arena_fd = -1;
 }
 
@@ -142,22 +145,24 @@ static void embedded_release(struct pvf_port *port)
 	close(port->event_fd);
 	close(port->other_fd);
 	close(port->channel_fd);
-	close(port->arena_fd);
+	if (port->arena_fd >= 0)
+		close(port->arena_fd);
 	port->channel_fd = port->arena_fd = -1;
 }
 
-static uint32_t embedded_share(const struct pvf_port *port, int *fds)
+static void embedded_share(const struct pvf_port *port, int *fds)
 {
 	fds[0] = port->channel_fd;
 	fds[1] = port->event_fd;
 	fds[2] = port->other_fd;
-	fds[3] = port->arena_fd;
-	return 4;
+	if (port->grant_source >= 0)
+		fds[3] = port->arena_fd;
 }
 
 static int embedded_take_over(struct pvf_port *port, int *fds, const char **why)
 {
-	int rc = map_pages(port, fds[3], why);
+	int fd_count = port->grant_source < 0 ? 3 : 4;
+	int rc = fd_count == 4 ? map_pages(port, fds[3], why) : 0;
 
 	if (rc)
 		return rc;
@@ -171,7 +176,7 @@ static int embedded_take_over(struct pvf_port *port, int *fds, const char **why)
 	port->channel_fd = fds[0];
 	port->event_fd = fds[1];
 	port->other_fd = fds[2];
-	for (int i = 0; i < 4; i++)
+	for (int i = 0; i < fd_count; i++)
 		fds[i] = -1;
 	return 0;
 }
@@ -200,6 +205,7 @@ const struct pvf_port_ops pvf_port_embedded = {
 	.unmask = embedded_unmask,
 	.notify = embedded_notify,
 	.share = embedded_share,
-	.extra = 4,
+	.extra = 3,
+	.arena = true,
 	.take_over = embedded_take_over,
 };

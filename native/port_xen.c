@@ -60,11 +60,10 @@ static int xen_notify(struct pvf_port *port)
 
 /* The sources are all there is. Which ports are masked lies in the open file, as do the references; a
  * second mapping of a reference counts as a user of its own (gntalloc_mmap). */
-static uint32_t xen_share(const struct pvf_port *port, int *fds)
+static void xen_share(const struct pvf_port *port, int *fds)
 {
 	(void)port;
 	(void)fds;
-	return 0;
 }
 
 static int xen_take_over(struct pvf_port *port, int *fds, const char **why)

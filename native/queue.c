@@ -159,24 +159,32 @@ void pvf_queue_stop(struct pvf_queue *q)
 		q->blk.pool.quarantined = true;
 	/* A readable event channel would keep a level-triggered epoll awake. */
 	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
+	if (q->net && q->net->split)
+		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->net->rx_port.event_fd, NULL);
 }
 
-int pvf_queue_attach(struct pvf_queue *q, int event_fd, int grant_fd,
-		     const struct pvf_ctl_attach *a, const char **why)
+int pvf_queue_watch_port(struct pvf_queue *q, const struct pvf_port *port, uint32_t tag)
 {
-	int rc = pvf_port_open(&q->port, event_fd, grant_fd, a, why);
+	return watch(q, port->event_fd, tag, port->ops->edges ? EPOLLET : 0);
+}
+
+int pvf_queue_attach(struct pvf_queue *q, const int *fds, const struct pvf_ctl_attach *a,
+		     const char **why)
+{
+	int rc = pvf_port_open(&q->port, fds[0], fds[1], a, why);
 
 	if (rc)
 		return rc;
-	rc = watch(q, q->port.event_fd, PVF_TAG_EVENT, q->port.ops->edges ? EPOLLET : 0);
+	*why = "the event channel cannot be watched";
+	rc = pvf_queue_watch_port(q, &q->port, PVF_TAG_EVENT);
+	if (!rc && q->net)
+		rc = pvf_netq_attach(q, fds[2], a, why);
 	if (rc) {
-		*why = "the event channel cannot be watched";
+		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
 		pvf_port_release(&q->port);
 		return rc;
 	}
-	if (q->net)
-		pvf_netq_attach(q, a);
-	else
+	if (!q->net)
 		pvf_blk_attach(&q->blk, q->port.ring, q->port.ring_bytes, q->port.pool, a->pool_pages,
 			       a->pool_grefs, a->flags & PVF_ATTACH_SCRUB);
 	q->attached = true;
@@ -266,6 +274,8 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 void pvf_queue_park(struct pvf_queue *q)
 {
 	q->port.parked = true;
+	if (q->net)
+		q->net->rx_port.parked = true;
 }
 
 int pvf_queue_uring(struct pvf_queue *q, const char **why)

@@ -18,6 +18,9 @@
  *   Events can be lost (rule 24): while requests are outstanding, and only then, a timer looks at
  *   the ring. A response that lay there for a whole tick without an event counts as a hit.
  *
+ *   A network's queue may have a port for each ring. They are served together: either's event means that
+ *   both rings have our attention, and what was delivered is unmasked at the end.
+ *
  *   Polling: a backend that answers within `poll_us` is not slept for. The queue's thread looks at the
  *   ring, leaving the processor to whoever wants it between two looks, and sees to its socket; it
  *   asks for an event only when that time is over, or if the last response took longer. With an
@@ -53,6 +56,7 @@ enum pvf_queue_tag { /* low half of the epoll data */
 	PVF_TAG_WATCHDOG = 4,
 	PVF_TAG_WAKE = 5,
 	PVF_TAG_URING = 6,
+	PVF_TAG_EVENT_RX = 7, /* of a network's second port */
 };
 
 /* What has happened since the worker last looked. */
@@ -67,9 +71,14 @@ enum pvf_queue_note {
 struct pvf_netq { /* what a network's queue has instead of a disk's */
 	struct pvf_net_tx tx;
 	struct pvf_net_rx rx;
+	struct pvf_port rx_port; /* RX's event channel, where it has one of its own: `split` */
+	bool split;
+	bool delivered[2]; /* of two ports: which of them is masked. TX's, RX's */
+	struct pvf_groups *groups; /* the device's */
 	int tap_fd;
 	bool tap_ready; /* a read of the TAP may find something */
-	uint64_t full, tap_errors;
+	struct pvf_trace *trace; /* the packets', or NULL */
+	uint64_t full, tap_errors, groups_told;
 	struct pvf_net_stats ended; /* counters of connections that are over */
 	struct pvf_net_packet packet; /* that is received now */
 };
@@ -132,8 +141,8 @@ struct pvf_queue {
 int pvf_queue_init(struct pvf_queue *queue, uint32_t index, struct pvf_fence *fence, int notes_fd,
 		   void *page);
 
-/* Makes it a network's, for good. 0 or -ENOMEM. */
-int pvf_queue_net(struct pvf_queue *queue);
+/* Makes it a network's, for good; the multicast groups are the device's. 0 or -ENOMEM. */
+int pvf_queue_net(struct pvf_queue *queue, struct pvf_groups *groups);
 
 /* Starts the queue's own thread, which is past everything that only a beginning thread does when
  * this returns: a system call filter may follow. 0 or -errno. */
@@ -170,9 +179,9 @@ void pvf_queue_service(struct pvf_queue *queue);
  * response brings an event. True: one has come already, and `polling` stays set. */
 bool pvf_queue_arm(struct pvf_queue *queue);
 
-/* Opens the port and lays out the ring. As pvf_port_open() on failure. */
-int pvf_queue_attach(struct pvf_queue *queue, int event_fd, int grant_fd,
-		     const struct pvf_ctl_attach *attach, const char **why);
+/* Opens the port, or both, and lays out the ring; `fds` are ATTACH's. As pvf_port_open() on failure. */
+int pvf_queue_attach(struct pvf_queue *queue, const int *fds, const struct pvf_ctl_attach *attach,
+		     const char **why);
 
 /* Leaves the connection; the NBD socket or source is closed too unless `keep` and nothing of it is lost:
  * PVF_NOTE_TARGET_GONE says so. */
@@ -201,6 +210,9 @@ void pvf_queue_start_net(struct pvf_queue *queue, uint32_t features, uint32_t st
 /* Requests, or sent slots, that are not answered. */
 uint32_t pvf_queue_in_flight(const struct pvf_queue *queue);
 
+/* The packets' trace of a network's queue goes there; NULL: nowhere. */
+void pvf_queue_trace(struct pvf_queue *queue, struct pvf_trace *trace);
+
 /* Intake is wanted from now on. After pvf_queue_start() of all queues. */
 void pvf_queue_run(struct pvf_queue *queue);
 
@@ -222,7 +234,7 @@ const char *pvf_queue_stays(const struct pvf_queue *queue);
 
 /* Writes everything down; `fds` get the descriptors that go with it, PVF_QUEUE_FDS at most. Returns how
  * many. Nothing changes here: the queue can go on, or be left by pvf_queue_detach(). */
-#define PVF_QUEUE_FDS (PVF_PORT_FDS + 1)
+#define PVF_QUEUE_FDS (PVF_PORT_FDS + PVF_EVENT_FDS + 1)
 uint32_t pvf_queue_save(const struct pvf_queue *queue, struct pvf_image_queue *image, int *fds);
 
 /* For a queue that is not attached, on the other side, one of `queues`: its next turn goes on. Descriptors

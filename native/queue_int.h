@@ -42,15 +42,18 @@ static inline void pvf_signal(int fd)
 
 /* Of queue_turn.c, for both classes. */
 void pvf_queue_broken(struct pvf_queue *q); /* `blk.fault` says how */
-void pvf_queue_notify(struct pvf_queue *q);
+void pvf_queue_notify(struct pvf_queue *q, struct pvf_port *port);
 void pvf_queue_progress(struct pvf_queue *q, uint32_t responses);
 void pvf_queue_watch(struct pvf_queue *q, uint32_t in_flight);
 /* Ends the attention to one event: unmask now, or later if events keep coming for nothing. */
 void pvf_queue_finish_event(struct pvf_queue *q);
 
 /* Of queue_net.c: what a network's queue does where a disk's does something else. */
-void pvf_netq_attach(struct pvf_queue *q, const struct pvf_ctl_attach *attach);
+int pvf_netq_attach(struct pvf_queue *q, int rx_event_fd, const struct pvf_ctl_attach *attach, const char **why);
 void pvf_netq_detach(struct pvf_queue *q);
+int pvf_netq_unmask(struct pvf_queue *q);
+bool pvf_netq_drained(const struct pvf_queue *q);
+int pvf_queue_watch_port(struct pvf_queue *q, const struct pvf_port *port, uint32_t tag);
 int pvf_netq_target(struct pvf_queue *q, int fd, const char **why);
 void pvf_netq_drop_target(struct pvf_queue *q);
 void pvf_netq_serve(struct pvf_queue *q);

@@ -21,28 +21,61 @@
 
 #define TURN 64 /* packets of either way: a bounded amount (rule 8) */
 
-int pvf_queue_net(struct pvf_queue *q)
+int pvf_queue_net(struct pvf_queue *q, struct pvf_groups *groups)
 {
 	q->net = calloc(1, sizeof(*q->net));
 	if (!q->net)
 		return -ENOMEM;
-	q->net->tap_fd = -1;
+	q->net->tap_fd = q->net->rx_port.event_fd = -1;
+	q->net->groups = groups;
+	if (!q->index)
+		groups->wake_fd = q->wake_fd;
 	return 0;
 }
 
-void pvf_netq_attach(struct pvf_queue *q, const struct pvf_ctl_attach *a)
+static int open_rx_port(struct pvf_queue *q, int fd, uint32_t number, const char **why)
+{
+	struct pvf_port *port = &q->net->rx_port;
+	int rc = pvf_port_open_event(port, fd, number, why);
+
+	if (rc)
+		return rc;
+	*why = "RX's event channel cannot be watched";
+	rc = pvf_queue_watch_port(q, port, PVF_TAG_EVENT_RX);
+	if (rc)
+		pvf_port_release(port);
+	return rc;
+}
+
+/* What a queue's ring begins with: a set of the device's that no backend knows, and whose TX pages are these. */
+int pvf_netq_attach(struct pvf_queue *q, int rx_event_fd, const struct pvf_ctl_attach *a, const char **why)
 {
 	struct pvf_netq *n = q->net;
 	unsigned char *ring = q->port.ring, *pool = q->port.pool;
 	uint32_t tx = a->tx_pages;
+	int rc = a->rx_port ? open_rx_port(q, rx_event_fd, a->rx_port, why) : 0;
 
+	if (rc)
+		return rc;
+	n->split = a->rx_port;
+	n->delivered[0] = n->delivered[1] = false;
+	if (!q->index)
+		pvf_groups_untold(n->groups);
 	pvf_net_tx_init(&n->tx, ring, pool, tx, a->pool_grefs, a->flags & PVF_ATTACH_SCRUB, 0);
 	pvf_net_rx_init(&n->rx, ring + PVF_PAGE_SIZE, pool + (size_t)tx * PVF_PAGE_SIZE, a->pool_pages - tx,
 			a->pool_grefs + tx);
 	/* The backend looks into the ring when it connects: no event is owed. */
 	pvf_net_rx_fill(&n->rx);
 	pvf_ring_push(&n->rx.ring);
+	n->tx.groups = n->groups;
+	pvf_queue_trace(q, n->trace);
 	q->blk.fault = (struct pvf_fault){0};
+	return 0;
+}
+
+void pvf_queue_trace(struct pvf_queue *q, struct pvf_trace *trace)
+{
+	q->net->trace = q->net->tx.trace = q->net->rx.trace = trace;
 }
 
 /* The counters of a connection go with it, those of the queue stay. */
@@ -53,6 +86,11 @@ static void add_way(struct pvf_net_way *sum, const struct pvf_net_way *more)
 	sum->slots += more->slots;
 	sum->gso += more->gso;
 	sum->gso_bytes += more->gso_bytes;
+	sum->large += more->large;
+	sum->large_bytes += more->large_bytes;
+	sum->extras += more->extras;
+	sum->cut += more->cut;
+	sum->pieces += more->pieces;
 	sum->csum_left += more->csum_left;
 	sum->csum_done += more->csum_done;
 	for (uint32_t i = 0; i < PVF_NET_DROPS; i++)
@@ -67,6 +105,30 @@ void pvf_netq_detach(struct pvf_queue *q)
 	add_way(&n->ended.rx, &n->rx.stats);
 	n->tx = (struct pvf_net_tx){0};
 	n->rx = (struct pvf_net_rx){0};
+	if (!n->split)
+		return;
+	n->split = false;
+	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, n->rx_port.event_fd, NULL);
+	pvf_port_close(&n->rx_port);
+}
+
+/* Of two ports only what was delivered is masked. */
+int pvf_netq_unmask(struct pvf_queue *q)
+{
+	struct pvf_netq *n = q->net;
+	int rc = 0;
+
+	if (!n->split || n->delivered[0])
+		rc = q->port.ops->unmask(&q->port);
+	if (!rc && n->split && n->delivered[1])
+		rc = n->rx_port.ops->unmask(&n->rx_port);
+	n->delivered[0] = n->delivered[1] = false;
+	return rc;
+}
+
+bool pvf_netq_drained(const struct pvf_queue *q)
+{
+	return !q->net->tx.in_flight && !q->net->tx.extras && !q->net->tx.cut.total;
 }
 
 int pvf_netq_target(struct pvf_queue *q, int fd, const char **why)
@@ -87,8 +149,11 @@ int pvf_netq_target(struct pvf_queue *q, int fd, const char **why)
 
 void pvf_netq_drop_target(struct pvf_queue *q)
 {
-	if (q->net->tap_fd >= 0)
+	if (q->net->tap_fd >= 0) {
+		/* Another process may have the same open file. */
+		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->net->tap_fd, NULL);
 		close(q->net->tap_fd);
+	}
 	q->net->tap_fd = -1;
 	q->net->tap_ready = false;
 }
@@ -114,6 +179,26 @@ static void take_answers(struct pvf_queue *q)
 	if (!check(q, &tx->fault) || !n)
 		return;
 	pvf_queue_progress(q, n);
+}
+
+static bool tell_group(void *arg, const uint8_t *mac, bool add)
+{
+	struct pvf_netq *n = arg;
+	bool told = pvf_net_tx_multicast(&n->tx, mac, add);
+
+	n->groups_told += told;
+	return told;
+}
+
+/* What the backend does not know yet of the device's multicast groups. All of it goes through one ring, in order. */
+static void tell_groups(struct pvf_queue *q)
+{
+	struct pvf_netq *n = q->net;
+
+	if (q->index || !(n->tx.features & PVF_NET_MULTICAST) ||
+	    !__atomic_load_n(&n->groups->news, __ATOMIC_ACQUIRE))
+		return;
+	pvf_groups_tell(n->groups, tell_group, n); /* what finds no room: when answers make it */
 }
 
 /* True: stopped by the bound. */
@@ -161,10 +246,9 @@ static bool transmit(struct pvf_queue *q)
 			return false;
 		}
 		ssize_t got = readv(n->tap_fd, iov, iovs);
-		bool nothing = got < 0;
+		bool nothing = got <= 0;
 
-		if (nothing && errno != EAGAIN && errno != EINTR)
-			n->tap_errors++;
+		n->tap_errors += got < 0 && errno != EAGAIN;
 		pvf_net_tx_end(&n->tx, got);
 		if (nothing) {
 			n->tap_ready = false;
@@ -188,14 +272,20 @@ void pvf_netq_serve(struct pvf_queue *q)
 		if (!q->stopped)
 			q->again |= receive(q);
 	}
+	if (!q->stopped && n->tx.cut.total)
+		pvf_net_tx_cut(&n->tx);
 	if (!q->stopped && q->serving && n->tap_ready)
 		q->again |= transmit(q);
+	if (!q->stopped && q->serving)
+		tell_groups(q);
 	if (q->stopped)
 		return;
-	bool tell = pvf_ring_push(&n->tx.ring);
+	bool sent = pvf_ring_push(&n->tx.ring), room = pvf_ring_push(&n->rx.ring);
 
-	if (pvf_ring_push(&n->rx.ring) || tell)
-		pvf_queue_notify(q);
+	if (sent || (room && !n->split))
+		pvf_queue_notify(q, &q->port);
+	if (room && n->split && !q->stopped)
+		pvf_queue_notify(q, &n->rx_port);
 	pvf_queue_watch(q, n->tx.in_flight + n->tx.extras);
 	if (q->stopped || !q->masked || q->delayed || q->again)
 		return;
@@ -238,5 +328,9 @@ void pvf_netq_publish(struct pvf_queue *q)
 	s.watchdog_hits = shared->watchdog_hits;
 	s.wakeups = shared->wakeups;
 	s.tx_full = n->full;
+	s.tap_errors = n->tap_errors;
+	s.groups_told = n->groups_told;
+	s.groups = __atomic_load_n(&n->groups->count, __ATOMIC_RELAXED);
+	s.groups_lost = __atomic_load_n(&n->groups->lost, __ATOMIC_RELAXED);
 	pvf_stats_publish(q->page, &s, sizeof(s));
 }

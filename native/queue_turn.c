@@ -40,10 +40,11 @@ static uint64_t oldest_request(const struct pvf_blk *blk)
 
 /* Events */
 
-/* 1: the port was delivered. */
-static int take_event(struct pvf_queue *q)
+/* 1: the port was delivered. `rx`: a network's second one. */
+static int take_event(struct pvf_queue *q, bool rx)
 {
-	int rc = q->port.ops->read(&q->port);
+	struct pvf_port *port = rx ? &q->net->rx_port : &q->port;
+	int rc = port->ops->read(port);
 
 	if (rc < 0)
 		port_failed(q, -rc, "the event channel cannot be read");
@@ -51,13 +52,15 @@ static int take_event(struct pvf_queue *q)
 		return 0;
 	q->blk.stats.events++;
 	q->masked = true;
+	if (q->net)
+		q->net->delivered[rx] = true;
 	q->responses_since_event = 0;
 	return 1;
 }
 
 static void unmask(struct pvf_queue *q)
 {
-	int rc = q->port.ops->unmask(&q->port);
+	int rc = q->net ? pvf_netq_unmask(q) : q->port.ops->unmask(&q->port);
 
 	if (rc)
 		port_failed(q, -rc, "the event channel cannot be unmasked");
@@ -89,9 +92,9 @@ void pvf_queue_finish_event(struct pvf_queue *q)
 	pvf_arm(q->unmask_timer, delay < UNMASK_CAP ? delay : UNMASK_CAP);
 }
 
-void pvf_queue_notify(struct pvf_queue *q)
+void pvf_queue_notify(struct pvf_queue *q, struct pvf_port *port)
 {
-	int rc = q->port.ops->notify(&q->port);
+	int rc = port->ops->notify(port);
 
 	if (rc)
 		port_failed(q, -rc, "the backend cannot be notified");
@@ -170,7 +173,9 @@ static void watchdog(struct pvf_queue *q)
 	if (!q->attached || q->stopped)
 		return;
 	if (!q->masked)
-		take_event(q); /* it may just not have had its turn */
+		take_event(q, false); /* it may just not have had its turn */
+	if (!q->masked && !q->stopped && q->net && q->net->split)
+		take_event(q, true);
 	if (q->stopped)
 		return;
 	uint64_t now = pvf_now_ns(), silent = now - q->progress_at;
@@ -260,7 +265,11 @@ void pvf_queue_event(struct pvf_queue *q, uint64_t data, uint32_t events)
 	switch ((uint32_t)data) {
 	case PVF_TAG_EVENT:
 		if (q->attached && !q->stopped)
-			take_event(q);
+			take_event(q, false);
+		break;
+	case PVF_TAG_EVENT_RX:
+		if (q->attached && !q->stopped && q->net->split)
+			take_event(q, true);
 		break;
 	case PVF_TAG_TARGET:
 		if (data != q->target.tag)
@@ -363,7 +372,7 @@ static void serve_ring(struct pvf_queue *q)
 		q->again |= take_requests(q);
 	/* The backend has its work before the client has its answers: they go on side by side. */
 	if (pvf_ring_push(&blk->ring))
-		pvf_queue_notify(q);
+		pvf_queue_notify(q, &q->port);
 	if (pvf_queue_has_target(q))
 		q->again |= give_answers(q);
 	pvf_queue_watch(q, blk->in_flight);
@@ -385,10 +394,10 @@ static bool is_drained(const struct pvf_queue *q)
 	const struct pvf_blk *blk = &q->blk;
 	const struct pvf_target *t = &q->target;
 
+	if (q->net)
+		return pvf_netq_drained(q);
 	if (pvf_queue_in_flight(q))
 		return false;
-	if (q->net)
-		return true;
 	if (q->source_ops)
 		return t->gone || (blk->current == PVF_NONE && !blk->flush_count && !blk->reply_count);
 	if (t->fd < 0)

@@ -4,9 +4,13 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include "memfd.h"
+#include "scm.h"
 
 #define TAG_LISTEN 16
 #define TAG_CONTROL 17
@@ -164,12 +168,12 @@ static void handle_attach(struct pvf_worker *w)
 	struct pvf_queue *q = &w->queue[m->queue];
 
 	pvf_queue_lock(q);
-	int rc = pvf_queue_attach(q, w->ctl.fds[0], w->ctl.fds[1], m, &why);
+	int rc = pvf_queue_attach(q, w->ctl.fds, m, &why);
 
 	pvf_queue_unlock(q);
 	if (rc)
 		return pvf_tell_error(w, PVF_CTL_ATTACH, -rc, why);
-	w->ctl.fds[0] = w->ctl.fds[1] = -1;
+	w->ctl.fds[0] = w->ctl.fds[1] = w->ctl.fds[2] = -1;
 	w->generation = m->hdr.generation;
 	pvf_copy_text(w->name, sizeof(w->name), m->name);
 	if (!m->queue)
@@ -275,12 +279,15 @@ static void handle_start_net(struct pvf_worker *w)
 		return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL,
 				  "a TAP for a queue that is not attached");
 	for (uint32_t i = 0; i < w->ctl.nfds; i++)
-		if (!character_device(w->ctl.fds[i]))
-			return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL, "the target is no TAP");
+		if (!character_device(w->ctl.fds[i]) && !pvf_scm_packets(w->ctl.fds[i]))
+			return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL,
+					      "the target is neither a TAP nor a socket for packets");
 	int error = take_sockets(w, m->first_queue, &why);
 
 	if (error)
 		return pvf_tell_error(w, PVF_CTL_START_NET, error, why);
+	if (m->groups)
+		pvf_groups_replace(&w->groups, m->group, m->groups);
 	for (uint32_t i = 0; i < w->attached; i++) {
 		pvf_queue_lock(&w->queue[i]);
 		w->queue[i].queues = w->attached;
@@ -289,6 +296,38 @@ static void handle_start_net(struct pvf_worker *w)
 	}
 	run(w);
 	pvf_tell_simple(w, PVF_CTL_STARTED);
+}
+
+static void trace_to(struct pvf_worker *w, struct pvf_trace *trace)
+{
+	struct pvf_trace *old = w->trace;
+
+	w->trace = trace;
+	for (uint32_t i = 0; i < w->queues; i++) {
+		if (trace)
+			pvf_trace_init(&trace[i], i);
+		pvf_queue_lock(&w->queue[i]);
+		pvf_queue_trace(&w->queue[i], trace ? &trace[i] : NULL);
+		pvf_queue_unlock(&w->queue[i]);
+	}
+	if (old)
+		munmap(old, w->queues * sizeof(*old));
+}
+
+static void handle_trace(struct pvf_worker *w)
+{
+	void *where = NULL;
+
+	if (w->device_class != PVF_CLASS_NET)
+		return pvf_tell_error(w, PVF_CTL_TRACE, EINVAL, "this worker serves no network");
+	int rc = w->ctl.nfds ? pvf_memfd_map(w->ctl.fds[0], w->queues * sizeof(struct pvf_trace), true, &where)
+			     : 0;
+
+	if (rc)
+		return pvf_tell_error(w, PVF_CTL_TRACE, -rc,
+				      "the memfd is none, too small, or can be shrunk");
+	trace_to(w, where);
+	pvf_tell_simple(w, PVF_CTL_TRACING);
 }
 
 static void handle_start(struct pvf_worker *w)
@@ -398,6 +437,8 @@ static void handle(struct pvf_worker *w)
 		return pvf_tell_error(w, PVF_CTL_START, EINVAL, "this worker serves no disk");
 	case PVF_CTL_START_NET:
 		return handle_start_net(w);
+	case PVF_CTL_TRACE:
+		return handle_trace(w);
 	case PVF_CTL_QUIESCE:
 		return handle_quiesce(w);
 	case PVF_CTL_DETACH:
@@ -537,8 +578,9 @@ int pvf_worker_net(struct pvf_worker *w, const char **why)
 {
 	*why = "memory of the queues";
 	w->device_class = PVF_CLASS_NET;
+	pvf_groups_init(&w->groups);
 	for (uint32_t i = 0; i < w->queues; i++) {
-		int rc = pvf_queue_net(&w->queue[i]);
+		int rc = pvf_queue_net(&w->queue[i], &w->groups);
 
 		if (rc)
 			return rc;
@@ -565,6 +607,11 @@ void pvf_worker_end(struct pvf_worker *w)
 		pvf_queue_free(&w->queue[i]);
 	free(w->queue);
 	w->queue = NULL;
+	if (w->trace)
+		munmap(w->trace, w->queues * sizeof(*w->trace));
+	w->trace = NULL;
+	if (w->device_class == PVF_CLASS_NET)
+		pvf_groups_free(&w->groups);
 	w->queues = 0;
 	pvf_stats_close(&w->stats);
 	if (w->notes_fd >= 0)

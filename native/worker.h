@@ -38,6 +38,8 @@ struct pvf_worker {
 	struct pvf_ctl ctl;
 	struct pvf_queue *queue; /* [queues] */
 	struct pvf_fence fence;
+	struct pvf_groups groups; /* a network's */
+	struct pvf_trace *trace;  /* [queues], mapped; NULL: nobody wants it */
 	struct pvf_stats stats;
 };
 

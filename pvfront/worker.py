@@ -77,6 +77,7 @@ _ANSWERS = {
     lib.PVF_CTL_DETACH: lib.PVF_CTL_DETACHED,
     lib.PVF_CTL_HAND_OVER: lib.PVF_CTL_HANDED_OVER,
     lib.PVF_CTL_TAKE_OVER: lib.PVF_CTL_TAKEN_OVER,
+    lib.PVF_CTL_TRACE: lib.PVF_CTL_TRACING,
 }
 _COMMANDS = {
     lib.PVF_CTL_ATTACH: "ATTACH",
@@ -86,6 +87,7 @@ _COMMANDS = {
     lib.PVF_CTL_DETACH: "DETACH",
     lib.PVF_CTL_HAND_OVER: "HAND_OVER",
     lib.PVF_CTL_TAKE_OVER: "TAKE_OVER",
+    lib.PVF_CTL_TRACE: "TRACE",
 }
 _SYSLOG = {3: logging.ERROR, 4: logging.WARNING, 6: logging.INFO}
 
@@ -257,11 +259,14 @@ class Worker:
         pool_offset: int,
         pool_grefs: Sequence[int],
         scrub: bool,
-        fds: tuple[int, int],
+        fds: Sequence[int],
         tx_pages: int = 0,
+        rx_port: int = 0,
     ) -> None:
         """ATTACH of one queue with the descriptors of its event channel and of gntalloc; the caller
         closes its own. Each of a generation's queues is attached by one, in order.
+
+        `rx_port`: a network's event channel for RX, whose descriptor is the third; 0: one for both.
         """
         message = ffi.new("struct pvf_ctl_attach *", {"pool_grefs": list(pool_grefs)})
         message.device_class = device_class
@@ -273,7 +278,7 @@ class Worker:
         message.name = self.name.encode()
         message.flags = lib.PVF_ATTACH_SCRUB if scrub else 0
         message.queue, message.queues = queue, queues
-        message.tx_pages = tx_pages
+        message.tx_pages, message.rx_port = tx_pages, rx_port
         size = ffi.sizeof("struct pvf_ctl_attach") + 4 * len(pool_grefs)
         await self._command(lib.PVF_CTL_ATTACH, generation, message, size, fds)
 
@@ -314,13 +319,35 @@ class Worker:
         await self._command(lib.PVF_CTL_START, generation, message, None, target_fds)
 
     async def start_net(
-        self, generation: int, *, features: int, stall_seconds: int, target_fds: Sequence[int]
+        self,
+        generation: int,
+        *,
+        features: int,
+        stall_seconds: int,
+        target_fds: Sequence[int],
+        groups: Sequence[bytes] = (),
     ) -> None:
-        """START_NET: `features` are the backend's (PVF_NET_*), `target_fds` a TAP's queues."""
+        """START_NET: `features` are the backend's (PVF_NET_*), `target_fds` a TAP's queues.
+
+        `groups`: the multicast addresses (6 bytes each) that the interface listens to, as far as
+        there is room for them; with none the worker keeps what it has learnt.
+        """
         message = ffi.new("struct pvf_ctl_start_net *")
         message.features = features
         message.stall_seconds = stall_seconds
+        groups = groups[: lib.PVF_NET_GROUPS]
+        message.groups = len(groups)
+        for index, group in enumerate(groups):
+            message.group[index] = list(group)
         await self._command(lib.PVF_CTL_START_NET, generation, message, None, target_fds)
+
+    async def trace_packets(self, memfd: int | None) -> None:
+        """TRACE: packets are noted in `memfd` from now on, a ``struct pvf_trace`` for each of the
+        worker's queues, or (None) nowhere any more. Its size is sealed; it stays the caller's.
+        """
+        message = ffi.new("struct pvf_ctl_simple *")
+        fds = () if memfd is None else (memfd,)
+        await self._command(lib.PVF_CTL_TRACE, self._generation, message, fds=fds)
 
     async def quiesce(self, generation: int, timeout: float) -> bool:
         """QUIESCE; False if the ring was not empty within `timeout` seconds."""

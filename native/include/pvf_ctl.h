@@ -40,7 +40,8 @@ enum pvf_class {
 
 enum pvf_ctl_type {
 	/* supervisor to worker */
-	PVF_CTL_ATTACH = 1,  /* one for each queue; fds: event channel, gntalloc */
+	PVF_CTL_ATTACH = 1,  /* one for each queue; fds: event channel, gntalloc, with `rx_port` another
+			      * event channel */
 	PVF_CTL_START = 2,   /* fds: NBD sockets of neighbouring queues, or none: PVF_START_CLIENTS */
 	PVF_CTL_QUIESCE = 3,
 	PVF_CTL_DETACH = 4,
@@ -48,6 +49,7 @@ enum pvf_ctl_type {
 	PVF_CTL_HAND_OVER = 6, /* fds: one end of a SEQPACKET pair, a memfd: docs/upgrade.md */
 	PVF_CTL_TAKE_OVER = 7, /* to the next worker; fds: the pair's other end, the same memfd */
 	PVF_CTL_START_NET = 8, /* fds: queues of the TAP, or none: those that are there stay */
+	PVF_CTL_TRACE = 9, /* net; fds: a memfd for struct pvf_trace, or none: not any more */
 	/* worker to supervisor: answers */
 	PVF_CTL_ATTACHED = 64,
 	PVF_CTL_STARTED = 65,
@@ -56,6 +58,7 @@ enum pvf_ctl_type {
 	PVF_CTL_ERROR = 68,
 	PVF_CTL_HANDED_OVER = 70, /* nothing is held any more; the worker ends */
 	PVF_CTL_TAKEN_OVER = 71,  /* behind a second HELLO */
+	PVF_CTL_TRACING = 72,
 	/* worker to supervisor: unasked */
 	PVF_CTL_HELLO = 96,  /* fds: statistics memfd, read-only */
 	PVF_CTL_BROKEN = 97,
@@ -96,7 +99,8 @@ struct pvf_ctl_attach {
 	uint16_t queue;  /* this one: 0, 1 .. queues - 1, in this order */
 	uint16_t queues; /* of the connection; the same in each of its ATTACHes */
 	uint32_t tx_pages; /* net: of the pool, the first so many are TX's, read-only to the backend */
-	uint32_t reserved;
+	uint32_t rx_port;  /* net: RX's event channel, on the third descriptor; `port` is TX's then. 0:
+			    * one for both */
 	uint32_t pool_grefs[]; /* pool_pages of them */
 };
 
@@ -117,12 +121,15 @@ struct pvf_ctl_start {
 	uint32_t poll_us;       /* look for a response for so long before sleeping; 0: never */
 };
 
+#define PVF_NET_GROUPS 64u /* multicast addresses of a vif: netback's limit (XEN_NETBK_MCAST_MAX) */
+
 struct pvf_ctl_start_net {
 	struct pvf_ctl_hdr hdr;
 	uint32_t features;      /* PVF_NET_* */
 	uint32_t stall_seconds; /* as in START */
 	uint32_t first_queue;   /* the one that the first descriptor is for */
-	uint32_t reserved;
+	uint32_t groups;        /* how many of `group` are given */
+	uint8_t group[PVF_NET_GROUPS][6]; /* multicast addresses that the interface listens to already */
 };
 
 #define PVF_NET_RING_PAGES 2u /* TX's, RX's */
@@ -133,6 +140,7 @@ struct pvf_ctl_start_net {
 #define PVF_NET_CSUM6 4u /* and over IPv6 */
 #define PVF_NET_GSO4 8u  /* cuts large TCP packets */
 #define PVF_NET_GSO6 16u
+#define PVF_NET_MULTICAST 32u /* passes only those multicast packets on that it is asked for */
 
 #define PVF_POLL_MAX_US 100000u
 #define PVF_START_CLIENTS 1u /* clients come and go: a queue runs without a socket until one is given */
@@ -142,8 +150,8 @@ struct pvf_ctl_start_net {
 #define PVF_BLK_DISCARD 4u
 #define PVF_BLK_BARRIER 8u /* flushes are empty barriers; where FLUSH is set too, it is used */
 
-struct pvf_ctl_simple { /* QUIESCE, EXIT, HAND_OVER, TAKE_OVER; ATTACHED, STARTED, DRAINED, DETACHED,
-			 * HANDED_OVER */
+struct pvf_ctl_simple { /* QUIESCE, EXIT, HAND_OVER, TAKE_OVER, TRACE; ATTACHED, STARTED, DRAINED, DETACHED,
+			 * HANDED_OVER, TRACING */
 	struct pvf_ctl_hdr hdr;
 };
 
@@ -226,7 +234,7 @@ struct pvf_ctl_log {
  * A reader copies a page while `sequence` is even and unchanged (seqlock). Counters only grow
  * for the worker's whole life, over all generations. */
 #define PVF_STATS_MAGIC 0x53465650u /* "PVFS" */
-#define PVF_STATS_VERSION 2u
+#define PVF_STATS_VERSION 3u
 
 #define PVF_LATENCY_BUCKETS 24u
 
@@ -290,8 +298,13 @@ struct pvf_net_way { /* one direction; frontend's view */
 	uint64_t slots;
 	uint64_t gso; /* packets larger than the wire takes */
 	uint64_t gso_bytes;
+	uint64_t large; /* packets of more than 16,384 bytes */
+	uint64_t large_bytes;
+	uint64_t extras;    /* slots of extra info; among `slots` */
 	uint64_t csum_left; /* packets whose checksum the other end finishes (RX: or need not) */
 	uint64_t csum_done; /* TX: packets whose checksum was finished here */
+	uint64_t cut;       /* TX: large packets that were cut here, for who cannot */
+	uint64_t pieces;    /* TX: what they were cut into; counted in `packets` too */
 	uint64_t dropped[PVF_NET_DROPS];
 };
 
@@ -318,6 +331,45 @@ struct pvf_net_stats {
 	uint64_t watchdog_hits;
 	uint64_t wakeups;
 	uint64_t tx_full; /* intake paused for want of a slot or a page */
+	uint64_t tap_errors; /* reads of the TAP that failed */
+	uint64_t groups;     /* multicast addresses of the whole device that are listened to now */
+	uint64_t groups_told; /* joins and leaves that the backend was told of; by the first queue */
+	uint64_t groups_lost; /* of the whole device: more than it can be asked for */
+};
+
+/* The packets' trace: a ring for each queue, in a memfd of the supervisor's. A worker writes, and waits for
+ * nobody: who reads too slowly has lost the oldest, and sees it by their numbers. */
+#define PVF_TRACE_PACKETS 1024u /* of one queue */
+#define PVF_TRACE_BYTES 256u    /* of one packet: its first */
+#define PVF_TRACE_MAGIC 0x54465650u /* "PVFT" */
+#define PVF_TRACE_VERSION 1u
+
+struct pvf_trace_packet {
+	uint64_t number;   /* from 1; packet n lies at (n - 1) % PVF_TRACE_PACKETS. 0: it is being written. Read it
+			    * before and after the rest: only if it stood still, the rest is whole */
+	uint64_t time;     /* ns, CLOCK_REALTIME */
+	uint32_t length;   /* of the packet */
+	uint16_t captured; /* of its first bytes that are in `bytes` */
+	uint8_t way;       /* 0: sent (TX), 1: received */
+	uint8_t dropped;   /* enum pvf_net_drop; PVF_DROPS: it was not */
+	uint16_t slots;    /* extra info among them; 0: it came to none */
+	uint16_t gso_size; /* 0: none */
+	uint16_t csum_start, csum_offset; /* where `flags` has VIRTIO_NET_HDR_F_NEEDS_CSUM */
+	uint8_t flags;     /* virtio_net_hdr's, as the TAP has it */
+	uint8_t gso_type;  /* virtio_net_hdr's */
+	uint8_t offered;   /* 1: its checksum is left to the other end; 2: so is its cutting */
+	uint8_t queue;
+	uint32_t reserved;
+	uint8_t bytes[PVF_TRACE_BYTES];
+};
+
+struct pvf_trace { /* of one queue; they lie one behind another, for each of HELLO's `queues` */
+	uint32_t magic, version;
+	uint32_t packets; /* PVF_TRACE_PACKETS */
+	uint32_t queue;
+	uint64_t written; /* the number of the last packet */
+	uint8_t reserved[40];
+	struct pvf_trace_packet packet[PVF_TRACE_PACKETS];
 };
 
 #endif
