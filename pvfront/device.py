@@ -166,7 +166,7 @@ class DeviceLoop:
         pause = RETRY_FIRST
         self.walk.told = self.device.view.told
         if await self.frontend.adopt(self.device):
-            self.walk.attached = self.walk.published = True
+            self.walk.attached = self.walk.published = self.walk.told_backend = True
             await self._enter(Phase.CONNECTED, "adopted")
         while True:
             match self.goal:
@@ -303,9 +303,7 @@ class DeviceLoop:
             if self.goal is not Goal.CONNECTED:
                 return False
             view = device.view
-            # A toolstack that wrote state 1 has built this device anew, which is what a restore
-            # looks like from inside: the port may have been bound while the domain slept.
-            if view.moved or self.walk.poisoned or view.frontend is XenbusState.INITIALISING:
+            if self.walk.poisoned or self.walk.anew(view):
                 self.walk.poisoned = True
                 why = "the domain was suspended and resumed without us"
                 await self._enter(Phase.RECONNECTING, why)
@@ -353,6 +351,8 @@ class DeviceLoop:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poked.wait(), self.deadlines.busy_poll)
             if self.goal is not Goal.CONNECTED or self.frontend.trouble is not None:
+                return False
+            if self.walk.poisoned or self.walk.anew(device.view):
                 return False
             if not device.view.present:
                 raise DeviceGone(f"{device.name}: removed by force while in use: {why}")
@@ -421,7 +421,7 @@ class DeviceLoop:
     async def _gone(self, why: str) -> None:
         await self._enter(Phase.CLOSING, why)
         await self.frontend.detach(keep_target=False)
-        self.walk.attached = False
+        self.walk.attached = self.walk.told_backend = False
         await self.frontend.close()
         await self.frontend.end()
         await self._enter(Phase.CLOSED, why)

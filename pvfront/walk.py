@@ -64,17 +64,21 @@ class Walk:
         self.attached = False  # the frontend holds ports and grants
         self.published = False  # the keys in the store are those of what is held
         self.poisoned = False  # the domain slept while attached
+        self.told_backend = False  # what is held was published: state 1 is now another's word
         self.told = 0  # `View.told` before the backend's keys were read to serve it
         self._started = True  # the data path runs, or did when the supervisor before us ended
         self._in_vain: Step | None = None  # the wait that ended without what was waited for
         self._may_bind = may_bind
         self._note = note
 
+    def anew(self, view: View) -> bool:
+        """Whether a toolstack has built this device anew while something was held towards its
+        backend: what a restore looks like from inside. Its port may have been bound in the sleep.
+        """
+        return view.moved or (self.told_backend and view.frontend is XenbusState.INITIALISING)
+
     async def connect(self) -> None:
         """Walks to Connected."""
-        view = await self.device.refresh()
-        if view.moved or self.poisoned:
-            await self._moved()
         await asyncio.to_thread(self.frontend.stolen)
         await self._walk(states.Goal.CONNECTED)
 
@@ -102,6 +106,10 @@ class Walk:
         device = self.device
         for _ in range(MOST_STEPS):
             view = await device.refresh()
+            if self.poisoned or self.anew(view):
+                # Whichever of both ends' events came first, and however far the walk was.
+                await self._moved()
+                continue
             if not view.present:
                 raise DeviceGone(f"{device.name}: removed")
             if goal is states.Goal.CONNECTED and self.published and _is_asked_to_detach(view):
@@ -133,7 +141,7 @@ class Walk:
                     keys = await self.frontend.attach(device)
                     self._started = False
                     await device.publish(dict(keys), self.frontend.publish_state)
-                    self.published = True
+                    self.published = self.told_backend = True
                 case Step.CONNECT:
                     self.told = view.told
                     await self.frontend.start(device)
@@ -170,7 +178,10 @@ class Walk:
         began = time.monotonic()
         try:
             await self.device.until(
-                lambda v: v.backend is not view.backend or v.online is not view.online,
+                lambda v: (
+                    (v.frontend, v.backend, v.online) != (view.frontend, view.backend, view.online)
+                    or v.moved
+                ),
                 what=what,
                 timeout=seconds,
             )
@@ -191,7 +202,7 @@ class Walk:
         self.published = False
         if self.attached:
             await self.frontend.detach(keep_target=keep_target)
-            self.attached = False
+            self.attached = self.told_backend = False
         if self.device.view.present:
             await self.device.remove_keys(self.frontend.stale_key)
 
@@ -201,7 +212,7 @@ class Walk:
         self.published = False
         if self.attached:
             await self.frontend.poisoned()
-            self.attached = False
+            self.attached = self.told_backend = False
         await self.device.reopen()
 
     async def _backend_error(self) -> str:

@@ -157,20 +157,21 @@ class XenbusDevice:
 
     async def _follow(self, following: Following, keys: Collection[str]) -> None:
         """Reads again which of one end's keys have fired."""
-        end, fired = following.path, frozenset[str]()
+        end, seen = following.path, list[str]()  # what is to be read
         while True:
             try:
-                fired |= await following.news()
-                # What is above a key fired for it too.
-                seen = [f"{end}/{k}" for k in keys if any(_holds(p, f"{end}/{k}") for p in fired)]
-                if (state := f"{self.backend}/state") in seen:
-                    self._told += 1
-                    # A detach writes both in one transaction, whose events come one by one: read
-                    # after the state, `online` is never older than it.
-                    seen = [state, f"{self.backend}/online"]
+                if not seen:
+                    fired = await following.news()
+                    # What is above a key fired for it too.
+                    seen = [f"{end}/{k}" for k in keys if _holds(fired, f"{end}/{k}")]
+                    if (state := f"{self.backend}/state") in seen:
+                        self._told += 1
+                        # A detach writes both in one transaction, whose events come one by one:
+                        # read after the state, `online` is never older than it.
+                        seen = [state, f"{self.backend}/online"]
                 if seen:
                     await self._look(*seen)
-                fired = frozenset()
+                    seen = []
             except XenstoreLost:
                 return  # whoever asks the store for anything is told
             except XenstoreError as error:
@@ -189,10 +190,13 @@ class XenbusDevice:
 
     async def _look(self, *paths: str) -> View:
         """Reads these keys; what is known of the others holds."""
-        self._looks += 1
-        look = self._looks
+        look = self._begin_look()
         values = await asyncio.gather(*map(self._value, paths))
         return await self._seen(look, dict(zip(paths, values, strict=True)))
+
+    def _begin_look(self) -> int:
+        self._looks += 1
+        return self._looks
 
     async def _value(self, path: str) -> str | None:
         """None for a key that is not there: of what is missing in a directory that is not ours to
@@ -275,7 +279,8 @@ class XenbusDevice:
                     raise DeviceGone(f"{self.name}: {path} vanished")
                 if again or now != str(int(state)):
                     await t.write(path, str(int(state)))
-        await self._wrote(state)
+                look = self._begin_look()
+        await self._wrote(state, look)
 
     async def publish(self, keys: dict[str, str], state: XenbusState) -> None:
         """Writes the frontend's keys and its state in one transaction."""
@@ -286,12 +291,16 @@ class XenbusDevice:
                 for key, value in keys.items():
                     await t.write(f"{self.path}/{key}", value)
                 await t.write(f"{self.path}/state", str(int(state)))
-        await self._wrote(state)
+                look = self._begin_look()
+        await self._wrote(state, look)
 
-    async def _wrote(self, state: XenbusState) -> None:
-        """Our own state is known; looks that began before may have found the one before."""
-        self._looks += 1
-        await self._seen(self._looks, {f"{self.path}/state": str(int(state))})
+    async def _wrote(self, state: XenbusState, look: int) -> None:
+        """Our own state is known.
+
+        `look` began with the commit: looks before it may have found the state before, and those
+        after it what another has written since.
+        """
+        await self._seen(look, {f"{self.path}/state": str(int(state))})
 
     async def remove_keys(self, keys: Callable[[str], bool]) -> list[str]:
         """Removes the frontend keys that `keys` accepts; returns their names."""
@@ -366,8 +375,9 @@ class Bus:
                 fired = await following.news()
 
 
-def _holds(above: str, path: str) -> bool:
-    return path == above or path.startswith(f"{above}/")
+def _holds(fired: Collection[str], path: str) -> bool:
+    """Whether `path`, or what it is in, is among what has fired."""
+    return any(path == above or path.startswith(f"{above}/") for above in fired)
 
 
 @contextlib.asynccontextmanager

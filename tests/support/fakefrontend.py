@@ -14,7 +14,10 @@ from pvfront.xenbus import XenbusDevice
 
 
 class FakeFrontend:
-    """Does what it is asked, with success; `calls`: what it was asked that changes something."""
+    """Does what it is asked, with success; `calls`: what it was asked that changes something.
+
+    An event that comes late is one more `update` at any time: `steps` are the calls without those.
+    """
 
     start_limits = Limits()
     publish_state = XenbusState.INITIALISED
@@ -30,6 +33,10 @@ class FakeFrontend:
         self.old_program = False
         self.stays: PvfrontError | None = None
         self.poke: Callable[[], None] = lambda: None
+
+    @property
+    def steps(self) -> list[str]:
+        return [call for call in self.calls if call != "update"]
 
     def on_poke(self, poke: Callable[[], None]) -> None:
         self.poke = poke

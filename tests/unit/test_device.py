@@ -220,7 +220,7 @@ async def test_whatever_states_are_found_the_walk_ends_connected(
     await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
     assert world.states() == ("4", "4")
     assert world.mem.value(f"{FRONT}/ring-ref") == b"1", "a stale key was left"
-    assert world.disk.calls[-2:] == ["attach", "start"]
+    assert world.disk.steps[-2:] == ["attach", "start"]
 
 
 async def test_a_worker_that_dies_between_attach_and_start_begins_a_new_generation(
@@ -322,7 +322,7 @@ async def test_keys_and_initialised_appear_together_and_start_follows_connected(
     world.backend.react = look  # type: ignore[method-assign]
     await world.connected()
     assert found == [True], "the backend saw Initialised without the keys, or never"
-    assert world.disk.calls == ["attach", "start"]
+    assert world.disk.steps == ["attach", "start"]
 
 
 async def test_a_backend_with_pending_io_is_asked_again(world: World) -> None:
@@ -577,17 +577,63 @@ async def test_nonsense_that_names_the_backend_after_a_resume_is_said_until_it_i
     await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
 
 
-async def test_a_suspend_that_nobody_announced_never_unbinds_the_old_port(world: World) -> None:
+@pytest.mark.parametrize("first", ["frontend", "backend"])
+async def test_a_suspend_that_nobody_announced_never_unbinds_the_old_port(
+    world: World, first: str
+) -> None:
+    """Whichever event comes first: the toolstack makes both nodes in one transaction."""
     world.nodes()
     loop = await world.connected()
     world.disk.calls.clear()
-    world.mem.set(f"{BACK}/state", b"2", "n0,r5")
-    world.mem.set(f"{FRONT}/state", b"1", "n5,r0")
-    world.mem.fire(f"{FRONT}/state".encode())
+    if first == "backend":
+        world.mem.set(f"{FRONT}/state", b"1", "n5,r0", fired=False)
+        world.mem.set(f"{BACK}/state", b"2", "n0,r5")
+    else:
+        world.mem.set(f"{BACK}/state", b"2", "n0,r5", fired=False)
+        world.mem.set(f"{FRONT}/state", b"1", "n5,r0")
     await world.eventually("generation 2", lambda: world.disk.generation == 2)
     await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
-    assert world.disk.calls[0] == "poisoned"
-    assert not any(call.startswith("detach") for call in world.disk.calls[:2])
+    assert world.disk.steps[0] == "poisoned"
+    assert not any(call.startswith("detach") for call in world.disk.steps[:2])
+
+
+@pytest.mark.parametrize("where", [BACK, "/local/domain/0/backend/vbd/9/51728"])
+async def test_a_suspend_in_the_midst_of_a_walk_never_unbinds_the_old_port(
+    world: World, where: str
+) -> None:
+    """The ring is published, the backend is not Connected yet; then it is another backend."""
+    world.nodes()
+    world.backend.answers = False
+    loop = await world.start()
+    await world.eventually("Initialised", lambda: world.states() == ("3", "2"))
+    world.disk.calls.clear()
+    for key, value in {f"{where}/state": b"2", f"{where}/online": b"1"}.items():
+        world.mem.set(key, value, "n0,r5", fired=False)
+    world.mem.set(f"{FRONT}/state", b"1", "n5,r0", fired=where == BACK)
+    world.mem.set(f"{FRONT}/backend", where.encode(), "n5,r0", fired=where != BACK)
+    await world.eventually("a new ring", lambda: "attach" in world.disk.calls)
+    assert loop.device.backend == where
+    assert world.disk.calls == ["poisoned", "attach"]
+
+
+@pytest.mark.parametrize("where", [BACK, "/local/domain/0/backend/vbd/9/51728"])
+async def test_a_suspend_while_a_detach_is_refused_takes_the_disk_from_nobody(
+    world: World, where: str
+) -> None:
+    world.nodes()
+    loop = await world.connected()
+    world.disk.in_use = "mounted at /mnt"
+    world.mem.set(f"{BACK}/online", b"0", "n0,r5")
+    await world.backend.write("5")
+    await loop.until_phase(Phase.DETACH_REFUSED, timeout=PATIENCE)
+    world.disk.calls.clear()
+    world.backend.answers = False
+    for key, value in {f"{where}/state": b"2", f"{where}/online": b"1"}.items():
+        world.mem.set(key, value, "n0,r5")
+    world.mem.set(f"{FRONT}/backend", where.encode(), "n5,r0")
+    world.mem.set(f"{FRONT}/state", b"1", "n5,r0")
+    await world.eventually("a new ring", lambda: "attach" in world.disk.calls)
+    assert world.disk.calls == ["poisoned", "attach"]
 
 
 async def test_an_adopted_device_is_connected_without_a_walk(world: World) -> None:

@@ -283,7 +283,7 @@ async def test_a_device_in_use_is_left_to_its_worker(
     await world.connected(B, C)
     world.klass.disks[f"vbd-{B}"].in_use = "mounted at /srv"
     assert await world.stopped() == 0
-    assert world.klass.disks[f"vbd-{B}"].calls == ["attach", "start"]
+    assert world.klass.disks[f"vbd-{B}"].steps == ["attach", "start"]
     assert world.mem.value(f"{front(B)}/state") == b"4"
     assert world.klass.count("give back", B) == 0
     assert world.klass.count("give back", C) == 1
@@ -304,7 +304,7 @@ async def test_a_device_in_use_at_power_off_fails_in_time_once_its_worker_is_end
     await world.connected(B, C)
     world.klass.disks[f"vbd-{B}"].in_use = "a member of dm-0"
     assert await world.stopped() == 0
-    assert world.klass.disks[f"vbd-{B}"].calls == ["attach", "start", "fail after 10"]
+    assert world.klass.disks[f"vbd-{B}"].steps == ["attach", "start", "fail after 10"]
     assert "fail after 10" not in world.klass.disks[f"vbd-{C}"].calls
     assert "requests fail 10 s later" in caplog.text
 

@@ -7,10 +7,13 @@ A liar is a socket of this test.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
+import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import pytest
 from waiting import PATIENCE, eventually
 from workerevents import NAME, Events
 
-from pvfront import worker as module
+from pvfront import workerlink as module
 from pvfront.abi import ffi, lib
 from pvfront.worker import Worker, WorkerGone
 from pvfront.workermessage import Broken, Exited, FeatureOff, Stalled, TargetGone
@@ -133,6 +136,63 @@ async def test_the_end_of_the_connection_is_named(liar: Liar) -> None:
         await worker.detach(0, keep_target=True)
 
 
+async def test_the_last_words_of_a_worker_come_before_its_end(liar: Liar) -> None:
+    """Its process and its socket are two descriptors: here that of the process is served first."""
+    worker = await liar.greet(hello())
+    assert worker is not None
+    assert liar.events is not None
+    detaching = asyncio.create_task(worker.detach(0, keep_target=True))
+    await liar.asked()
+    liar.say(packet("pvf_ctl_broken", lib.PVF_CTL_BROKEN, rule=7))
+    liar.say(packet("pvf_ctl_simple", lib.PVF_CTL_DETACHED))
+    worker._exited()
+    await detaching
+    assert [type(event) for event in liar.events] == [Broken, Exited]
+
+
+WHO_HANGS_UP = """
+import socket, sys, time
+path, hello, log = sys.argv[1], *map(bytes.fromhex, sys.argv[2:])
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listener.bind(path)
+listener.listen()
+print("listening", flush=True)
+sock, _ = listener.accept()
+sock.send(hello)
+sock.send(log)
+sock.close()
+time.sleep(3600)
+"""
+
+
+async def test_an_adopted_worker_has_ended_when_its_process_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection ends first; ports and pages are free only afterwards."""
+    monkeypatch.setattr(module, "_LAST_BREATH", 3600.0)
+    log = packet("pvf_ctl_log", lib.PVF_CTL_LOG, level=4, text=b"my last word")
+    arguments = str(tmp_path / f"{NAME}.sock"), hello().hex(), log.hex()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WHO_HANGS_UP, *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        await asyncio.wait_for(process.stdout.readline(), PATIENCE)
+        worker = await Worker.adopt(NAME, tmp_path)
+        assert worker is not None
+        events = Events(worker)
+        await eventually("its last word", lambda: "my last word" in caplog.text)
+        await asyncio.sleep(0)  # a turn for the end of the connection
+        os.kill(process.pid, signal.SIGKILL)
+        gone = await events.one(Exited)
+        assert gone.text == f"the worker (pid {process.pid}) has ended"
+        worker.close()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
 @pytest.mark.parametrize(
     "first", [None, b"", b"short", bytes(512), hello(state=99)],
     ids=["closes", "empty", "short", "zeros", "no-known-state"],
@@ -147,7 +207,7 @@ async def test_what_does_not_greet_is_not_adopted(
 async def test_what_does_not_speak_at_all_is_given_up(
     liar: Liar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module._peer_pid, "__defaults__", (0.2,))
+    monkeypatch.setattr(module.peer_pid, "__defaults__", (0.2,))
     assert await Worker.adopt(NAME, tmp_path) is None
 
 

@@ -16,7 +16,7 @@ from waiting import PATIENCE, eventually
 
 from pvfront.states import XenbusState
 from pvfront.xenbus import XenbusDevice
-from pvfront.xenstore import Xenstore, XenstoreError
+from pvfront.xenstore import Transaction, Xenstore, XenstoreError
 
 B = 51728
 GUEST = "/local/domain/5"
@@ -173,12 +173,35 @@ async def test_a_device_is_closed_in_the_moment_in_which_a_read_fails(
         await device.close()
 
 
+async def test_what_another_has_written_after_our_own_state_is_not_overlooked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event of its write is read, and its value too, before the answer to our commit."""
+    world.plug()
+    device = await XenbusDevice.open(world.store, "vbd", B)
+    await eventually("what the watches' first events say", lambda: device.view.serial == 3)
+    usual = world.store.transaction
+
+    async def transaction() -> AsyncIterator[Transaction]:
+        async for attempt in usual():
+            yield attempt
+        world.mem.set(f"{front(B)}/state", b"5", "n5,r0")
+        await eventually("a look", lambda: device.view.frontend is XenbusState.CLOSING)
+
+    monkeypatch.setattr(world.store, "transaction", transaction)
+    await device.write_state(XenbusState.CONNECTED)
+    assert world.mem.value(f"{front(B)}/state") == b"5"
+    assert device.view.frontend is XenbusState.CLOSING
+    await device.close()
+
+
 async def test_a_read_that_fails_is_tried_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pvfront.xenbus._LOOK_AGAIN", 0.0)
     world.plug()
     device = await XenbusDevice.open(world.store, "vbd", B)
+    await eventually("what the watches' first events say", lambda: device.view.serial == 3)
     usual, failures = world.store.read_opt, 3
 
     async def read_opt(path: str, *, timeout: float | None = None) -> str | None:
