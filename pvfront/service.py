@@ -148,21 +148,44 @@ def prepare_process(level: int, *, relied_on: bool = True) -> None:
 
 async def system_is_stopping() -> bool:
     """Whether the whole machine is on its way down, as far as systemd says so in time."""
-    if not await asyncio.to_thread(_SYSTEMD.is_dir):
+    return (await _systemctl("is-system-running")).strip() == "stopping"
+
+
+async def service_restarts(cgroup: Path = Path("/proc/self/cgroup")) -> bool:
+    """Whether systemd stops our unit only to start it again, as far as it says so in time."""
+    try:
+        text = await asyncio.to_thread(cgroup.read_text)
+        unit = text.strip().rpartition("/")[2]
+    except OSError:
         return False
+    if not unit.endswith(".service"):
+        return False
+    return restarted(unit, await _systemctl("list-jobs", "--plain", "--no-legend"))
+
+
+def restarted(unit: str, jobs: str) -> bool:
+    """Whether the list of jobs (number, unit, type, state) has a restart of the unit."""
+    lines = [line.split() for line in jobs.splitlines()]
+    return any(line[1:3] == [unit, "restart"] for line in lines)
+
+
+async def _systemctl(*words: str) -> str:
+    """What systemctl says; "" if there is no systemd, or no answer in time."""
+    if not await asyncio.to_thread(_SYSTEMD.is_dir):
+        return ""
     try:
         process = await asyncio.create_subprocess_exec(
             "systemctl",
-            "is-system-running",
+            *words,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
         )
     except OSError:
-        return False
+        return ""
     try:
         out, _ = await asyncio.wait_for(process.communicate(), _SYSTEMCTL_DEADLINE)
     except TimeoutError:
         process.kill()
-        return False
-    return out.strip() == b"stopping"
+        return ""
+    return out.decode(errors="replace")

@@ -34,7 +34,7 @@ from .device import DeviceLoop, Goal, Phase
 from .errors import PvfrontError
 from .frontend import Frontend
 from .questions import answering
-from .service import system_is_stopping
+from .service import service_restarts, system_is_stopping
 from .sharedwatch import Following
 from .statefile import save_state, state_of, write_json
 from .states import XenbusState
@@ -42,7 +42,7 @@ from .suspend_group import Participants, SuspendParticipant
 from .suspend_shared import SharedSuspend
 from .threads import in_daemon_thread
 from .trace import SERVICE, Kind, Trace
-from .xenbus import Bus, XenbusDevice
+from .xenbus import Bus, HandshakeTimeout, XenbusDevice
 from .xenstore import Xenstore
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,9 @@ class DeviceClass(Protocol):
     """What a supervisor needs to know of its class of devices."""
 
     klass: str
+    kept_over_restart: bool
+    """Whether a service that is restarted, or stops with the machine, leaves its devices to their
+    workers, used or not: users of one that goes and comes back would notice."""
 
     def label(self, devid: int) -> str:
         """The name users give it: 'xvdb' for 51728."""
@@ -82,6 +85,12 @@ class DeviceClass(Protocol):
 
     async def take(self, device: XenbusDevice, *, force: bool) -> None:
         """Takes the device from the kernel; raises PvfrontError with the reason if it cannot."""
+        ...
+
+    def patience(self, name: str) -> float | None:
+        """Seconds until a device that was just taken is connected, or else is given back; None: as
+        long as it takes.
+        """
         ...
 
     def frontend(self, device: XenbusDevice) -> Frontend: ...
@@ -195,6 +204,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._failure: PvfrontError | None = None
         self._power_off = False  # the machine stops, not only we
+        self._kept = ""  # until when devices are left to their workers, used or not
         self._suspend = suspend(self._participants) if suspend is not None else None
         self._said = ""
         self._seen_ids: set[int] = set()
@@ -316,6 +326,10 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*background, *self._later, return_exceptions=True)
         self._power_off = await system_is_stopping()
+        if self.klass.kept_over_restart:
+            self._kept = "with the machine" if self._power_off else ""
+            if await service_restarts():
+                self._kept = "until the service is back"
         # What the toolstack took away long ago is at its end, and nobody's news any more.
         there = [d for d, s in self.served.items() if not (s.task.done() and _is_gone(s.loop))]
         await asyncio.gather(*(self._finish(devid) for devid in there))
@@ -329,6 +343,12 @@ class Supervisor:
         served = self.served[devid]
         loop = served.loop
         name = self.klass.label(devid)
+        if self._kept and loop.goal is not Goal.CLOSED:
+            served.task.cancel()
+            await asyncio.gather(served.task, return_exceptions=True)
+            text = f"{name}: its worker goes on serving it {self._kept}"
+            log.info("%s", text)
+            return text
         why = await asyncio.to_thread(loop.frontend.busy)
         if why is not None and not even_if_busy:
             served.task.cancel()
@@ -466,6 +486,26 @@ class Supervisor:
         )
         task = asyncio.create_task(self._serve(devid, loop, trace), name=f"serve {name}")
         self.served[devid] = Served(loop, task)
+        if (patience := self.klass.patience(device.name)) is not None:
+            self._spawn(self._connected_or_back(devid, loop, patience), f"first {name}")
+
+    async def _connected_or_back(self, devid: int, loop: DeviceLoop, patience: float) -> None:
+        """Gives a device back that does not become what the kernel had made of it."""
+        while True:
+            try:
+                await loop.until_phase(Phase.CONNECTED, Phase.CLOSED, timeout=patience)
+                return
+            except HandshakeTimeout:
+                if loop.goal is not Goal.PARKED:
+                    break
+        why = f"not connected within {patience:g} s"
+        if loop.reason:
+            why += f": {loop.reason}"
+        log.warning("%s: %s: the kernel gets it back", self.klass.label(devid), why)
+        await self._finish(devid)
+        self.served.pop(devid, None)
+        self.refused[devid] = why
+        self._show_refused()
 
     async def _take(self, device: XenbusDevice, *, patient: bool) -> None:
         for pause in TAKE_AGAIN_AFTER if patient else ():

@@ -61,7 +61,8 @@ class View:
     `present`: the frontend node is there, and so is the backend that it names. `moved`: it names
     another backend than the one that was opened, as after a restore under a new domain id.
     `serial` grows with each look, `told` with each write of the backend's state, so that one that
-    writes the same state again is seen (blkback: state 4 again is a resize).
+    writes the same state again is seen (blkback: state 4 again is a resize), and of what a class
+    of devices wants to be told of (`XenbusDevice.tells`).
     """
 
     frontend: XenbusState
@@ -100,6 +101,7 @@ class XenbusDevice:
         self.backend_id = backend_id
         self.view = View(XenbusState.UNKNOWN, XenbusState.UNKNOWN, False, False)
         self.on_view: Callable[[View, View], None] = lambda before, now: None
+        self.tells: Collection[str] = ()  # keys of either end whose writes count as `View.told`
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._stack = contextlib.AsyncExitStack()
@@ -169,6 +171,11 @@ class XenbusDevice:
                         # A detach writes both in one transaction, whose events come one by one:
                         # read after the state, `online` is never older than it.
                         seen = [state, f"{self.backend}/online"]
+                    if any(path.removeprefix(f"{end}/") in self.tells for path in fired):
+                        self._told += 1
+                        if not seen:
+                            self._looks += 1
+                            await self._seen(self._looks, {})
                 if seen:
                     await self._look(*seen)
                     seen = []

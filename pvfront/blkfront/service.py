@@ -37,6 +37,7 @@ class Disks:
     """`supervisor.DeviceClass` for vbds."""
 
     klass = "vbd"
+    kept_over_restart = False  # what is in use is kept in any case
 
     def __init__(
         self,
@@ -74,6 +75,9 @@ class Disks:
         await in_daemon_thread(
             f"take {device.name}", lambda: self.claims.take(device.name, force=force)
         )
+
+    def patience(self, name: str) -> float | None:
+        return None  # the kernel cannot have it again
 
     def frontend(self, device: XenbusDevice) -> DiskFrontend:
         label = self.label(device.devid)

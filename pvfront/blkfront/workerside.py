@@ -17,6 +17,7 @@ from ..errors import PvfrontError
 from ..platform import Platform
 from ..threads import in_daemon_thread
 from ..trace import Kind, Note, nothing
+from ..upgrade import Upgrade, outdated
 from ..worker import Worker, WorkerGone
 from ..workermessage import (
     Broken,
@@ -30,7 +31,6 @@ from ..workermessage import (
 )
 from .settings import DiskSettings
 from .target import Target
-from .upgrade import Upgrade, outdated
 
 log = logging.getLogger(__name__)
 

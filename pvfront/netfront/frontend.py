@@ -5,14 +5,14 @@ Theory of operation
     `NetFrontend` is what `DeviceLoop` drives. A generation begins with `attach`: for each queue
     an event channel, two pages of rings, TX pages that the backend may only read and RX pages
     that it may write, all of which pass to the worker. `start` sets up the TAP for what the
-    backend can, gives the worker its queues and switches the carrier on.
+    backend can and gives the worker its queues.
 
-    The TAP stays when a generation ends, without carrier: whoever uses the interface sees a cable
-    that is pulled. What was in the rings is lost, as packets may be.
+    The TAP (`link.py`) stays when a generation ends, without carrier: whoever uses the interface
+    sees a cable that is pulled. What was in the rings is lost, as packets may be. Carrier and speed
+    follow the keys of both ends also while it is connected (`update`).
 
-    After each connect the neighbours are told where the address is now, by whoever has addresses
-    on the interface: the kernel does so when a carrier comes, where arp_notify and ndisc_notify
-    are set.
+    `update` also has the worker replaced by another one, between two steps of the loop
+    (docs/upgrade.md): no generation begins, the TAP's queues pass on.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from ..parking import CannotPark, park
 from ..platform import Platform
 from ..startlimit import Limits
 from ..states import XenbusState
+from ..threads import in_daemon_thread
 from ..trace import Kind, Note, nothing
+from ..upgrade import Upgrade, outdated
 from ..worker import Worker, WorkerError, WorkerGone
 from ..workermessage import Broken, Event, Exited, Stalled, State
 from ..xenbus import XenbusDevice
 from . import features
 from .features import Offer, QueueKeys
-from .tap import Tap, TapError, announce, delete
+from .link import STATE_KEYS, Link, LinkState, link_state
+from .tap import Tap, TapError
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +66,38 @@ class NetFrontend:
         """`ifname`: the TAP's name; `max_queues`: 0, one for each processor."""
         self.name = name
         self.devid = devid
-        self.ifname = ifname
+        self.link = Link(name, ifname, platform.run_dir)
         self.platform = platform
         self.run_dir = platform.run_dir
         self.max_queues = min(max_queues or os.cpu_count() or 1, features.MAX_QUEUES)
         self.offer: Offer | None = None
         self.mac = b""
-        self.mtu = 0
+        self.mtu = 0  # as the toolstack says
         self.queues = 0
-        self.carrier = False
+        self.connected = False  # the worker has the TAP's queues
         self.stalled = 0
         self._worker: Worker | None = None
         self._generation = 0
         self._attached = False
         self._broken = False
         self._trouble: str | None = None
+        self._news = False  # the kernel says something of the interface: status is to show it
+        self._state = LinkState(True)
+        self._upgrade = Upgrade(name, self.run_dir)
+        self._look: asyncio.Task[None] | None = None
         self._poke: Callable[[], None] = lambda: None
         self._note: Note = nothing
         self._stolen = stolen
+
+    @property
+    def ifname(self) -> str:
+        return self.link.name
+
+    def link_changed(self, index: int, name: str, mtu: int) -> None:
+        """The kernel says what an interface is like now. It may be any."""
+        if index == self.link.index and self.link.changed(name, mtu):
+            self._news = True
+            self._poke()
 
     # -- what the loop asks ------------------------------------------------------------------
 
@@ -90,7 +107,7 @@ class NetFrontend:
 
     @property
     def pending(self) -> bool:
-        return False
+        return self._news or self._upgrade.ready
 
     @property
     def publish_state(self) -> XenbusState:
@@ -136,8 +153,13 @@ class NetFrontend:
         return {
             "label": self.ifname,
             "target": "tap",
-            "os_device": self.ifname if self.queues else "",
+            "os_device": self.ifname if self.link.index else "",
             "worker_pid": worker.pid if worker is not None else None,
+            "worker_build": self._build,
+            "upgrades": self._upgrade.count,
+            "upgrade_pause_ms": (
+                None if self._upgrade.pause is None else round(self._upgrade.pause * 1e3, 3)
+            ),
             "stalled_seconds": self.stalled,
             "statistics_file": (
                 f"/proc/{os.getpid()}/fd/{worker.stats_fd}"
@@ -145,9 +167,11 @@ class NetFrontend:
                 else None
             ),
             "mac": self.mac.hex(":"),
-            "mtu": self.mtu,
+            "mtu": self.link.mtu or self.mtu,
             "queues": self.queues,
-            "carrier": self.carrier,
+            "carrier": self.connected and self.link.state.up,
+            "no_carrier_because": self.link.state.why,
+            "speed_mbits": self.link.state.speed,
             "offer": None
             if offer is None
             else {name: getattr(offer, name) for name in offer.__dataclass_fields__},
@@ -177,9 +201,16 @@ class NetFrontend:
                 else:
                     await self.detach(keep_target=False)
             return False
-        await self._read(device)
+        offer = await self._read(device)
+        if not await asyncio.to_thread(self.link.found):
+            log.warning("%s: its TAP has gone; connected anew", self.name)
+            await self.detach(keep_target=False)
+            return False
         self.queues = hello.attached
-        self.carrier = True
+        self.connected = True
+        self.link.most = features.MTU_LARGEST if offer.sg else features.MTU_ONE_PAGE
+        await self._show_state()
+        self._look = asyncio.create_task(self._upgrade_if_outdated(), name=f"{self.name} build")
         log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
         return True
 
@@ -189,12 +220,13 @@ class NetFrontend:
         offer, problems = features.parse_offer(backend)
         ours = {
             key: value
-            for key in ("mac", "mtu", "trusted", "disconnect")
+            for key in ("mac", "mtu", "trusted", *STATE_KEYS)
             if (value := await device.store.read_opt(f"{device.path}/{key}")) is not None
         }
         self.mac = features.parse_mac(ours.get("mac", backend.get("mac")))
         self.mtu, more = features.parse_mtu(ours, sg=offer.sg)
-        for problem in (*problems, *more):
+        self._state, still_more = link_state(backend, ours)
+        for problem in (*problems, *more, *still_more):
             log.warning("%s: %s", self.name, problem)
         self.offer = offer
         return offer
@@ -261,14 +293,15 @@ class NetFrontend:
         finally:
             for fd in fds:
                 os.close(fd)
-        self.carrier = True
-        await asyncio.to_thread(self._announce)
+        self.connected = True
+        await self._show_state()
+        self.link.announce()
 
     def _set_up(self, offer: Offer) -> Tap:
         """The TAP with its queues. It has a carrier as soon as somebody has one of them."""
-        tap = Tap.open(self.ifname, self.queues)
+        most = features.MTU_LARGEST if offer.sg else features.MTU_ONE_PAGE
+        tap = self.link.open(self.queues, mac=self.mac, mtu=self.mtu, most=most)
         try:
-            tap.configure(mac=self.mac, mtu=self.mtu)
             # What the backend cannot finish of a checksum is finished by the worker.
             tap.set_offloads(csum=True, tso4=offer.gso_tcpv4, tso6=offer.gso_tcpv6)
         except BaseException:
@@ -276,20 +309,62 @@ class NetFrontend:
             raise
         return tap
 
-    def _announce(self) -> None:
+    async def _show_state(self) -> None:
         try:
-            announce(self.ifname)
+            await asyncio.to_thread(self.link.set_state, self._state)
         except TapError as error:
-            log.warning("%s: its neighbours are not told: %s", self.name, error)
+            log.warning("%s: %s", self.name, error)
 
     async def update(self, device: XenbusDevice) -> None:
-        return
+        self._news = False
+        before = self._state
+        with contextlib.suppress(PermissionError, FileNotFoundError):  # the nodes are going
+            backend = await device.backend_keys(STATE_KEYS[:1])
+            ours = {
+                key: value
+                for key in STATE_KEYS[1:]
+                if (value := await device.store.read_opt(f"{device.path}/{key}")) is not None
+            }
+            self._state, problems = link_state(backend, ours)
+            for problem in problems:
+                log.warning("%s: %s", self.name, problem)
+        if self._state != before:
+            await self._show_state()
+        if self._upgrade.ready:
+            text = await self._upgrade.perform(self._need_worker(), self._use, self._on_event)
+            if text is not None:
+                self._note(Kind.WORKER, text, pid=self._need_worker().pid)
+
+    # -- another worker ------------------------------------------------------------------------
+
+    @property
+    def _build(self) -> str:
+        hello = self._worker.hello if self._worker is not None else None
+        return hello.build if hello is not None else ""
 
     def outdated(self) -> bool:
-        return False
+        return outdated(self._build)
+
+    async def _upgrade_if_outdated(self) -> None:
+        if await in_daemon_thread(f"{self.name} build", self.outdated):
+            with contextlib.suppress(WorkerGone):
+                self._ask_upgrade()
 
     async def upgrade(self) -> str:
-        raise PvfrontError(f"{self.ifname}: a network's worker cannot be handed over")
+        if self._worker is None:
+            raise PvfrontError(f"{self.ifname}: there is no worker")
+        if not self._build:
+            raise PvfrontError(f"{self.ifname}: its worker is none of ours")
+        return await asyncio.shield(self._ask_upgrade())
+
+    def _ask_upgrade(self) -> asyncio.Future[str]:
+        old = self._need_worker()
+        queues = max(old.hello.queues if old.hello is not None else 1, self.max_queues)
+        return self._upgrade.ask(
+            lambda: self._new_worker(queues, following=True), lambda: self._poke()
+        )
+
+    # -- the end of a generation ---------------------------------------------------------------
 
     async def quiesce(self, timeout: float) -> bool:
         worker = self._worker
@@ -319,19 +394,23 @@ class NetFrontend:
         if self._attached:
             self._note(Kind.DETACHED, "event channels and granted pages are let go of")
         self._attached = False
-        self.carrier = False
+        self.connected = False
+        self.link.silence()
 
     async def fail_after(self, seconds: float) -> None:
         return  # packets wait for nobody
 
     async def close(self, *, drain: float = 10.0) -> None:
-        """The interface goes, and its name is free again."""
+        """The interface goes, and its name is free again; what was configured on it is noted."""
         try:
-            await asyncio.to_thread(delete, self.ifname)
-        except TapError as error:
+            await asyncio.to_thread(self.link.close)
+        except PvfrontError as error:
             log.warning("%s: %s", self.name, error)
 
     async def end(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+        self._upgrade.drop("it is served no more")
         if self._worker is not None:
             self._worker.on_event = lambda event: None
             await self._worker.exit()
@@ -341,7 +420,8 @@ class NetFrontend:
 
     async def poisoned(self) -> None:
         worker = self._worker
-        self.carrier = False
+        self.connected = False
+        self.link.silence()
         self._trouble = "the domain was suspended while connected"
         if worker is None:
             return
@@ -365,21 +445,23 @@ class NetFrontend:
     async def _living_worker(self) -> Worker:
         if self._worker is None or not self._worker.alive:
             try:
-                self._use(
-                    await Worker.spawn(
-                        self.name,
-                        self.run_dir,
-                        queues=self.max_queues,
-                        change_user=self.platform.name == "xen",
-                        net=True,
-                    )
-                )
+                self._use(await self._new_worker(self.max_queues))
             except WorkerGone as error:
                 self._note(Kind.DIED, str(error).removeprefix(f"{self.name}: "))
                 raise
             pid = self._need_worker().pid
             self._note(Kind.WORKER, f"started: pid {pid}", pid=pid)
         return self._need_worker()
+
+    async def _new_worker(self, queues: int, *, following: bool = False) -> Worker:
+        return await Worker.spawn(
+            self.name,
+            self.run_dir,
+            queues=queues,
+            following=following,
+            change_user=self.platform.name == "xen",
+            net=True,
+        )
 
     def _need_worker(self) -> Worker:
         if self._worker is None:
@@ -412,6 +494,13 @@ class NetFrontend:
                 self._forget()
             case Stalled():
                 self.stalled = event.seconds
+                if event.seconds:
+                    what = f"no answer for {event.seconds} s, {event.in_flight} packets wait"
+                    log.warning("%s: the backend: %s", self.name, what)
+                else:
+                    what = "the backend answers again"
+                    log.info("%s: %s", self.name, what)
+                self._note(Kind.STALL, what, seconds=event.seconds, in_flight=event.in_flight)
         self._poke()
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,54 +19,89 @@ from ..supervisor import Supervisor
 from ..suspend_shared import SharedSuspend
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
+from . import link, tap
 from .frontend import NetFrontend
+from .linkconfig import built_on, default_routes
 from .settings import NetSettings
-from .tap import TUN
 
 log = logging.getLogger(__name__)
+
+CONNECTED_WITHIN = 20.0
+"""Seconds that a vif which the kernel served gets until it is connected here."""
+BACK_WITHIN = 10.0  # the kernel's interface, once it has the vif again
+_NEVER = 1e9
 
 
 class Networks:
     """`supervisor.DeviceClass` for vifs."""
 
     klass = "vif"
+    kept_over_restart = True
 
     def __init__(self, on: Platform, settings: NetSettings | None = None) -> None:
         self.platform = on
         self.settings = settings or NetSettings()
         self.claims = on.claims()
+        self._frontends: dict[str, NetFrontend] = {}
+        self._later: set[asyncio.Task[None]] = set()
 
     def label(self, devid: int) -> str:
         return f"vif{devid}"
 
-    def ifname(self, name: str) -> str:
-        """What the kernel called it, or would have: existing configuration names it so."""
+    def _ifname(self, name: str) -> str:
+        """What the system called it, or would have: existing configuration names it so."""
+        ours = tap.find(name)
+        if ours is not None:
+            return ours[1]
         claim = self.claims.taken(name)
         if claim is not None and claim.os_device:
             return claim.os_device
-        return f"enX{name.rpartition('-')[2]}"
+        devid = int(name.rpartition("-")[2])
+        if self.platform.name != "xen":
+            return f"enX{devid}"
+        others = {one.ifname for other, one in self._frontends.items() if other != name}
+        return link.default_name(devid, self.platform.roots, taken=others)
 
     async def take(self, device: XenbusDevice, *, force: bool) -> None:
-        def take() -> None:
-            ifname = self.claims.os_device(device.name)
-            if ifname and not force and ifname in default_routes():
-                raise PvfrontError(
-                    f"it is {ifname}, the interface of the default route",
-                    hint="--force takes it all the same: its connections end meanwhile",
-                )
-            self.claims.take(device.name, force=force)
+        await in_daemon_thread(f"take {device.name}", lambda: self._take(device.name, force=force))
 
-        await in_daemon_thread(f"take {device.name}", take)
+    def _take(self, name: str, *, force: bool) -> None:
+        ifname = self.claims.os_device(name)
+        if not ifname or self.claims.driver_of(name) is None:
+            self.claims.take(name, force=force)
+            return
+        ifname = link.kernels_name(name, ifname, self.platform.roots)
+        if not force:
+            _refuse_if_relied_on(ifname)
+        note = link.note_path(name, self.platform.run_dir)
+        link.take_over(name, ifname, self.platform.run_dir)
+        try:
+            self.claims.take(name, force=force)
+        except BaseException:
+            note.unlink(missing_ok=True)
+            raise
+
+    def patience(self, name: str) -> float | None:
+        # The note goes when our interface is there.
+        was_used = link.note_path(name, self.platform.run_dir).exists()
+        return CONNECTED_WITHIN if was_used else None
 
     def frontend(self, device: XenbusDevice) -> NetFrontend:
-        return NetFrontend(
+        device.tells = link.STATE_KEYS
+        made = self._frontends[device.name] = NetFrontend(
             device.name,
             device.devid,
-            self.ifname(device.name),
+            self._ifname(device.name),
             self.platform,
             max_queues=self.settings.max_queues,
             stolen=lambda: self._stolen(device.name),
         )
+        return made
+
+    def link_changed(self, index: int, name: str, mtu: int) -> None:
+        """The kernel says what an interface is like now. It may be any."""
+        for frontend in self._frontends.values():
+            frontend.link_changed(index, name, mtu)
 
     def _stolen(self, name: str) -> bool:
         if not self.claims.stolen_back(name):
@@ -78,12 +115,43 @@ class Networks:
             self.forget(device.name)
             return f"{self.label(device.devid)}: closed; the toolstack is detaching it"
         await device.write_state(XenbusState.INITIALISING)
-        return await in_daemon_thread(
-            f"give {device.name}", lambda: self.claims.give_back(device.name)
-        )
+        name = device.name
+        text = await in_daemon_thread(f"give {name}", lambda: self.claims.give_back(name))
+        if self.claims.driver_of(name) is None:
+            return text  # nobody has it whom an interface would be of
+        ifname = await self._handed_back(name, BACK_WITHIN)
+        if ifname:
+            return f"{name}: given back to the kernel as {ifname}"
+        task = asyncio.create_task(self._hand_back_later(name), name=f"hand back {name}")
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
+        return f"{text}; the kernel has not connected it yet"
+
+    async def _handed_back(self, name: str, within: float) -> str:
+        """The kernel's interface, configured as ours was; "" if there is none in time.
+
+        The kernel makes it when its frontend is connected.
+        """
+        end = time.monotonic() + within
+        while not (ifname := self.claims.os_device(name)):
+            if time.monotonic() >= end or self.claims.driver_of(name) is None:
+                return ""
+            await asyncio.sleep(0.1)
+
+        def hand_back() -> str:
+            settled = link.kernels_name(name, ifname, self.platform.roots)
+            return link.hand_back(name, settled, self.platform.run_dir)
+
+        return await in_daemon_thread(f"hand back {name}", hand_back)
+
+    async def _hand_back_later(self, name: str) -> None:
+        if ifname := await self._handed_back(name, _NEVER):
+            log.info("%s: the kernel has connected it, as %s", name, ifname)
 
     def forget(self, name: str) -> None:
         self.claims.forget(name)
+        self._frontends.pop(name, None)
+        link.note_path(name, self.platform.run_dir).unlink(missing_ok=True)
 
     def repair(self) -> None:
         self.claims.repair(self.klass)
@@ -102,23 +170,28 @@ class Networks:
             log.info("%s: passed on to the kernel", name)
 
 
-def default_routes() -> set[str]:
-    """The interfaces that a default route goes through."""
-    from pyroute2 import IPRoute
+def _refuse_if_relied_on(ifname: str) -> None:
+    if ifname in default_routes():
+        raise PvfrontError(
+            f"it is {ifname}, the interface of the default route",
+            hint="--force takes it all the same: its connections pause meanwhile",
+        )
+    if above := built_on(ifname):
+        raise PvfrontError(
+            f"it is {ifname}, which {', '.join(above)} is built on, and would go with it",
+            hint="--force takes it all the same; they are not made again",
+        )
 
-    with IPRoute() as ipr:
-        names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in ipr.get_links()}
-        return {
-            names[index]
-            for route in ipr.get_default_routes()
-            if (index := route.get_attr("RTA_OIF")) in names
-        }
 
-
-def find(name: str, present: Collection[int]) -> int:
-    """The number of a vif given as a number, "vif0" or "enX0". Raises NoSuchDevice."""
+def find(name: str, present: Collection[int], on: Platform) -> int:
+    """The number of a vif given as a number, "vif0", or its interface. Raises NoSuchDevice."""
+    claims = on.claims()
+    for devid in present:
+        ours = tap.find(f"vif-{devid}")
+        if name in (claims.os_device(f"vif-{devid}"), ours[1] if ours is not None else ""):
+            return devid
     number = name
-    for prefix in ("vif-", "vif", "enX"):
+    for prefix in ("vif-", "vif/", "vif", "enX"):
         number = number.removeprefix(prefix)
     if not (number.isascii() and number.isdigit()) or int(number) not in present:
         raise NoSuchDevice(
@@ -129,8 +202,8 @@ def find(name: str, present: Collection[int]) -> int:
 
 
 def _need_tun() -> None:
-    if not Path(TUN).exists() and (problem := load_module("tun")) is not None:
-        raise PvfrontError(f"{TUN} is missing, and its module cannot be loaded: {problem}")
+    if not Path(tap.TUN).exists() and (problem := load_module("tun")) is not None:
+        raise PvfrontError(f"{tap.TUN} is missing, and its module cannot be loaded: {problem}")
 
 
 async def serve(
@@ -153,13 +226,14 @@ async def serve(
     store = await on.store()
     try:
         present = await Bus(store, "vif").ids()
-        named = [find(name, present) for name in names]
+        named = [find(name, present, on) for name in names]
         wanted: Callable[[int], bool] = (
             (lambda devid: True) if everything else (lambda devid: devid in named)
         )
+        networks = Networks(on, NetSettings(**(options or {})))
         supervisor = Supervisor(
             store,
-            Networks(on, NetSettings(**(options or {}))),
+            networks,
             wanted,
             run_dir=on.run_dir,
             named=named,
@@ -169,6 +243,11 @@ async def serve(
             if in_guest
             else None,
         )
-        return await supervisor.run()
+        following = asyncio.create_task(link.follow(networks.link_changed), name="links")
+        try:
+            return await supervisor.run()
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
     finally:
         await store.close()

@@ -13,6 +13,9 @@ Theory of operation
 
     The kernel's side: drivers/net/tun.c, linux/if_tun.h.
 
+Whose a TAP is, its alias tells (IFLA_IFALIAS, ``pvfront:vif-0``): whoever renames it, we find it
+again, and one of another owner is not touched.
+
 Limits: a frame of netif has at most 65,535 bytes with its Ethernet header, so gso_max_size is
 what is left of that. The kernel drops packets when a queue is full rather than stop their
 senders: `TX_QUEUE` is long.
@@ -21,10 +24,13 @@ senders: `TX_QUEUE` is long.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
+import socket
 import struct
+import time
 from collections.abc import Iterator
 from fcntl import ioctl
 from pathlib import Path
@@ -52,6 +58,23 @@ _TUN_F_TSO6 = 0x04
 _TUN_F_TSO_ECN = 0x08
 _FLAGS = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_MULTI_QUEUE
 _IFREQ = struct.Struct("16sH22x")
+# linux/if.h, linux/if_arp.h, linux/sockios.h, linux/ethtool.h, linux/rtnetlink.h
+_IFF_UP, _IFF_RUNNING = 0x1, 0x40
+_SIOCSIFHWADDR = 0x8924
+_SIOCETHTOOL = 0x8946
+_HWADDR = struct.Struct("=16sH6s16x")
+_ARPHRD_ETHER = 1
+_IFREQ_POINTER = struct.Struct("=16sQ16x")
+_ETHTOOL_CMD = struct.Struct("=IIIHBBBBBBIIHBBI2I")  # struct ethtool_cmd
+_ETHTOOL_SSET = 2
+_SPEED_UNKNOWN = 0xFFFFFFFF
+_DUPLEX_FULL, _DUPLEX_UNKNOWN = 1, 0xFF
+_PORT_OTHER = 0xFF
+_RTM_NEWLINK = 16
+_REQUEST = 0x1 | 0x4  # and an ack
+
+ALIAS = "pvfront:"
+_CARRIER_WITHIN = 5.0  # seconds
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 
@@ -63,23 +86,39 @@ class TapError(PvfrontError):
 class Tap:
     """One TAP and its queues. Not async: a few system calls, none of which waits for anybody."""
 
-    def __init__(self, name: str, fds: list[int]) -> None:
+    def __init__(self, name: str, fds: list[int], *, made: bool = False) -> None:
+        """`made`: it was not there before."""
         self.name = name
+        self.made = made
         self._fds = fds
 
     @classmethod
-    def open(cls, name: str, queues: int = 1) -> Self:
-        """Makes the TAP, or takes up the one that is there, with so many queues.
+    def open(cls, name: str, queues: int = 1, *, owner: str = "", mac: bytes | None = None) -> Self:
+        """Makes the TAP, or takes up the one that `owner` has, whatever its name is now.
 
+        `mac`: of one that is made; without it the kernel makes it up.
         Raises TapError: the name is none, or another interface's; somebody else has this TAP;
         there is no /dev/net/tun, or no right to it.
         """
         if not _NAME.fullmatch(name) or name in (".", ".."):
             raise TapError(f"{name!r} cannot be the name of a network interface")
+        ours = find(owner) if owner else None
+        if ours is not None:
+            name = ours[1]
+        elif owner and is_tap(name):
+            raise TapError(
+                f"{name}: there is a TAP of this name, and it is not ours",
+                hint=f"`ip link del {name}` removes it, `ip link set {name} name ...` renames it",
+            )
         fds: list[int] = []
         try:
             for _ in range(queues):
                 fds.append(_queue(name))
+                if mac is not None and ours is None and len(fds) == 1:
+                    # At once: udev makes up an address for interfaces that have a random one.
+                    ioctl(fds[0], _SIOCSIFHWADDR, _HWADDR.pack(name.encode(), _ARPHRD_ETHER, mac))
+            if owner and ours is None:
+                _set_alias(name, f"{ALIAS}{owner}")  # before it can outlive us
             ioctl(fds[0], _TUNSETPERSIST, 1)
         except OSError as error:
             _close(fds)
@@ -87,7 +126,7 @@ class Tap:
         except BaseException:
             _close(fds)
             raise
-        return cls(name, fds)
+        return cls(name, fds, made=ours is None)
 
     @property
     def queues(self) -> int:
@@ -112,43 +151,112 @@ class Tap:
         except OSError as error:
             raise TapError(f"{self.name}: its offloads cannot be set: {error.strerror}") from error
 
-    def configure(self, *, mac: bytes, mtu: int) -> None:
-        """Address, MTU, lengths. What is so already is left alone. Raises TapError."""
+    def configure(self, *, mtu: int | None, most: int) -> None:
+        """Lengths; `mtu`: None leaves it, as far as it is no more than `most`. Raises TapError."""
         with _netlink(self.name) as (ipr, index, link):
             wanted: dict[str, Any] = {}
-            address = ":".join(f"{byte:02x}" for byte in mac)
-            if link.get("address") != address:
-                wanted["address"] = address
-            for key, value in {
-                "mtu": mtu, "txqlen": TX_QUEUE, "gso_max_size": GSO_MAX_SIZE,
-            }.items():  # fmt: skip
-                if link.get(key) != value:
-                    wanted[key] = value
-            if wanted:
-                ipr.link("set", index=index, **wanted)
+            if mtu is not None or link["mtu"] > most:
+                wanted["mtu"] = min(mtu or most, most)
+            if self.made:
+                wanted["txqlen"] = TX_QUEUE
+            wanted["gso_max_size"] = GSO_MAX_SIZE
+            changes = {key: value for key, value in wanted.items() if link.get(key) != value}
+            if changes:
+                ipr.link("set", index=index, **changes)
 
     def close(self) -> None:
         """Our descriptors only: the interface stays, without carrier if nobody else has one."""
         _close(self._fds)
 
 
+def find(owner: str) -> tuple[int, str] | None:
+    """The index and the name of the TAP that `owner` has; None if there is none."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ipr:
+        for link in ipr.get_links():
+            if link.get_attr("IFLA_IFALIAS") == f"{ALIAS}{owner}" and _is_tun(link):
+                return link["index"], link.get_attr("IFLA_IFNAME")
+    return None
+
+
+def index_of(name: str) -> int:
+    """Raises TapError."""
+    with _netlink(name) as (_, index, _link):
+        return index
+
+
 def set_carrier(name: str, up: bool) -> None:
     """Raises TapError. An interface without any queue has none, whatever is said here."""
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
     with _netlink(name) as (ipr, index, _):
-        ipr.link("set", index=index, carrier=int(up))
+        message = ifinfmsg()
+        message["index"] = index
+        message["attrs"] = [("IFLA_CARRIER", int(up))]
+        # As it is: the filters of `ipr.link` drop a carrier.
+        ipr.status.setdefault("nlm_generator", False)  # which pyroute2 0.9.7 forgets, and asks for
+        ipr.nlm_request(message, _RTM_NEWLINK, _REQUEST)
+
+
+def set_mtu(name: str, mtu: int) -> None:
+    """Raises TapError."""
+    with _netlink(name) as (ipr, index, _):
+        ipr.link("set", index=index, mtu=mtu)
+
+
+def set_speed(name: str, mbits: int | None) -> None:
+    """What ethtool(8) shows, in Mbit/s; None: nobody knows. Raises TapError."""
+    speed = _SPEED_UNKNOWN if mbits is None else min(mbits, _SPEED_UNKNOWN - 1)
+    duplex = _DUPLEX_UNKNOWN if mbits is None else _DUPLEX_FULL
+    command = ctypes.create_string_buffer(
+        _ETHTOOL_CMD.pack(
+            _ETHTOOL_SSET, 0, 0, speed & 0xFFFF, duplex, _PORT_OTHER, 0, 0, 0, 0, 0, 0,
+            speed >> 16, 0, 0, 0, 0, 0,
+        )
+    )  # fmt: skip
+    request = _IFREQ_POINTER.pack(name.encode(), ctypes.addressof(command))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            ioctl(sock.fileno(), _SIOCETHTOOL, request)
+        except OSError as error:
+            raise TapError(f"{name}: its speed cannot be told: {error.strerror}") from error
 
 
 def announce(name: str) -> None:
     """Has the kernel tell the neighbours where this interface's addresses are now, by gratuitous
     ARP and unsolicited neighbour advertisements. Raises TapError.
 
-    It does so when the interface gets its address, where arp_notify and ndisc_notify are set.
+    It does so when the interface gets its address, where arp_notify and ndisc_notify are set: so
+    they are, for that moment. What is sent before the kernel has seen the carrier is lost, so
+    that is waited for. Nothing is sent by an interface that is down.
     """
-    for key in (f"ipv4/conf/{name}/arp_notify", f"ipv6/conf/{name}/ndisc_notify"):
-        with contextlib.suppress(OSError):  # IPv6 may be off
-            (Path("/proc/sys/net") / key).write_text("1")
-    with _netlink(name) as (ipr, index, link):
-        ipr.link("set", index=index, address=link["address"])
+    end = time.monotonic() + _CARRIER_WITHIN
+    while not (running := _is_running(name)) and time.monotonic() < end:
+        if running is None:
+            return
+        time.sleep(0.02)
+    with contextlib.ExitStack() as stack:
+        for key in (f"ipv4/conf/{name}/arp_notify", f"ipv6/conf/{name}/ndisc_notify"):
+            path = Path("/proc/sys/net") / key
+            with contextlib.suppress(OSError):  # IPv6 may be off
+                before = path.read_text()
+                if before.strip() == "0":
+                    path.write_text("1")
+                    stack.callback(_restore, path, before)
+        with _netlink(name) as (ipr, index, link):
+            ipr.link("set", index=index, address=link["address"])
+
+
+def _restore(path: Path, before: str) -> None:
+    with contextlib.suppress(OSError):
+        path.write_text(before)
+
+
+def _is_running(name: str) -> bool | None:
+    """Whether it can send; None if it is down."""
+    with _netlink(name) as (_, _index, link):
+        return bool(link["flags"] & _IFF_RUNNING) if link["flags"] & _IFF_UP else None
 
 
 def delete(name: str) -> None:
@@ -166,10 +274,17 @@ def is_tap(name: str) -> bool:
     from pyroute2 import IPRoute
 
     with IPRoute() as ipr:
-        for link in ipr.link("dump", ifname=name):
-            info = link.get_attr("IFLA_LINKINFO")
-            return info is not None and info.get_attr("IFLA_INFO_KIND") == "tun"
-    return False
+        return any(_is_tun(link) for link in ipr.link("dump", ifname=name))
+
+
+def _is_tun(link: Any) -> bool:
+    info = link.get_attr("IFLA_LINKINFO")
+    return info is not None and info.get_attr("IFLA_INFO_KIND") == "tun"
+
+
+def _set_alias(name: str, alias: str) -> None:
+    with _netlink(name) as (ipr, index, _):
+        ipr.link("set", index=index, ifalias=alias)
 
 
 def _queue(name: str) -> int:
@@ -226,6 +341,7 @@ def _netlink(name: str) -> Iterator[tuple[Any, int, dict[str, Any]]]:
                 "gso_max_size": "IFLA_GSO_MAX_SIZE",
             }  # fmt: skip
             link = {key: message.get_attr(attribute) for key, attribute in names.items()}
+            link["flags"] = message["flags"]
             yield ipr, found[0], link
     except NetlinkError as error:
         raise TapError(f"{name}: the kernel refuses its settings: {error}") from error

@@ -62,8 +62,10 @@ class Class:
     """A `DeviceClass` that writes down what it is asked."""
 
     klass = "vbd"
+    kept_over_restart = False
 
     def __init__(self) -> None:
+        self.first_within: float | None = None
         self.calls: list[tuple[str, str]] = []
         self.refuses: dict[str, Exception] = {}
         self.disks: dict[str, Disk] = {}
@@ -82,6 +84,9 @@ class Class:
             await self.taking.wait()
         if device.name in self.refuses:
             raise self.refuses[device.name]
+
+    def patience(self, name: str) -> float | None:
+        return self.first_within
 
     def frontend(self, device: XenbusDevice) -> Disk:
         disk = self.disks[device.name] = Disk(device.name)
@@ -142,6 +147,7 @@ class World:
         self.dom0 = dom0
         self.run_dir = run_dir
         self.klass = Class()
+        self.restarts = False  # whether systemd is to start the service again
         self.supervisor: Supervisor
         self.run: asyncio.Task[int]
         self.backends: dict[int, asyncio.Task[None]] = {}
@@ -264,8 +270,12 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     async def running() -> bool:
         return False
 
+    async def restarts() -> bool:
+        return made.restarts
+
     keep_time(monkeypatch, asyncio.get_running_loop())
     monkeypatch.setattr(supervisor_module, "system_is_stopping", running)
+    monkeypatch.setattr(supervisor_module, "service_restarts", restarts)
     async with both_ends() as (mem, guest, dom0):
         made = World(mem, guest, dom0, tmp_path / "run")
         yield made

@@ -20,9 +20,9 @@ from waiting import PATIENCE, eventually
 
 from pvfront import worker as worker_module
 from pvfront import workerprogram
-from pvfront.blkfront.upgrade import Upgrade
 from pvfront.errors import PvfrontError
 from pvfront.trace import Kind
+from pvfront.upgrade import Upgrade
 from pvfront.worker import Worker, WorkerError, WorkerGone
 from pvfront.workermessage import Event, Exited, State, Taken, TargetGone
 

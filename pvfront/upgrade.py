@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""A disk's worker is replaced by another one while it serves: docs/upgrade.md.
+"""A device's worker is replaced by another one while it serves: docs/upgrade.md.
 
 Theory of operation
     `Upgrade.ask` starts the next worker, in a task beside the device's loop: the program may lie on
@@ -20,10 +20,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from ..errors import PvfrontError
-from ..worker import Worker, WorkerError
-from ..workermessage import Event, Exited
-from ..workerprogram import binary, build_of
+from .errors import PvfrontError
+from .worker import Worker, WorkerError
+from .workermessage import Event, Exited
+from .workerprogram import binary, build_of
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def outdated(build: str) -> bool:
 
 
 class Upgrade:
-    """Upgrades of one disk: one that is asked for, and what became of those before."""
+    """Upgrades of one device: one that is asked for, and what became of those before."""
 
     def __init__(self, name: str, run_dir: Path) -> None:
         self.count = 0
