@@ -132,9 +132,7 @@ def _page(fd: int, kind: str, queue: int, attempts: int) -> Any:
     size, offset = ffi.sizeof(kind), queue * lib.PVF_PAGE_SIZE
     if os.fstat(fd).st_size < offset + lib.PVF_PAGE_SIZE:
         raise StatsUnreadable(f"the statistics have no page of queue {queue}")
-    with mmap.mmap(
-        fd, lib.PVF_PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset
-    ) as page:
+    with mmap.mmap(fd, lib.PVF_PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset) as page:
         for attempt in range(attempts):
             before = page[8:12]
             copy = page[:size]

@@ -316,9 +316,7 @@ class DeviceLoop:
             if view.backend in (XenbusState.CLOSING, XenbusState.CLOSED) and not view.online:
                 return await self._detach_asked()
             if view.backend is not XenbusState.CONNECTED:
-                await self._enter(
-                    Phase.RECONNECTING, f"the backend went to {view.backend.label}"
-                )
+                await self._enter(Phase.RECONNECTING, f"the backend went to {view.backend.label}")
                 return False
             # A kernel's frontend that has bound the device walks to Connected as well: the state
             # alone does not tell, but it was written.

@@ -343,9 +343,7 @@ async def _ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-async def _device(
-    store: Xenstore, claims: Claims, klass: str, devid: int, run_dir: Path
-) -> Device:
+async def _device(store: Xenstore, claims: Claims, klass: str, devid: int, run_dir: Path) -> Device:
     path = f"device/{klass}/{devid}"
     backend = await store.read_opt(f"{path}/backend")
     domain = await store.read_opt(f"{path}/backend-id")

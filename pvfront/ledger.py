@@ -159,5 +159,3 @@ async def _published(store: Xenstore, path: str, queues: int, *names: str) -> li
 def limit_path(on: Platform) -> str:
     """Where the limit of granted pages is set."""
     return gntalloc.LIMIT_PATH if on.name == "xen" else str(on.run_dir.parent / "limits.json")
-
-

@@ -152,9 +152,7 @@ class _SharedWatch:
                         follower.tell(fired)
 
 
-_shared: weakref.WeakKeyDictionary[Xenstore, dict[str, _SharedWatch]] = (
-    weakref.WeakKeyDictionary()
-)
+_shared: weakref.WeakKeyDictionary[Xenstore, dict[str, _SharedWatch]] = weakref.WeakKeyDictionary()
 
 
 def _above(path: str) -> Iterator[str]:

@@ -247,9 +247,7 @@ def names(run_dir: Path) -> list[str]:
 def read(run_dir: Path, wanted: Iterable[str]) -> list[Event]:
     """The events of these devices and services that are on record, in order."""
     found = [
-        event
-        for name in wanted
-        for event in _events(name, read_lines(run_dir / DIRECTORY / name))
+        event for name in wanted for event in _events(name, read_lines(run_dir / DIRECTORY / name))
     ]
     return sorted(found, key=lambda event: (event.clock, event.serial))
 

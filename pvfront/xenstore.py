@@ -468,9 +468,7 @@ class Watch:
         if link is self._store._link:
             undo = lambda reply: (Op.UNWATCH, 0, payload)  # noqa: E731
         try:
-            await link.request(
-                Op.WATCH, self.path, payload, undo=undo, seconds=self._store.timeout
-            )
+            await link.request(Op.WATCH, self.path, payload, undo=undo, seconds=self._store.timeout)
         except BaseException:
             self._link = None
             del link.watches[token]

@@ -41,8 +41,11 @@ enum pvf_nb_kind {
 	PVF_NB_RX_OFFSET,  /* its offset */
 	PVF_NB_RX_STATUS,  /* its status */
 	PVF_NB_RX_FLAGS,   /* its flags are xored with `value` */
-	PVF_NB_RX_EXTRA,   /* extra info of type `value` is put behind the packet's first slot */
+	/* the packet has this extra info, whatever it had: its type is in the lowest byte of `value`; what it says of
+	 * GSO in the next byte (type) and the next two (size); the fifth is how many times it is put (0: once) */
+	PVF_NB_RX_EXTRA,
 	PVF_NB_RX_REWRITE, /* the pages of the packet are overwritten after it was given */
+	PVF_NB_RX_PRODUCER, /* rsp_prod is published `value` (signed) off */
 	/* sent ones */
 	PVF_NB_TX_ID,
 	PVF_NB_TX_STATUS,

@@ -35,7 +35,10 @@ static void publish(struct nb_queue *q, RING_IDX old)
 {
 	struct netif_rx_sring *shared = q->rx.sring;
 	RING_IDX new = q->rx.rsp_prod_pvt;
+	uint64_t off;
 
+	if (nb_fires(q->nb, PVF_NB_RX_PRODUCER, &off))
+		new += (RING_IDX)off;
 	__atomic_store_n(&shared->rsp_prod, new, __ATOMIC_SEQ_CST);
 	RING_IDX event = __atomic_load_n(&shared->rsp_event, __ATOMIC_SEQ_CST);
 
@@ -99,20 +102,51 @@ static void rewrite(struct nb_queue *q, const uint32_t *refs, uint32_t count)
 	}
 }
 
+struct extras {
+	struct netif_extra_info info[4];
+	uint32_t count;
+};
+
+static uint8_t gso_of(const struct virtio_net_hdr *v)
+{
+	return v->gso_type & (uint8_t)~VIRTIO_NET_HDR_GSO_ECN;
+}
+
+/* What is said of a packet beside its bytes; `most`: slots that there are for it. */
+static void say_more(struct nb_queue *q, struct extras *e, uint32_t most)
+{
+	const struct virtio_net_hdr *v = &q->frame.vnet;
+	uint8_t gso = gso_of(v);
+	uint64_t lie;
+
+	e->count = 0;
+	if (gso)
+		e->info[e->count++] = (struct netif_extra_info){
+			.type = XEN_NETIF_EXTRA_TYPE_GSO,
+			.u.gso = {.size = v->gso_size,
+				  .type = gso == VIRTIO_NET_HDR_GSO_TCPV4 ? XEN_NETIF_GSO_TYPE_TCPV4
+									  : XEN_NETIF_GSO_TYPE_TCPV6}};
+	if (nb_fires(q->nb, PVF_NB_RX_EXTRA, &lie)) {
+		uint32_t times = lie >> 32 & 7 ? (uint32_t)(lie >> 32 & 7) : 1;
+
+		for (e->count = 0; e->count < times && e->count < most && e->count < 4; e->count++)
+			e->info[e->count] = (struct netif_extra_info){
+				.type = (uint8_t)lie,
+				.u.gso = {.type = (uint8_t)(lie >> 8), .size = (uint16_t)(lie >> 16)}};
+	}
+	for (uint32_t i = 0; i + 1 < e->count; i++)
+		e->info[i].flags |= XEN_NETIF_EXTRA_FLAG_MORE;
+}
+
 static void give(struct nb_queue *q, uint32_t size)
 {
 	const struct virtio_net_hdr *v = &q->frame.vnet;
-	uint8_t gso = v->gso_type & (uint8_t)~VIRTIO_NET_HDR_GSO_ECN;
-	struct netif_extra_info extra = {
-		.type = XEN_NETIF_EXTRA_TYPE_GSO,
-		.u.gso = {.size = v->gso_size,
-			  .type = gso == VIRTIO_NET_HDR_GSO_TCPV4 ? XEN_NETIF_GSO_TYPE_TCPV4
-								  : XEN_NETIF_GSO_TYPE_TCPV6}};
 	uint32_t pages = (size + NB_PAGE - 1) / NB_PAGE, refs[MOST_SLOTS];
 	RING_IDX old = q->rx.rsp_prod_pvt;
-	uint64_t type;
-	bool other = nb_fires(q->nb, PVF_NB_RX_EXTRA, &type);
+	struct extras extras;
+	uint64_t unused;
 
+	say_more(q, &extras, MOST_SLOTS - pages);
 	for (uint32_t i = 0; i < pages; i++) {
 		uint32_t bytes = size - i * NB_PAGE < NB_PAGE ? size - i * NB_PAGE : NB_PAGE;
 		struct netif_rx_request r;
@@ -128,21 +162,18 @@ static void give(struct nb_queue *q, uint32_t size)
 			rsp->flags |= NETRXF_more_data;
 		if (!i && v->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)
 			rsp->flags |= NETRXF_csum_blank | NETRXF_data_validated;
-		if (!i && (gso || other))
+		if (!i && extras.count)
 			rsp->flags |= NETRXF_extra_info;
 		lie(q, rsp);
-		if (i || (!gso && !other))
-			continue;
-		if (other)
-			extra.type = (uint8_t)type;
-		put_extra(q, &extra);
+		for (uint32_t n = 0; !i && n < extras.count; n++)
+			put_extra(q, &extras.info[n]);
 	}
 	publish(q, old);
 	ADD(q->stats.rx_packets, 1);
 	ADD(q->stats.rx_bytes, size);
-	ADD(q->stats.rx_gso, gso != 0);
+	ADD(q->stats.rx_gso, gso_of(v) != 0);
 	ADD(q->stats.rx_blank, v->flags != 0);
-	if (nb_fires(q->nb, PVF_NB_RX_REWRITE, &type))
+	if (nb_fires(q->nb, PVF_NB_RX_REWRITE, &unused))
 		rewrite(q, refs, pages);
 }
 

@@ -590,7 +590,6 @@ class DiskFrontend(WorkerSide):
         self._forget()
 
 
-
 def _is_blkback(device: XenbusDevice) -> bool:
     """Linux's, whose sector-size can be believed, and whose flush on one ring covers them all."""
     return "/backend/vbd/" in device.backend

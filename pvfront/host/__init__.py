@@ -26,10 +26,11 @@ from pvfront.host import store as _store
 from pvfront.host import toolstack
 from pvfront.host.child import Child
 from pvfront.host.toolstack import DiskSpec, DiskSpecError, ToolstackError
+from pvfront.host.vifspec import VifSpec, VifSpecError
 from pvfront.platform import HOST_DOMID, HOST_VARIABLE
 from pvfront.xenstore import Xenstore
 
-__all__ = ["DiskSpec", "DiskSpecError", "Host", "ToolstackError"]
+__all__ = ["DiskSpec", "DiskSpecError", "Host", "ToolstackError", "VifSpec", "VifSpecError"]
 
 _SOCKET_PATH_MAX = 107
 """Bytes of sun_path, without its NUL."""
@@ -118,7 +119,21 @@ class Host:
         self, domid: int, vdev: int, *, force: bool = False, timeout: float = 10
     ) -> None:
         """Takes a disk away as `xl block-detach`. Raises ToolstackError: who holds on to it."""
-        await toolstack.detach_disk(self.store, domid, vdev, force=force, timeout=timeout)
+        device = toolstack.disk(domid, vdev)
+        await toolstack.detach(self.store, device, force=force, timeout=timeout)
+
+    async def attach_vif(self, domid: int, spec: VifSpec | str = "") -> int:
+        """Defines a network interface, in xl's syntax (vifspec.py), as `xl network-attach`; returns
+        its number. Raises VifSpecError, ToolstackError (no such domain, or it has that one).
+        """
+        return await toolstack.attach_vif(self.store, domid, spec)
+
+    async def detach_vif(
+        self, domid: int, devid: int, *, force: bool = False, timeout: float = 10
+    ) -> None:
+        """Takes it away as `xl network-detach`. Raises ToolstackError: who holds on to it."""
+        device = toolstack.interface(domid, devid)
+        await toolstack.detach(self.store, device, force=force, timeout=timeout)
 
     async def stop(self) -> None:
         """Ends the host. Twice is harmless."""

@@ -8,9 +8,7 @@ Nothing here knows the store; vbd.py does the walk and says when to connect. All
 from __future__ import annotations
 
 import errno
-import json
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,8 @@ from typing import Any
 from pvfront.errors import PvfrontError
 from pvfront.host._blkback import ffi, lib
 from pvfront.host.faults import Fault, FaultError
+from pvfront.host.hubdevice import EngineError, HubDevice
 from pvfront.host.params import Source
-
-HUB_SECONDS = 60.0
 
 _STATS = (
     "requests", "responses", "reads", "writes", "flushes", "barriers", "discards", "indirect",
@@ -35,14 +32,6 @@ _KIND = {
     for value, name in ffi.typeof("enum pvf_bb_kind").elements.items()
     if value
 }
-
-
-class EngineError(PvfrontError):
-    """The engine or the hub refused; `errno` says why."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.errno = code
 
 
 class Busy(EngineError):
@@ -106,39 +95,6 @@ class Queue:
     grefs: Sequence[int]
 
 
-class _Hub:
-    """A connection to the hub (docs/host.md), standing for one open device node of domain 0."""
-
-    def __init__(self, host: Path, device: str, domid: int) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.settimeout(HUB_SECONDS)
-        try:
-            self.sock.connect(os.fspath(host / "hub.sock"))
-            self.ask(do="open", device=device, domid=domid)
-        except OSError as exc:
-            self.sock.close()
-            raise EngineError(
-                f"no {device} from the hub of {host}: {exc}", exc.errno or errno.EIO
-            ) from exc
-        except BaseException:
-            self.sock.close()
-            raise
-
-    def ask(self, **request: Any) -> tuple[dict[str, Any], list[int]]:
-        self.sock.send(json.dumps(request).encode())
-        data, fds, _, _ = socket.recv_fds(self.sock, 1 << 16, 4)
-        answer = json.loads(data) if data else {"ok": False, "errno": "EPIPE", "text": "hub gone"}
-        if not answer["ok"]:
-            for fd in fds:
-                os.close(fd)
-            code = getattr(errno, str(answer["errno"]), errno.EIO)
-            raise EngineError(f"{request['do']}: {answer['errno']} ({answer['text']})", code)
-        return answer, fds
-
-    def close(self) -> None:
-        self.sock.close()
-
-
 class Engine:
     """A disk: opened at once, connected to at most one frontend. Raises EngineError."""
 
@@ -146,7 +102,7 @@ class Engine:
         self.source = source
         self.features = features
         self.read_only = read_only
-        self._connection: list[_Hub] = []
+        self._connection: list[HubDevice] = []
         error = ffi.new("int *")
         path = ffi.NULL if source.path is None else os.fsencode(source.path)
         self._bb = lib.pvf_bb_new(path, source.size, self._encoded(), error)
@@ -257,7 +213,7 @@ class Engine:
             raise Busy("requests are in flight", errno.EBUSY)
         self._drop_connection()
 
-    def _ring(self, evtchn: _Hub, domid: int, queue: Queue) -> None:
+    def _ring(self, evtchn: HubDevice, domid: int, queue: Queue) -> None:
         answer, fds = evtchn.ask(do="bind_interdomain", remote=domid, remote_port=queue.port)
         why = ffi.new("char[]", lib.PVF_BB_TEXT)
         try:
@@ -272,8 +228,8 @@ class Engine:
         if code:
             raise EngineError(ffi.string(why).decode(), -code)
 
-    def _open(self, host: Path, device: str, domid: int) -> _Hub:
-        hub = _Hub(host, device, domid)
+    def _open(self, host: Path, device: str, domid: int) -> HubDevice:
+        hub = HubDevice(host, device, domid)
         self._connection.append(hub)
         return hub
 

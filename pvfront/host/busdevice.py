@@ -19,8 +19,9 @@ import contextlib
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 from pvfront.errors import PvfrontError
 from pvfront.host.faults import Misstep
@@ -32,6 +33,37 @@ log = logging.getLogger(__name__)
 UNKNOWN, INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = range(7)
 
 Keys = Mapping[str, str | None]
+
+
+class Engine(Protocol):
+    """What serves a device's rings; what an engine of a class has beside is its device's."""
+
+    def set_faults(self, faults: Sequence[Any], seed: int) -> None:
+        """Replaces what goes wrong on the rings. Raises FaultError."""
+
+    def release(self) -> None:
+        """Everything that faults hold back goes on."""
+
+    def stats(self) -> dict[str, int]:
+        """All counters; `fired_<kind>` counts faults."""
+
+    def close(self) -> None:
+        """Forgets what is in flight. Twice is harmless."""
+
+
+F = TypeVar("F")
+E = TypeVar("E", bound=Engine)
+
+
+@dataclass
+class Plan(Generic[F]):
+    """What every device of a backend is told to do; the lists are shared and change at any time."""
+
+    features: F
+    overrides: dict[str, str | None] = field(default_factory=dict)
+    """Keys that are published with another value, or (None) not at all."""
+    faults: list[Any] = field(default_factory=list)
+    seed: int = 0
 
 
 class FrontendError(PvfrontError):
@@ -57,7 +89,7 @@ class _Armed:
         return True
 
 
-class BusDevice:
+class BusDevice(Generic[E, F]):
     """One device of a backend; what its class does is in `_begin`, `_own_changed`,
     `_frontend_changed` and `linger`.
     """
@@ -67,7 +99,14 @@ class BusDevice:
     """A regular expression: keys that the backend publishes, none of the toolstack's."""
 
     def __init__(
-        self, store: Xenstore, host: Path, own_domid: int, domid: int, devid: int
+        self,
+        store: Xenstore,
+        host: Path,
+        own_domid: int,
+        domid: int,
+        devid: int,
+        plan: Plan[F],
+        engine: E | None = None,
     ) -> None:
         self.store = store
         self.host = host
@@ -78,8 +117,10 @@ class BusDevice:
         self.state = UNKNOWN
         """What was written last; the kernel's `dev->state`."""
         self.frontend = ""
-        self.overrides: dict[str, str | None] = {}
-        """Keys that are published with another value, or (None) not at all."""
+        self.plan = plan
+        self.engine = engine
+        self.features = plan.features
+        self.overrides = plan.overrides
         self.keep_engine = False
         """What it serves outlives this device: it only pretends to vanish."""
         self._armed: list[_Armed] = []
@@ -111,6 +152,14 @@ class BusDevice:
 
     async def leave(self) -> None:
         """The process ends in order."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a list of the backend's devices shows."""
+        return {"domid": self.domid, self.KLASS: self.devid, "state": self.state}
+
+    def set_features(self, features: F) -> None:
+        """What is published already stays so until the next connection."""
+        self.features = features
 
     # -- the device on its bus -------------------------------------------------------------------
 

@@ -3,12 +3,15 @@
 
 The nodes are libxl's (libxl_create.c, libxl_disk.c, libxl_device.c), without its own books below
 /libxl and /vm. Disk specifications are those of xl-disk-configuration(5); in addition a target may
-be `memory:SIZE`, a disk in the memory of the embedded host's block backend.
+be `memory:SIZE`, a disk in the memory of the embedded host's block backend. Those of network
+interfaces are read by vifspec.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import posixpath
 import re
@@ -22,10 +25,22 @@ from pvfront.blkfront.vdev import parse_name, vdev_name
 from pvfront.errors import PvfrontError
 from pvfront.handle import check_domid
 from pvfront.host.params import MEMORY, parse_size
+from pvfront.host.vifspec import VifSpec
 from pvfront.states import XenbusState, parse_state
-from pvfront.xenstore import Permission, Transaction, Xenstore
+from pvfront.xenstore import Permission, Transaction, Xenstore, XenstoreError
 
-__all__ = ["DiskSpec", "DiskSpecError", "ToolstackError", "attach_disk", "create_domain"]
+__all__ = [
+    "Device",
+    "DiskSpec",
+    "DiskSpecError",
+    "ToolstackError",
+    "attach_disk",
+    "attach_vif",
+    "create_domain",
+    "detach",
+    "disk",
+    "interface",
+]
 
 BACKEND_DOMID = 0
 
@@ -119,24 +134,19 @@ class DiskSpec:
         )
 
     def frontend_keys(self) -> dict[str, str]:
-        """What libxl writes at the frontend, besides `backend`."""
+        """What libxl writes at the frontend of a disk."""
         return {
-            "backend-id": str(BACKEND_DOMID),
-            "state": str(int(XenbusState.INITIALISING)),
             "virtual-device": str(self.vdev),
             "device-type": "cdrom" if self.cdrom else "disk",
             "trusted": str(int(self.trusted)),
         }
 
     def backend_keys(self, domid: int) -> dict[str, str]:
-        """What libxl writes at the backend, besides `frontend`."""
+        """What libxl writes at the backend of a disk."""
         kind = self.backendtype or ("phy" if _is_block(self.target) else "qdisk")
         keys = {
-            "frontend-id": str(domid),
-            "online": "1",
             "removable": str(int(self.cdrom)),
             "bootable": "1",
-            "state": str(int(XenbusState.INITIALISING)),
             "dev": vdev_name(self.vdev),
             "type": kind,
             "mode": "w" if self.writable else "r",
@@ -249,15 +259,33 @@ async def create_domain(store: Xenstore, domid: int, name: str) -> None:
                 await txn.set_permissions(f"{home}/{node}", own)
 
 
-# -- disks -------------------------------------------------------------------------------------
+# -- devices -----------------------------------------------------------------------------------
 
 
-def frontend_path(domid: int, vdev: int) -> str:
-    return f"/local/domain/{domid}/device/vbd/{vdev}"
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of a domain as its nodes have it; `label` is what people call it."""
+
+    klass: str
+    domid: int
+    devid: int
+    label: str
+
+    @property
+    def front(self) -> str:
+        return f"/local/domain/{self.domid}/device/{self.klass}/{self.devid}"
+
+    @property
+    def back(self) -> str:
+        return f"/local/domain/{BACKEND_DOMID}/backend/{self.klass}/{self.domid}/{self.devid}"
 
 
-def backend_path(domid: int, vdev: int) -> str:
-    return f"/local/domain/{BACKEND_DOMID}/backend/vbd/{domid}/{vdev}"
+def disk(domid: int, vdev: int) -> Device:
+    return Device("vbd", domid, vdev, f"disk {vdev_name(vdev)}")
+
+
+def interface(domid: int, devid: int) -> Device:
+    return Device("vif", domid, devid, f"network interface vif{devid}")
 
 
 async def attach_disk(store: Xenstore, domid: int, spec: DiskSpec | str) -> int:
@@ -266,8 +294,32 @@ async def attach_disk(store: Xenstore, domid: int, spec: DiskSpec | str) -> int:
     It does not wait for the two ends to connect, as libxl does not. Raises DiskSpecError,
     ToolstackError, XenstoreError.
     """
-    disk = DiskSpec.parse(spec) if isinstance(spec, str) else spec
-    front, back = frontend_path(domid, disk.vdev), backend_path(domid, disk.vdev)
+    found = DiskSpec.parse(spec) if isinstance(spec, str) else spec
+    device = disk(domid, found.vdev)
+    await _attach(store, device, found.frontend_keys(), found.backend_keys(domid))
+    return found.vdev
+
+
+async def attach_vif(store: Xenstore, domid: int, spec: VifSpec | str) -> int:
+    """Defines a network interface as `xl network-attach`; returns its number, the first that is
+    free unless the specification has one. As `attach_disk`. Raises VifSpecError too.
+    """
+    found = VifSpec.parse(spec) if isinstance(spec, str) else spec
+    devid = found.devid
+    if devid is None:
+        taken = []
+        with contextlib.suppress(XenstoreError):
+            taken = await store.directory(f"/local/domain/{domid}/device/vif")
+        devid = next(n for n in itertools.count() if str(n) not in taken)
+    device = interface(domid, devid)
+    await _attach(store, device, found.frontend_keys(devid), found.backend_keys(devid))
+    return devid
+
+
+async def _attach(
+    store: Xenstore, device: Device, ours: Mapping[str, str], theirs: Mapping[str, str]
+) -> None:
+    domid, front, back = device.domid, device.front, device.back
     reads = [Permission(domid), Permission(BACKEND_DOMID, read=True)]
     read_back = [Permission(BACKEND_DOMID), Permission(domid, read=True)]
     async for txn in store.transaction():
@@ -276,33 +328,38 @@ async def attach_disk(store: Xenstore, domid: int, spec: DiskSpec | str) -> int:
                 raise ToolstackError(f"there is no domain {domid}", hint="create it first")
             if await txn.read_opt(f"{front}/backend") is not None:
                 raise ToolstackError(
-                    f"domain {domid} has a disk {vdev_name(disk.vdev)} already",
-                    hint="detach it first, or use another vdev",
+                    f"domain {domid} has a {device.label} already",
+                    hint="detach it first, or use another "
+                    + ("vdev" if device.klass == "vbd" else "devid"),
                 )
             await txn.remove(front, missing_ok=True)
             await txn.remove(back, missing_ok=True)
-            keys = {**disk.frontend_keys(), "backend": back}
-            await _put(txn, front, keys, reads)
-            await _put(txn, back, {**disk.backend_keys(domid), "frontend": front}, read_back)
-    return disk.vdev
+            at = {"backend-id": str(BACKEND_DOMID), "state": str(int(XenbusState.INITIALISING))}
+            await _put(txn, front, {**at, **ours, "backend": back}, reads)
+            at = {
+                "frontend-id": str(domid),
+                "online": "1",
+                "state": str(int(XenbusState.INITIALISING)),
+            }
+            await _put(txn, back, {**at, **theirs, "frontend": front}, read_back)
 
 
-async def detach_disk(
-    store: Xenstore, domid: int, vdev: int, *, force: bool = False, timeout: float = 10
+async def detach(
+    store: Xenstore, device: Device, *, force: bool = False, timeout: float = 10
 ) -> None:
-    """Takes a disk away as `xl block-detach` does.
+    """Takes a device away as `xl block-detach` and `xl network-detach` do.
 
-    The backend is told that the disk goes (online 0, state Closing); when it is Closed, both ends'
-    nodes are removed. If that does not come in `timeout` seconds, ToolstackError says who is
-    stuck, and the disk stays. force: the frontend's nodes go at once and the backend's at the
-    end, whatever it does.
+    The backend is told that it goes (online 0, state Closing); when it is Closed, both ends' nodes
+    are removed. If that does not come in `timeout` seconds, ToolstackError says who is stuck, and
+    the device stays. force: the frontend's nodes go at once and the backend's at the end, whatever
+    it does.
     """
-    front, back = frontend_path(domid, vdev), backend_path(domid, vdev)
+    front, back = device.front, device.back
     async for txn in store.transaction():
         async with txn:
             state = await txn.read_opt(f"{back}/state")
             if state is None and await txn.read_opt(f"{front}/backend") is None:
-                raise ToolstackError(f"domain {domid} has no disk {vdev_name(vdev)}")
+                raise ToolstackError(f"domain {device.domid} has no {device.label}")
             if force:
                 await _clean_up(txn, front)
             if state is not None:
@@ -315,7 +372,7 @@ async def detach_disk(
             for end, path in (("frontend", front), ("backend", back))
         ]
         raise ToolstackError(
-            f"{vdev_name(vdev)} of domain {domid} was not released in {timeout:g} s: "
+            f"{device.label} of domain {device.domid} was not released in {timeout:g} s: "
             + ", ".join(ends),
             hint="the guest uses it, or its frontend or backend is stuck; force takes it away",
         )

@@ -17,11 +17,11 @@ import contextlib
 import errno
 import logging
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pvfront.errors import PvfrontError
-from pvfront.host.blkengine import Busy, Engine, EngineError, Features, Queue
+from pvfront.host.blkengine import Busy, Engine, Features, Queue
 from pvfront.host.busdevice import (
     CLOSED,
     CLOSING,
@@ -32,9 +32,10 @@ from pvfront.host.busdevice import (
     UNKNOWN,
     BusDevice,
     FrontendError,
+    Plan,
     flag,
 )
-from pvfront.host.faults import Fault
+from pvfront.host.hubdevice import EngineError
 from pvfront.host.params import SECTOR, parse_params
 from pvfront.xenstore import Xenstore
 
@@ -48,18 +49,8 @@ LINGER_SECONDS = 0.05
 MARK = "rings-in-order"
 """Key of the rings that a backend left in order: "GREF:RSP_PROD ..."."""
 
-@dataclass
-class Plan:
-    """What every device of a backend is told to do; the lists are shared and change at any time."""
 
-    features: Features = field(default_factory=Features)
-    overrides: dict[str, str | None] = field(default_factory=dict)
-    """Keys that are published with another value, or (None) not at all."""
-    faults: list[Fault] = field(default_factory=list)
-    seed: int = 0
-
-
-class Vbd(BusDevice):
+class Vbd(BusDevice[Engine, Features]):
     """The backend's end of one virtual disk."""
 
     KLASS = "vbd"
@@ -72,14 +63,10 @@ class Vbd(BusDevice):
         own_domid: int,
         domid: int,
         devid: int,
-        plan: Plan,
+        plan: Plan[Features],
         engine: Engine | None = None,
     ) -> None:
-        super().__init__(store, host, own_domid, domid, devid)
-        self.plan = plan
-        self.engine = engine
-        self.features = plan.features
-        self.overrides = plan.overrides
+        super().__init__(store, host, own_domid, domid, devid, plan, engine)
         self._refused: str | None = None
         """The `params` that could not be opened last."""
 
@@ -260,6 +247,10 @@ class Vbd(BusDevice):
         persistent = await self._number(self.frontend, "feature-persistent", 0)
         return queues, bool(persistent)
 
+    def describe(self) -> dict[str, Any]:
+        size = self.engine.size if self.engine is not None else None
+        return {**super().describe(), "size": size}
+
     async def resize(self, size: int) -> None:
         """As xen_vbd_resize: a connected frontend is told by `sectors` and its state once more."""
         if self.engine is None:
@@ -270,7 +261,7 @@ class Vbd(BusDevice):
             await self._write_state(self.state)
 
     def set_features(self, features: Features) -> None:
-        """What is published already stays so until the next connection."""
-        self.features = features
+        """For requests at once; what is published already stays until the next connection."""
+        super().set_features(features)
         if self.engine is not None:
             self.engine.set_features(features)

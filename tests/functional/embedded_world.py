@@ -187,14 +187,17 @@ class EmbeddedDisk:
             copy.unlink(missing_ok=True)
 
     def fio(
-        self, *, rw: str = "randwrite", bs: str = "4k", depth: int = 8, size: str = "16M",
+        self,
+        *,
+        rw: str = "randwrite",
+        bs: str = "4k",
+        depth: int = 8,
+        size: str = "16M",
         extra: str = "",
     ) -> None:
         self.world.run(*fio(self.uri, rw=rw, bs=bs, depth=depth, size=size, extra=extra))
 
-    def load(
-        self, *, depth: int, size: str = "16M", reconnects: bool = False
-    ) -> EmbeddedLoad:
+    def load(self, *, depth: int, size: str = "16M", reconnects: bool = False) -> EmbeddedLoad:
         between, where = self._between() if reconnects else (None, self.uri)
         extra = "--time_based --runtime=1000 --verify_backlog=64"
         command = fio(where, rw="randwrite", bs="4k", depth=depth, size=size, extra=extra)
@@ -384,8 +387,13 @@ class EmbeddedWorld:
         return EmbeddedBacking(self, path, discard=discard)
 
     def attach(
-        self, backing: Backing, *, mode: Mode = "w", stock: bool = False,
-        name: str = "xvdb", wait: bool = True,
+        self,
+        backing: Backing,
+        *,
+        mode: Mode = "w",
+        stock: bool = False,
+        name: str = "xvdb",
+        wait: bool = True,
     ) -> EmbeddedDisk:
         """`wait`: until it is served."""
         assert isinstance(backing, EmbeddedBacking)
@@ -399,7 +407,12 @@ class EmbeddedWorld:
 
     @contextlib.contextmanager
     def disk(
-        self, mib: int = 64, *, mode: Mode = "w", discard: bool = True, slow: bool = False,
+        self,
+        mib: int = 64,
+        *,
+        mode: Mode = "w",
+        discard: bool = True,
+        slow: bool = False,
         stock: bool = False,
     ) -> Iterator[EmbeddedDisk]:
         backing = self.backing(mib, discard=discard, slow=slow)

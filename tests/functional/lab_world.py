@@ -106,7 +106,12 @@ class LabDisk:
         return self.pvf.sha256()
 
     def fio(
-        self, *, rw: str = "randwrite", bs: str = "4k", depth: int = 8, size: str = "16M",
+        self,
+        *,
+        rw: str = "randwrite",
+        bs: str = "4k",
+        depth: int = 8,
+        size: str = "16M",
         extra: str = "",
     ) -> None:
         self.guest.run(fio(rw=rw, bs=bs, depth=depth, size=size, extra=extra), timeout=300)
@@ -181,7 +186,12 @@ class LabWorld:
 
     @contextlib.contextmanager
     def disk(
-        self, mib: int = 64, *, mode: Mode = "w", discard: bool = True, slow: bool = False,
+        self,
+        mib: int = 64,
+        *,
+        mode: Mode = "w",
+        discard: bool = True,
+        slow: bool = False,
         stock: bool = False,
     ) -> Iterator[LabDisk]:
         backing = self.backing(mib, discard=discard, slow=slow)

@@ -197,9 +197,7 @@ def test_an_idle_disk_costs_no_cpu_and_no_events(world: World) -> None:
     with world.disk() as disk:
         pids = (disk.worker(), world.supervisor())
         # What the attach set going (udev's probes, the log, the state file) ends first.
-        world.wait_until(
-            "the end of what the attach began", lambda: world.cpu(pids, 2) == [0, 0]
-        )
+        world.wait_until("the end of what the attach began", lambda: world.cpu(pids, 2) == [0, 0])
 
         def idle() -> bool:
             before = disk.status()["statistics"]["events"]

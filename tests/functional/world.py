@@ -114,7 +114,12 @@ class Disk(Protocol):
         """Of the whole disk as a user reads it, past every cache."""
 
     def fio(
-        self, *, rw: str = "randwrite", bs: str = "4k", depth: int = 8, size: str = "16M",
+        self,
+        *,
+        rw: str = "randwrite",
+        bs: str = "4k",
+        depth: int = 8,
+        size: str = "16M",
         extra: str = "",
     ) -> None:
         """Writes, reads back and verifies by checksum. Raises if anything is wrong."""
@@ -196,7 +201,12 @@ class World(Protocol):
         """
 
     def disk(
-        self, mib: int = 64, *, mode: Mode = "w", discard: bool = True, slow: bool = False,
+        self,
+        mib: int = 64,
+        *,
+        mode: Mode = "w",
+        discard: bool = True,
+        slow: bool = False,
         stock: bool = False,
     ) -> AbstractContextManager[Disk]:
         """Both; in the end its users are ended, it is detached and its store removed."""

@@ -55,9 +55,7 @@ def test_any_directory_is_a_sound_disk_or_a_geometry_error_that_names_its_key(
 ) -> None:
     backend = DISK | keys if complete else keys
     try:
-        disk, problems = features.parse_geometry(
-            backend, device_type=device_type, blkback=blkback
-        )
+        disk, problems = features.parse_geometry(backend, device_type=device_type, blkback=blkback)
     except GeometryError as error:
         clear(str(error))
         return

@@ -39,9 +39,7 @@ def hub_process(tmp_path_factory):
         wait_for("the hub", lambda: answers(directory) or process.poll() is not None)
         yield directory, process
         assert process.poll() is None, (directory / "log").read_text()
-        wait_for(
-            "nothing is left", lambda: dump(directory) == EMPTY, why=lambda: dump(directory)
-        )
+        wait_for("nothing is left", lambda: dump(directory) == EMPTY, why=lambda: dump(directory))
     finally:
         process.terminate()
         assert process.wait(PATIENCE) == 0, (directory / "log").read_text()

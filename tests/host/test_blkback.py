@@ -462,7 +462,7 @@ async def _held(backend: BlkBackend) -> bool:
 async def test_two_backends_cannot_serve_one_domain() -> None:
     async with disk() as (host, _, frontend):
         await frontend.connect()
-        with pytest.raises(PvfrontError, match="a block backend of domain 0 runs at"):
+        with pytest.raises(PvfrontError, match="a blkback of domain 0 runs at"):
             await BlkBackend.start(host)
         assert await frontend.do(READ, 0, whole(0, 1)) == OKAY
 

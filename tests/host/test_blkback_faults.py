@@ -37,8 +37,8 @@ from hypothesis import strategies as st
 from waiting import PATIENCE, eventually
 
 from pvfront.host.blkback import BlkBackend, BlkBackendError, Fault, Misstep
-from pvfront.host.blkprocess import socket_path
 from pvfront.host.faults import KINDS, OPERATIONS, STEPS, FaultError
+from pvfront.host.process import socket_path
 
 WORD = 0x5AA5_1234_5678_9ABC
 
@@ -483,7 +483,9 @@ async def test_the_backend_vanishes_in_the_middle_of_the_handshake() -> None:
 
 async def test_the_control_socket_answers_nonsense_with_an_error() -> None:
     async with disk() as (host, backend, _):
-        reader, writer = await asyncio.open_unix_connection(socket_path(host.directory, 0))
+        reader, writer = await asyncio.open_unix_connection(
+            socket_path("blkback", host.directory, 0)
+        )
         for line in (
             b"{",
             b"[]",

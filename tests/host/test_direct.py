@@ -56,9 +56,7 @@ class World:
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
 
-    async def ended(
-        self, process: asyncio.subprocess.Process, status: int = 0
-    ) -> tuple[str, str]:
+    async def ended(self, process: asyncio.subprocess.Process, status: int = 0) -> tuple[str, str]:
         try:
             out, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
         except TimeoutError:
@@ -216,9 +214,7 @@ async def test_a_lent_disk_is_detached_when_its_program_has_ended(world: World) 
     os.kill(pid, signal.SIGTERM)
     await world.ended(lender, 143)
     await detach
-    await world.host.attach_disk(
-        1, f"format=raw,vdev=xvdb,access=rw,target={world.store}"
-    )
+    await world.host.attach_disk(1, f"format=raw,vdev=xvdb,access=rw,target={world.store}")
     await world.lend(BENCH, "--verify", "--bs", "64k")
 
 
@@ -255,9 +251,7 @@ async def test_a_python_program_reads_what_it_wrote(world: World) -> None:
             await disk.write(at, data, fua=size == 4096)
             model[at : at + size] = data
             assert await disk.read(at, size) == data
-        await asyncio.gather(
-            *(disk.write(n * 8192, bytes([n % 256]) * 4096) for n in range(700))
-        )
+        await asyncio.gather(*(disk.write(n * 8192, bytes([n % 256]) * 4096) for n in range(700)))
         for n in range(700):
             model[n * 8192 : n * 8192 + 4096] = bytes([n % 256]) * 4096
         await disk.flush()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """The tests beside a workload, for as long as one likes.
 
-    python tests/hostile/soak.py faults [SECONDS [SEED]]
-    python tests/hostile/soak.py absences [TIMES [SEED]]
+python tests/hostile/soak.py faults [SECONDS [SEED]]
+python tests/hostile/soak.py absences [TIMES [SEED]]
 """
 
 from __future__ import annotations

@@ -32,9 +32,7 @@ def pvf(lab: Lab, guest: Guest) -> Pvfront:
     return service
 
 
-def test_while_no_service_runs_list_and_status_say_so(
-    pvf: Pvfront, guest: Guest, lab: Lab
-) -> None:
+def test_while_no_service_runs_list_and_status_say_so(pvf: Pvfront, guest: Guest, lab: Lab) -> None:
     with pvf.disk(lab.loop_disk(16)):
         guest.run("mkfs.ext4 -q /dev/pvfront/xvdb && mkdir -p /mnt/xvdb")
         guest.run(f"mount /dev/pvfront/xvdb /mnt/xvdb && systemctl stop {UNIT}")

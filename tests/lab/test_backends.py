@@ -237,8 +237,9 @@ def test_an_idle_disk_is_ejected_and_leaves_nothing(pvf: Pvfront, guest: Guest, 
     wait_until("its end in the store", lambda: lab.vbd_state(guest, VDEV[NAME]) == (None, None))
     wait_until(
         "the end of node, link, state and worker",
-        lambda: guest.look(NODE, f"/proc/{worker}", f"/run/pvfront/vbd-{VDEV[NAME]}.json")
-        == [None] * 3,
+        lambda: (
+            guest.look(NODE, f"/proc/{worker}", f"/run/pvfront/vbd-{VDEV[NAME]}.json") == [None] * 3
+        ),
     )
     wait_until("its device's end", lambda: not guest.run(f"lsblk {node}", check=False).ok)
     assert "error" not in guest.output("dmesg").lower()

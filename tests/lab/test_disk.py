@@ -104,9 +104,7 @@ def test_a_never_bound_disk_goes_to_the_kernel_at_sigterm_with_the_same_data(
     pvf.stop()
     try:
         wait_until("the kernel's xvdb", lambda: guest.has("/dev/xvdb", "b"))
-        kernels = guest.output(
-            "dd if=/dev/xvdb bs=1M iflag=direct status=none | sha256sum"
-        )
+        kernels = guest.output("dd if=/dev/xvdb bs=1M iflag=direct status=none | sha256sum")
         assert kernels.split()[0] == before == backing.sha256()
     finally:
         pvf.start("--all")
@@ -176,9 +174,7 @@ def test_an_interface_attached_while_all_disks_are_served_goes_to_the_kernel(
 ) -> None:
     lab.xl("network-attach", guest.kind, "bridge=xenbr0")
     try:
-        wait_until(
-            "the kernel's eth1", lambda: guest.has("/sys/class/net/eth1")
-        )
+        wait_until("the kernel's eth1", lambda: guest.has("/sys/class/net/eth1"))
     finally:
         lab.xl("network-detach", guest.kind, "1")
 

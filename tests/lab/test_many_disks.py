@@ -54,9 +54,7 @@ def test_many_disks_are_served_used_and_detached_within_the_limit_of_grants(
         f"--verify=crc32c --verify_fatal=1 --output-format=terse {jobs}",
         timeout=900,
     )
-    reads = "".join(
-        f"sha256sum </dev/pvfront/{name} || exit 1\n" for name in (names[0], names[-1])
-    )
+    reads = "".join(f"sha256sum </dev/pvfront/{name} || exit 1\n" for name in (names[0], names[-1]))
     first, last = guest.output(reads).split("-")[:2]
     begin = time.monotonic()
     detach = "".join(f"xl block-detach {guest.kind} {VDEV[name]} || exit 1\n" for name in names)

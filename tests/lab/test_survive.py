@@ -68,8 +68,7 @@ def test_direct_and_buffered_loads_run_through_save_and_restore_without_an_error
     boot, domid = guest.boot_id(), guest.number
     with pvf.disk(name="xvdb"), pvf.disk(name="xvdc"):
         guest.run(
-            f"mkfs.ext4 -q /dev/pvfront/xvdc && mkdir -p {MOUNT} "
-            f"&& mount /dev/pvfront/xvdc {MOUNT}"
+            f"mkfs.ext4 -q /dev/pvfront/xvdc && mkdir -p {MOUNT} && mount /dev/pvfront/xvdc {MOUNT}"
         )
         loads = [guest.start(DIRECT, unit="direct"), guest.start(BUFFERED, unit="buffered")]
         goes_on(pvf, *DISKS)

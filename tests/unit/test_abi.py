@@ -26,9 +26,19 @@ def test_the_structures_have_no_implicit_padding() -> None:
     # A structure without padding has the size of its members: what pvf_ctl.h promises, so that
     # messages can be compared as bytes.
     names = [
-        "pvf_ctl_hdr", "pvf_ctl_attach", "pvf_ctl_start", "pvf_ctl_simple", "pvf_ctl_detach",
-        "pvf_ctl_hello", "pvf_ctl_error", "pvf_ctl_broken", "pvf_ctl_target_gone",
-        "pvf_ctl_feature_off", "pvf_ctl_stalled", "pvf_ctl_log", "pvf_blk_op_stats",
+        "pvf_ctl_hdr",
+        "pvf_ctl_attach",
+        "pvf_ctl_start",
+        "pvf_ctl_simple",
+        "pvf_ctl_detach",
+        "pvf_ctl_hello",
+        "pvf_ctl_error",
+        "pvf_ctl_broken",
+        "pvf_ctl_target_gone",
+        "pvf_ctl_feature_off",
+        "pvf_ctl_stalled",
+        "pvf_ctl_log",
+        "pvf_blk_op_stats",
         "pvf_blk_stats",
     ]
     for name in names:
@@ -135,8 +145,11 @@ def test_statistics_never_come_half_written() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "what"),
-    [("magic", 1, "not a statistics page"), ("version", 99, "not a statistics page"),
-     ("sequence", 3, "never stood still")],
+    [
+        ("magic", 1, "not a statistics page"),
+        ("version", 99, "not a statistics page"),
+        ("sequence", 3, "never stood still"),
+    ],
 )
 def test_statistics_that_cannot_be_trusted_are_refused(field: str, value: int, what: str) -> None:
     stats = Stats()

@@ -199,9 +199,7 @@ def test_status_shows_geometry_and_link_for_people(guest: Guest, pvfront: Run) -
     assert fields["owner"].strip() == "pvfront"
 
 
-def test_status_tells_times_as_people_do_and_what_a_retry_hides(
-    guest: Guest, pvfront: Run
-) -> None:
+def test_status_tells_times_as_people_do_and_what_a_retry_hides(guest: Guest, pvfront: Run) -> None:
     guest.state(
         "vbd-51728", phase="reconnecting", reason="", connected_since=0.0, last_trouble_at=1.5,
         last_trouble="backend Closed never came",

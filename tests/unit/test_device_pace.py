@@ -38,9 +38,7 @@ def test_a_connection_that_had_lasted_is_made_again_at_once(
 def test_after_a_connection_that_lasted_the_pauses_begin_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    disk = play(
-        monkeypatch, a_minute, Disk(lambda generation: 30.0 if generation == 4 else 0.03)
-    )
+    disk = play(monkeypatch, a_minute, Disk(lambda generation: 30.0 if generation == 4 else 0.03))
     first, second, third, lasted, again, *_ = disk.gaps
     assert first < second < third
     assert third >= 4 * RETRY_FIRST

@@ -39,9 +39,7 @@ async def test_all_who_follow_something_in_a_directory_share_one_watch(store, wo
     assert len(watches(world)) == 1
 
 
-async def test_a_follower_is_told_what_happens_at_it_below_and_above_and_nothing_else(
-    store, world
-):
+async def test_a_follower_is_told_what_happens_at_it_below_and_above_and_nothing_else(store, world):
     for name in ("a/state", "b/state", "aa/state"):
         world.mem.set(f"{HOME}data/{name}", b"1")
     async with Following(store, "data", "data/a") as a, Following(store, "data", "data/b") as b:

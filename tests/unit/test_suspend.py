@@ -20,6 +20,7 @@ from pvfront.veto import CannotVeto, Line, LogEvent
 
 LOOP_FACTORY = VirtualLoop
 
+
 @contextlib.asynccontextmanager
 async def running(world: World) -> AsyncIterator[World]:
     task = asyncio.create_task(world.suspend.run())

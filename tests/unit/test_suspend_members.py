@@ -66,9 +66,7 @@ class Service:
         self.world.kernel = self.kernels[-1]
 
     async def until(self, **wanted: object) -> None:
-        await self.suspend.until(
-            lambda s: wanted.items() <= s.status().items(), PATIENCE
-        )
+        await self.suspend.until(lambda s: wanted.items() <= s.status().items(), PATIENCE)
 
 
 class Pair:

@@ -124,9 +124,7 @@ async def test_an_old_worker_that_dies_meanwhile_is_a_death_and_the_next_generat
     following = next_pid(world)
     os.kill(following, signal.SIGSTOP)
     doing = asyncio.create_task(disk.update(world.device))
-    await eventually(
-        "HAND_OVER", lambda: any("pvfront-table" in link for link in descriptors(old))
-    )
+    await eventually("HAND_OVER", lambda: any("pvfront-table" in link for link in descriptors(old)))
     os.kill(old, signal.SIGKILL)
     await eventually("its end", lambda: gone(old))
     os.kill(following, signal.SIGCONT)  # it has everything, and nobody to say so to

@@ -217,9 +217,7 @@ async def test_a_worker_is_adopted_as_it_is_and_goes_on_serving(
     assert second.hello is not None
     assert (second.hello.state, second.hello.generation) == (State.RUNNING, 7)
     assert (second.hello.has_target, second.hello.name) == (True, NAME)
-    await eventually(
-        "the write counted", lambda: read_stats(second.stats_fd).write.requests == 1
-    )
+    await eventually("the write counted", lambda: read_stats(second.stats_fd).write.requests == 1)
     assert await asyncio.to_thread(device.nbd.read, 0, 512) == b"a" * 512
     assert await second.quiesce(7, PATIENCE)
 

@@ -67,7 +67,9 @@ class Supervisor:
                 os.close(fd)
         hdr = ffi.from_buffer("struct pvf_ctl_hdr *", data)
         assert (hdr.magic, hdr.version, hdr.length) == (
-            lib.PVF_CTL_MAGIC, lib.PVF_CTL_VERSION, len(data),
+            lib.PVF_CTL_MAGIC,
+            lib.PVF_CTL_VERSION,
+            len(data),
         )
         body = ffi.new(f"struct {BODIES[hdr.type]} *")
         assert ffi.sizeof(body[0]) == len(data)
@@ -240,7 +242,9 @@ class Host:
         self.backends.append(self.backend_class(made, port, self.disk))
         with made.hand_over() as pages:
             self.supervisor.send(
-                lib.PVF_CTL_ATTACH, self.attach_body(queue, **override), self.generation,
+                lib.PVF_CTL_ATTACH,
+                self.attach_body(queue, **override),
+                self.generation,
                 [port.theirs.fileno(), pages.fileno()],
             )
         port.theirs.close()
@@ -308,7 +312,8 @@ class Host:
 
     def detach(self, flags: int = 0) -> None:
         self.supervisor.send(
-            lib.PVF_CTL_DETACH, ffi.new("struct pvf_ctl_detach *", {"flags": flags}),
+            lib.PVF_CTL_DETACH,
+            ffi.new("struct pvf_ctl_detach *", {"flags": flags}),
             self.generation,
         )
         self.supervisor.wait(lib.PVF_CTL_DETACHED)

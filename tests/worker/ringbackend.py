@@ -252,9 +252,7 @@ class Backend(threading.Thread):
             (sectors,) = NR_SECTORS.unpack_from(raw, REQUEST.size)
             return Request(op, ident, sector, [], sectors)
         assert count <= 11
-        segments = [
-            SEGMENT.unpack_from(raw, REQUEST.size + SEGMENT.size * i) for i in range(count)
-        ]
+        segments = [SEGMENT.unpack_from(raw, REQUEST.size + SEGMENT.size * i) for i in range(count)]
         return Request(op, ident, sector, segments)
 
     def answer(self, request: Request) -> None:

@@ -111,9 +111,7 @@ def test_a_message_of_another_generation_is_refused_and_ignored() -> None:
         host.detach()
         host.attach()
         for generation in (1, 3):
-            host.supervisor.send(
-                lib.PVF_CTL_DETACH, ffi.new("struct pvf_ctl_detach *"), generation
-            )
+            host.supervisor.send(lib.PVF_CTL_DETACH, ffi.new("struct pvf_ctl_detach *"), generation)
             assert host.supervisor.error()[:2] == (lib.PVF_CTL_DETACH, errno.ESTALE)
         host.start()
         host.nbd().write(0, bytes(512))
@@ -560,9 +558,7 @@ def test_a_parked_worker_keeps_its_port_and_does_nothing_else() -> None:
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_EXIT, errno.EBUSY)
         assert host.backend.is_alive()
         a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        host.supervisor.send(
-            lib.PVF_CTL_ATTACH, host.attach_body(), 2, [a.fileno(), b.fileno()]
-        )
+        host.supervisor.send(lib.PVF_CTL_ATTACH, host.attach_body(), 2, [a.fileno(), b.fileno()])
         assert host.supervisor.error()[:2] == (lib.PVF_CTL_ATTACH, errno.EBUSY)
         a.close()
         b.close()
@@ -570,9 +566,17 @@ def test_a_parked_worker_keeps_its_port_and_does_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["--name"], ["--name", ""], ["--name", "x" * 64], ["--name", "x", "--uid", "1"],
-     ["--name", "x", "--uid", "-1", "--gid", "1"], ["--name", "x", "y"], ["--what"],
-     ["--name", "x"]],
+    [
+        [],
+        ["--name"],
+        ["--name", ""],
+        ["--name", "x" * 64],
+        ["--name", "x", "--uid", "1"],
+        ["--name", "x", "--uid", "-1", "--gid", "1"],
+        ["--name", "x", "y"],
+        ["--what"],
+        ["--name", "x"],
+    ],
 )
 def test_wrong_usage_is_explained_on_stderr(args: list[str]) -> None:
     done = subprocess.run(

@@ -43,8 +43,9 @@ class Mirror:
             if not self.slots.acquire(timeout=PATIENCE) or self.problem is not None:
                 break
             lane = self.free.pop()
-            kind = self.random.choice([Nbd.READ, Nbd.READ, Nbd.WRITE, Nbd.WRITE, Nbd.FLUSH,
-                                       Nbd.TRIM])
+            kind = self.random.choice(
+                [Nbd.READ, Nbd.READ, Nbd.WRITE, Nbd.WRITE, Nbd.FLUSH, Nbd.TRIM]
+            )
             length = self.align * self.random.randint(
                 1, self.random.choice([8, largest]) // self.align or 1
             )
@@ -218,7 +219,8 @@ def test_rule_7_eopnotsupp_is_an_error_and_turns_the_feature_off() -> None:
     with serving(backend=NoFlush) as host:
         nbd = host.nbd()
         for feature, act in [
-            (lib.PVF_BLK_FLUSH, nbd.flush), (lib.PVF_BLK_DISCARD, lambda: nbd.trim(0, 4096)),
+            (lib.PVF_BLK_FLUSH, nbd.flush),
+            (lib.PVF_BLK_DISCARD, lambda: nbd.trim(0, 4096)),
         ]:
             for _ in range(3):
                 with pytest.raises(NbdError) as caught:

@@ -68,8 +68,7 @@ def test_each_queue_serves_its_own_socket_at_the_same_time(queues: int) -> None:
     with serving(queues=queues, pool_pages=48) as host:
         assert host.supervisor.hello.queues == queues
         users = [
-            threading.Thread(target=use, args=(host.nbd(i), i * MIB // 2, i))
-            for i in range(queues)
+            threading.Thread(target=use, args=(host.nbd(i), i * MIB // 2, i)) for i in range(queues)
         ]
         for user in users:
             user.start()
@@ -274,9 +273,7 @@ def test_a_lost_socket_of_several_closes_all_and_new_ones_wait_for_every_ring(qu
         host.backends[queue].release()
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            host.supervisor.send(
-                lib.PVF_CTL_START, host.start_body(), 1, [theirs.fileno()] * 3
-            )
+            host.supervisor.send(lib.PVF_CTL_START, host.start_body(), 1, [theirs.fileno()] * 3)
             assert host.supervisor.error()[:2] == (lib.PVF_CTL_START, errno.EBUSY)
         host.backends[1 - queue].release()
         host.supervisor.wait(lib.PVF_CTL_DRAINED)

@@ -229,9 +229,7 @@ class Machine:
         Raises CommandFailed on a status other than 0 (unless check=False) and DeadlineExceeded,
         after killing it, when it takes more than `timeout` s.
         """
-        job = self.start(
-            command, stdin=stdin, env=env, cwd=cwd, unit=unit, wait=min(5.0, timeout)
-        )
+        job = self.start(command, stdin=stdin, env=env, cwd=cwd, unit=unit, wait=min(5.0, timeout))
         try:
             result = job.wait(timeout)
         except DeadlineExceeded:

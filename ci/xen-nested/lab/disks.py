@@ -141,9 +141,7 @@ class DelayedDisk(BackingDisk):
         Requests held under the old delay are let go by the change.
         """
         table = shlex.quote(self._table(read_ms, read_ms if write_ms is None else write_ms))
-        self.dom0.run(
-            f"dmsetup load {self.name} --table {table} && dmsetup resume {self.name}"
-        )
+        self.dom0.run(f"dmsetup load {self.name} --table {table} && dmsetup resume {self.name}")
 
     def clear_delay(self) -> None:
         """No delay; what is held is let go at once."""
@@ -174,8 +172,7 @@ class QemuDisk(BackingDisk):
     def spec(self, vdev: str, mode: str = "w", *, stock: bool = False) -> str:
         del stock  # there is no hotplug script for image files
         return (
-            f"format={self.image},vdev={vdev},access={mode},backendtype=qdisk,"
-            f"target={self.device}"
+            f"format={self.image},vdev={vdev},access={mode},backendtype=qdisk,target={self.device}"
         )
 
     @property

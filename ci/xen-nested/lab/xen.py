@@ -233,8 +233,11 @@ class Outer:
                 raise LabError(stage, f"QEMU ended: {(self.run / 'qemu.log').read_text()}"
                                       f"; console: {self.console.path}")  # fmt: skip
             if time.monotonic() - begin > deadline:
-                raise LabError(stage, f"not reached within {deadline:.0f} s; last lines of "
-                               f"{self.console.path}:\n" + "\n".join(text.splitlines()[-10:]))
+                raise LabError(
+                    stage,
+                    f"not reached within {deadline:.0f} s; last lines of "
+                    f"{self.console.path}:\n" + "\n".join(text.splitlines()[-10:]),
+                )
             time.sleep(0.2)
 
     def stop(self) -> None:

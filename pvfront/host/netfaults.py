@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What a network backend of the embedded host can do wrong on its rings, as data. Pure.
+
+A list of faults is a table of rules that the backend's C engine executes (native/host/netback.h).
+A fault is looked at whenever what it is about happens: a response, a packet, an event. It lets
+`skip` of them pass, then fires `count` times (0: for ever). For the store there is `Misstep` of
+faults.py.
+
+    await backend.fault(NetFault.rx_id(77, skip=100, count=1))
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+from pvfront.host.faults import FaultError
+
+__all__ = ["KINDS", "NetFault"]
+
+KINDS = (
+    "rx_id", "rx_offset", "rx_status", "rx_flags", "rx_extra", "rx_rewrite", "rx_producer",
+    "tx_id", "tx_status", "tx_drop", "tx_duplicate", "tx_look", "producer", "silent", "storm",
+)  # fmt: skip
+"""The kinds of faults, named as in enum pvf_nb_kind."""
+
+FLAGS = {"data_validated": 1, "csum_blank": 2, "more_data": 4, "extra_info": 8}
+"""NETRXF_* by name."""
+
+STATUS = {"okay": 0, "error": -1, "dropped": -2, "null": 1}
+"""NETIF_RSP_* by name."""
+
+EXTRAS = {"none": 0, "gso": 1, "mcast_add": 2, "mcast_del": 3, "hash": 4}
+"""XEN_NETIF_EXTRA_TYPE_* by name."""
+
+_U64 = (1 << 64) - 1
+
+
+class When(TypedDict, total=False):
+    """When a fault fires; what is left out: always."""
+
+    skip: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class NetFault:
+    """One rule of the engine's table; made by the constructors below, which check what they get."""
+
+    kind: str
+    value: int = 0
+    skip: int = 0
+    count: int = 0
+
+    # -- what the frontend receives --------------------------------------------------------------
+
+    @classmethod
+    def rx_id(cls, value: int, **when: Unpack[When]) -> Self:
+        """A received slot's id is `value`."""
+        return cls._make("rx_id", _whole("value", value, 0, 0xFFFF), when)
+
+    @classmethod
+    def rx_offset(cls, value: int, **when: Unpack[When]) -> Self:
+        """A received slot's offset in its page is `value`."""
+        return cls._make("rx_offset", _whole("value", value, 0, 0xFFFF), when)
+
+    @classmethod
+    def rx_status(cls, value: int, **when: Unpack[When]) -> Self:
+        """A received slot's status, the number of its bytes, is `value`."""
+        return cls._make("rx_status", _whole("value", value, -(1 << 15), (1 << 15) - 1), when)
+
+    @classmethod
+    def rx_flags(
+        cls,
+        *flip: Literal["data_validated", "csum_blank", "more_data", "extra_info"],
+        **when: Unpack[When],
+    ) -> Self:
+        """These flags of a received slot are turned over."""
+        unknown = set(flip) - FLAGS.keys()
+        if unknown or not flip:
+            raise FaultError(f"flags {sorted(unknown)}: there are {', '.join(FLAGS)}")
+        return cls._make("rx_flags", sum(FLAGS[name] for name in set(flip)), when)
+
+    @classmethod
+    def rx_extra(
+        cls,
+        kind: str | int,
+        *,
+        gso_size: int = 0,
+        gso_type: int = 0,
+        times: int = 1,
+        **when: Unpack[When],
+    ) -> Self:
+        """A received packet has extra info of this kind instead of its own, `times` times."""
+        number = EXTRAS[kind] if isinstance(kind, str) else _whole("kind", kind, 0, 0xFF)
+        value = number | _whole("gso_type", gso_type, 0, 0xFF) << 8
+        value |= _whole("gso_size", gso_size, 0, 0xFFFF) << 16
+        return cls._make("rx_extra", value | _whole("times", times, 1, 4) << 32, when)
+
+    @classmethod
+    def rx_rewrite(cls, **when: Unpack[When]) -> Self:
+        """The pages of a received packet are overwritten right after it was given."""
+        return cls._make("rx_rewrite", 0, when)
+
+    # -- what it sends ---------------------------------------------------------------------------
+
+    @classmethod
+    def tx_id(cls, value: int, **when: Unpack[When]) -> Self:
+        """The answer to a sent slot has the id `value`."""
+        return cls._make("tx_id", _whole("value", value, 0, 0xFFFF), when)
+
+    @classmethod
+    def tx_status(
+        cls, status: Literal["okay", "error", "dropped", "null"] | int, **when: Unpack[When]
+    ) -> Self:
+        """The answer to a sent slot has this status."""
+        number = STATUS[status] if isinstance(status, str) else status
+        return cls._make("tx_status", _whole("status", number, -(1 << 15), (1 << 15) - 1), when)
+
+    @classmethod
+    def tx_drop(cls, **when: Unpack[When]) -> Self:
+        """A sent slot is never answered."""
+        return cls._make("tx_drop", 0, when)
+
+    @classmethod
+    def tx_duplicate(cls, **when: Unpack[When]) -> Self:
+        """A sent slot is answered twice."""
+        return cls._make("tx_duplicate", 0, when)
+
+    @classmethod
+    def look(cls, pattern: int, **when: Unpack[When]) -> Self:
+        """No fault but a look: counts the 64-bit words `pattern` that lie in the granted pages of a
+        sent packet outside of its bytes. The counter is `canaries` of `NetBackend.stats`.
+        """
+        return cls._make("tx_look", _whole("pattern", pattern, 1, _U64), when)
+
+    # -- either ----------------------------------------------------------------------------------
+
+    @classmethod
+    def producer(cls, by: int, *, ring: Literal["tx", "rx"] = "tx", **when: Unpack[When]) -> Self:
+        """A ring's rsp_prod is published off by `by`: forward, or (negative) backward."""
+        value = _whole("by", by, -(1 << 31), (1 << 31) - 1)
+        if not value:
+            raise FaultError("by=0 moves nothing")
+        return cls._make("producer" if ring == "tx" else "rx_producer", value, when)
+
+    @classmethod
+    def silent(cls, **when: Unpack[When]) -> Self:
+        """What was published is followed by no event, though one is due."""
+        return cls._make("silent", 0, when)
+
+    @classmethod
+    def storm(cls, **when: Unpack[When]) -> Self:
+        """An event for nothing after each turn of the backend's."""
+        return cls._make("storm", 0, when)
+
+    # -- the table -------------------------------------------------------------------------------
+
+    def encode(self) -> dict[str, Any]:
+        """The members of struct pvf_nb_rule, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def decode(cls, data: object) -> Self:
+        """The reverse of `encode`. Raises FaultError."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or not data.keys() <= names or "kind" not in data:
+            raise FaultError(f"no fault: {data!r}")
+        if data["kind"] not in KINDS:
+            raise FaultError(f"no kind of fault: {data['kind']!r}; there are {', '.join(KINDS)}")
+        for name, value in data.items():
+            if name != "kind" and (not isinstance(value, int) or not 0 <= value <= _U64):
+                raise FaultError(f"{name}={value!r} is no unsigned number")
+        return cls(**data)
+
+    @classmethod
+    def _make(cls, kind: str, value: int, when: When) -> Self:
+        unknown = when.keys() - When.__annotations__.keys()
+        if unknown:
+            raise FaultError(f"{kind}: no such argument: {', '.join(sorted(unknown))}")
+        return cls(
+            kind,
+            value & _U64,
+            _whole("skip", when.get("skip", 0), 0, _U64),
+            _whole("count", when.get("count", 0), 0, _U64),
+        )
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise FaultError(f"{name}={value!r} is not a whole number in {low}..{high}")
+    return value
