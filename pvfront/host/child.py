@@ -72,6 +72,17 @@ class Child:
     def pid(self) -> int:
         return self.process.pid
 
+    async def saying(self, text: str) -> None:
+        """Waits until its output has `text`. Raises PvfrontError."""
+        deadline = time.monotonic() + START_SECONDS
+        while text not in self.log.read_text(errors="replace"):
+            status = self.process.poll()
+            if status is not None:
+                raise PvfrontError(f"{self.what} ended with status {status}: {self.said()}")
+            if time.monotonic() > deadline:
+                raise PvfrontError(f"{self.what} never said {text!r}: {self.said()}")
+            await asyncio.sleep(0.01)
+
     async def listening(self, path: Path, kind: socket.SocketKind) -> None:
         """Waits until it accepts connections at `path`. Raises PvfrontError."""
         deadline = time.monotonic() + START_SECONDS

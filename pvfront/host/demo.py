@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""`make demo`: a disk from an xl config, served by pvfront, used and verified, in seconds.
+"""`make demo`: a disk and a network interface from an xl config, served by pvfront, used and
+verified, in seconds.
 
-Everything that runs in a Xen guest runs here: the real store, the disk service, its worker on a
-shared ring, a block backend as a process of its own. Only the hypervisor is missing; the embedded
-host (docs/host.md) stands in for its event channels and grants. No root is needed.
+Everything that runs in a Xen guest runs here: the real store, the services, their workers on shared
+rings, backends as processes of their own. Only the hypervisor is missing; the embedded host
+(docs/host.md) stands in for its event channels and grants. No root is needed, where users may have
+namespaces: the interface's two ends are networks of their own. Where they may not, the network is
+left out, and a line says so.
 
 Every command is shown as it can be repeated. Exit status 0: all data was the same on both sides,
 and nothing was left behind.
@@ -15,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -28,17 +32,23 @@ from pathlib import Path
 from pvfront.errors import PvfrontError
 from pvfront.host import Host
 from pvfront.host.blkback import BlkBackend
-from pvfront.host.service import DiskService
+from pvfront.host.netback import NetBackend
+from pvfront.host.netns import NetNamespace, NetNamespaceError
+from pvfront.host.service import DiskService, NetService
 
 MIB = 1 << 20
 DISK = "xvdb"
+IFNAME = "enX0"
 TOOLS = {
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
     "qemu-io": "qemu-utils",
     "fio": "fio",
+    "ip": "iproute2",
+    "ping": "iputils-ping",
+    "iperf3": "iperf3",
 }
-"""What is used on the disk, none of it ours: program, Debian package."""
+"""What is used on the devices, none of it ours: program, Debian package."""
 
 
 class DemoFailed(PvfrontError):
@@ -85,10 +95,73 @@ class Progress:
 
 
 class Demo:
-    """The walk; `run` is all of it."""
+    """What both walks share: showing what is done."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.prefix: list[str] = []
+        """What stands before a command: that it runs in the guest's network."""
+
+    async def run(self) -> None:
+        """Raises PvfrontError."""
+        raise NotImplementedError
+
+    # -- showing ---------------------------------------------------------------------------------
+
+    async def pvfront(self, *arguments: str, only: Callable[[str], bool] | None = None) -> None:
+        print(f"$ pvfront {shlex.join(arguments)}", flush=True)
+        command = [*self.prefix, sys.executable, "-P", "-m", "pvfront", *arguments]
+        text = await self._run(command, {**os.environ, **self.host.environ})
+        lines = text.rstrip().splitlines()
+        print("\n".join(line for line in lines if only is None or only(line)), flush=True)
+
+    async def tool(self, *command: str, show: bool = True) -> None:
+        print(f"$ {shlex.join(command)}", flush=True)
+        text = await self._run(command)
+        if show and text.strip():
+            print(text.rstrip(), flush=True)
+
+    async def _run(
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> str:
+        """What it says; ended if we are. Raises DemoFailed."""
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environ, cwd=self.host.directory, pass_fds=pass_fds,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            out, _ = await process.communicate()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+        text = out.decode(errors="replace")
+        if process.returncode:
+            raise DemoFailed(f"{command[0]} failed with status {process.returncode}", hint=text)
+        return text
+
+    def nothing_left(self) -> None:
+        say("nothing is left behind")
+        left = self.host.dump()
+        print(
+            f"event channels: {len(left['ports'])}, grants: {len(left['grants'])}, "
+            f"grants still mapped: {left['deferred']}",
+            flush=True,
+        )
+        if any(left.values()):
+            raise DemoFailed(f"something leaked: {left}")
+
+
+class DiskDemo(Demo):
+    """A disk."""
 
     def __init__(self, host: Host, size: int) -> None:
-        self.host = host
+        super().__init__(host)
         self.size = size
         self.store = host.directory / "disk.img"  # what the backend keeps the disk in
 
@@ -117,7 +190,8 @@ class Demo:
                     raise DemoFailed("the disk service failed", hint=service.log.read_text())
             finally:
                 await service.end()
-        self.nothing_left(stats)
+        self.nothing_left()
+        self.nothing_unanswered(stats)
 
     async def look(self, service: DiskService) -> None:
         await self.pvfront("list")
@@ -152,21 +226,6 @@ class Demo:
         say("what the worker counted")
         await self.pvfront("status", DISK, only=statistics)
 
-    # -- showing ---------------------------------------------------------------------------------
-
-    async def pvfront(self, *arguments: str, only: Callable[[str], bool] | None = None) -> None:
-        print(f"$ pvfront {shlex.join(arguments)}", flush=True)
-        command = [sys.executable, "-P", "-m", "pvfront", *arguments]
-        text = await self._run(command, {**os.environ, **self.host.environ})
-        lines = text.rstrip().splitlines()
-        print("\n".join(line for line in lines if only is None or only(line)), flush=True)
-
-    async def tool(self, *command: str, show: bool = True) -> None:
-        print(f"$ {shlex.join(command)}", flush=True)
-        text = await self._run(command)
-        if show and text.strip():
-            print(text.rstrip(), flush=True)
-
     async def copy(self, what: str, source: str, destination: str) -> None:
         """nbdcopy, with its progress as one live line."""
         read, write = os.pipe()
@@ -186,46 +245,129 @@ class Demo:
             os.close(read)
             os.close(write)
 
-    async def _run(
-        self,
-        command: Sequence[str],
-        environ: Mapping[str, str] | None = None,
-        pass_fds: Sequence[int] = (),
-    ) -> str:
-        """What it says; ended if we are. Raises DemoFailed."""
-        process = await asyncio.create_subprocess_exec(
-            *command, env=environ, cwd=self.host.directory, pass_fds=pass_fds,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            out, _ = await process.communicate()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
-        text = out.decode(errors="replace")
-        if process.returncode:
-            raise DemoFailed(f"{command[0]} failed with status {process.returncode}", hint=text)
-        return text
-
     def compare(self, left: str, one: str, right: str, other: str) -> None:
         print(f"sha256 {one[:32]}…  {left}\nsha256 {other[:32]}…  {right}", flush=True)
         if one != other:
             raise DemoFailed(f"what was {left} is not {right}")
 
-    def nothing_left(self, stats: Mapping[str, int]) -> None:
-        say("nothing is left behind")
-        left = self.host.dump()
+    def nothing_unanswered(self, stats: Mapping[str, int]) -> None:
         print(
-            f"event channels: {len(left['ports'])}, grants: {len(left['grants'])}, "
-            f"grants still mapped: {left['deferred']}, requests unanswered: "
-            f"{stats['requests'] - stats['responses']} of {stats['requests']}",
-            flush=True,
+            f"requests unanswered: {stats['requests'] - stats['responses']} of {stats['requests']}"
         )
-        if any(left.values()) or stats["requests"] != stats["responses"]:
-            raise DemoFailed(f"something leaked: {left}")
+        if stats["requests"] != stats["responses"]:
+            raise DemoFailed("requests were not answered")
+
+
+THEIRS, OURS = ("10.7.0.1", "fd07::1"), ("10.7.0.2", "fd07::2")
+IPERF_SECONDS = 2
+
+
+class NetDemo(Demo):
+    """A network interface, between two networks."""
+
+    def __init__(self, host: Host, guest: NetNamespace, dom0: NetNamespace) -> None:
+        super().__init__(host)
+        self.guest = guest
+        self.dom0 = dom0
+        self.prefix = guest.prefix()
+
+    async def run(self) -> None:
+        """Raises PvfrontError."""
+        spec = f"mac=00:16:3e:07:00:02,mtu=9000,ip={THEIRS[0]}/24 {THEIRS[1]}/64"
+        say("a guest with a network interface, as its xl config has it")
+        print(f"vif = [ '{spec}' ]")
+        devid = await self.host.attach_vif(1, spec)
+        async with await NetBackend.start(self.host, self.dom0) as backend:
+            say("domain 0's network backend runs; in the guest the network service takes the vif")
+            print("$ pvfront vif serve --all &")
+            service = await NetService.start(self.host, self.guest)
+            try:
+                await self.pvfront("list")
+                say("what was negotiated")
+                await self.pvfront("status", IFNAME, only=lambda line: not statistics(line))
+                await self.configure()
+                await self.use()
+                await self.counted(backend)
+                say("the toolstack takes the interface away (xl network-detach)")
+                await self.host.detach_vif(1, devid)
+                await self.pvfront("list")
+                if await service.stop():
+                    raise DemoFailed("the network service failed", hint=service.log.read_text())
+            finally:
+                await service.end()
+        self.nothing_left()
+
+    async def configure(self) -> None:
+        say("the guest gives it addresses, as any interface")
+        await self.inside("ip", "address", "add", f"{OURS[0]}/24", "dev", IFNAME)
+        await self.inside("ip", "address", "add", f"{OURS[1]}/64", "dev", IFNAME, "nodad")
+        await self.inside("ip", "link", "set", IFNAME, "up")
+
+    async def use(self) -> None:
+        say("pings of the largest size there is, cut by the kernel and put together again")
+        for address in THEIRS:
+            ping = ["ping", "-c", "3", "-i", "0.2", "-W", "10", "-s", "65507", address]
+            await self.inside(*ping, only=lambda line: "packets transmitted" in line)
+        say("iperf3 across it: out, in, and over UDP")
+        server = self.dom0.start_command(
+            "iperf3", ["iperf3", "--server", "--forceflush"], self.host.directory / "iperf3.log"
+        )
+        try:
+            await server.saying("listening")
+            for name, how in {
+                "TCP out": [], "TCP in ": ["--reverse"], "UDP out": ["--udp", "--bitrate", "50M"],
+            }.items():  # fmt: skip
+                print(f"{name}: {await self.iperf(*how)}", flush=True)
+        finally:
+            await server.stop(signal.SIGKILL)
+
+    async def iperf(self, *how: str) -> str:
+        command = ["iperf3", "--client", THEIRS[0], "--time", str(IPERF_SECONDS), *how]
+        print(f"guest$ {shlex.join(command)}", flush=True)
+        end = json.loads(await self._run([*self.prefix, *command, "--json"]))["end"]
+        got = end.get("sum_received") or end["sum"]
+        lost = f", {got['lost_percent']:.2g} % lost" if "lost_percent" in got else ""
+        if not got["bytes"]:
+            raise DemoFailed("nothing came")
+        return (
+            f"{got['bytes'] / MIB:.0f} MiB in {got['seconds']:.1f} s, "
+            f"{got['bits_per_second'] / 1e9:.2f} Gbit/s{lost}"
+        )
+
+    async def counted(self, backend: NetBackend) -> None:
+        say("what the worker counted, and the backend at its other end")
+        await self.pvfront("status", IFNAME, only=statistics)
+        stats = await backend.stats()
+        for way, name in (("tx", "sent"), ("rx", "received")):
+            packets, size = stats[f"{way}_packets"], stats[f"{way}_bytes"]
+            print(
+                f"{name} by the guest: {packets} packets of {size / max(packets, 1):.0f} bytes on "
+                f"average, {stats[f'{way}_gso']} of them large ones (GSO)"
+            )
+        if stats["fatal"] or stats["tx_rejected"]:
+            raise DemoFailed(f"the backend refused packets: {stats}")
+
+    async def inside(self, *command: str, only: Callable[[str], bool] | None = None) -> None:
+        """A command in the guest's network."""
+        print(f"guest$ {shlex.join(command)}", flush=True)
+        text = await self._run([*self.prefix, *command])
+        lines = [line for line in text.splitlines() if line and (only is None or only(line))]
+        print("\n".join(lines) if lines else "", end="\n" if lines else "", flush=True)
+
+
+async def network(host: Host) -> None:
+    """The network's part, or the line that says why there is none. Raises PvfrontError."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            guest, dom0 = [
+                await stack.enter_async_context(await NetNamespace.start(host.directory, name))
+                for name in ("guest", "dom0")
+            ]
+        except NetNamespaceError as exc:
+            say(f"the network is left out: {exc}")
+            print(exc.hint or "")
+            return
+        await NetDemo(host, guest, dom0).run()
 
 
 def statistics(line: str) -> bool:
@@ -254,18 +396,19 @@ def require_tools() -> None:
     missing = {package for tool, package in TOOLS.items() if shutil.which(tool) is None}
     if missing:
         raise DemoFailed(
-            "some of the tools that use the disk are not installed",
+            "some of the tools that use the devices are not installed",
             hint=f"as root: apt-get install --no-install-recommends {' '.join(sorted(missing))}",
         )
 
 
 async def demo(size: int) -> None:
-    """Runs it and cleans up, whatever happens. Raises PvfrontError."""
+    """Runs both and cleans up, whatever happens. Raises PvfrontError."""
     require_tools()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pvfront-demo-") as directory:
         async with await Host.start(Path(directory)) as host:
-            await Demo(host, size).run()
+            await DiskDemo(host, size).run()
+            await network(host)
     say(f"done in {time.monotonic() - begin:.0f} s")
     print(
         "The same in a real guest: `make demo-xen` boots Xen under QEMU and does it there;\n"
@@ -293,7 +436,8 @@ async def _main(size: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pvfront.host.demo", description="A disk, served and verified, in seconds."
+        prog="python -m pvfront.host.demo",
+        description="A disk and a network interface, served and verified, in seconds.",
     )
     parser.add_argument("--size", type=int, default=128, metavar="MIB", help="of the disk")
     options = parser.parse_args(arguments)

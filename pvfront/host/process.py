@@ -211,8 +211,8 @@ class Process(Generic[D]):
     def _chosen(self, request: Request) -> list[D]:
         """The devices that a request is about. Raises PvfrontError if it names one that is not."""
         devices = self._matching(request, self.devices.values())
-        if "vbd" in request and not devices:
-            raise PvfrontError(f"no device {request[self.KLASS]!r} here")
+        if self.KLASS in request and not devices:
+            raise PvfrontError(f"no {self.KLASS} {request[self.KLASS]!r} here")
         return devices
 
     def _matching(self, request: Request, devices: Iterable[D]) -> list[D]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""The whole path of a vif on the embedded host: `pvfront vif serve`, its worker, the rings, netback,
-and a network namespace at each end. Real programs and the kernel's own stacks use it.
+"""The whole path of a vif on the embedded host: `pvfront vif serve`, its worker, the rings,
+netback, and a network namespace at each end. Real programs and the kernel's stacks use it.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from networld import (
     OURS4,
     OURS6,
+    PYTHON,
     SPEC,
     THEIRS4,
     THEIRS6,
@@ -59,10 +62,13 @@ async def test_pings_of_all_sizes_are_answered(it: Network, address: str, size: 
 
 
 async def test_tcp_carries_the_same_bytes_both_ways(it: Network) -> None:
+    async def dropped() -> list[list[int]]:
+        queues = await it.queue_statistics()
+        return [queue[way]["dropped"] for queue in queues for way in ("tx", "rx")]
+
+    before = await dropped()
     await transfer(it, 32 * MIB)
-    for queue in await it.queue_statistics():
-        assert not any(queue["tx"]["dropped"].values()), queue
-        assert not any(queue["rx"]["dropped"].values()), queue
+    assert await dropped() == before
     assert not (await it.backend.stats())["tx_rejected"]
 
 
@@ -72,10 +78,11 @@ async def test_bulk_tcp_crosses_the_rings_in_large_packets(it: Network) -> None:
         await (await Transfer.start(it, source, address, 16 * MIB)).ended()
     after = await it.backend.stats()
     for way in ("tx", "rx"):
-        packets, size = (after[f"{way}_{what}"] - before[f"{way}_{what}"] for what in ("gso", "bytes"))
+        packets, size = (
+            after[f"{way}_{what}"] - before[f"{way}_{what}"] for what in ("packets", "bytes")
+        )
         assert size > 16 * MIB
-        assert packets > 0
-        assert size / packets > 9000, f"{way}: {packets} packets for {size} bytes"
+        assert size / packets > 9014, f"{way}: {packets} packets for {size} bytes"
 
 
 async def test_iperf3_runs_both_ways_and_over_udp(it: Network) -> None:
@@ -100,11 +107,14 @@ async def test_an_mtu_of_9000_lets_9000_bytes_pass_unfragmented(it: Network) -> 
     assert "1 received" in await it.net.run(*ping, "-s8972", OURS4)
 
 
-async def test_tagged_packets_pass(it: Network) -> None:
+async def test_vlans_on_both_ends_reach_each_other(it: Network) -> None:
     require("ping")
     ends = [(it.guest, "enX0", "10.7.7.2"), (it.net, "vif1.0", "10.7.7.1")]
     for where, parent, address in ends:
-        await where.run(*f"ip link add link {parent} name vlan7 type vlan id 7".split())
+        link = f"ip link add link {parent} name vlan7 type vlan id 7"
+        if "Unknown device type" in (said := await where.run(*link.split(), check=False)):
+            pytest.skip("this kernel has no VLAN devices (8021q); tagged frames: the next test")
+        assert not said
         await where.run("ip", "addr", "add", f"{address}/24", "dev", "vlan7")
         await where.run("ip", "link", "set", "vlan7", "up")
     try:
@@ -116,6 +126,65 @@ async def test_tagged_packets_pass(it: Network) -> None:
     finally:
         await it.guest.run("ip", "link", "del", "vlan7")
         await it.net.run("ip", "link", "del", "vlan7")
+
+
+TAGGED_IN = """
+import socket, struct, sys
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL
+sock.setsockopt(263, 8, 1)  # SOL_PACKET, PACKET_AUXDATA: where the kernel puts the tag
+sock.bind((sys.argv[1], 3))
+sock.settimeout(60)
+print("ready", flush=True)
+for size in map(int, sys.argv[2:]):
+    data = b""
+    while data[12:14] != bytes.fromhex("88b7"):
+        data, told, _, _ = sock.recvmsg(65536, 256)
+    tag = [struct.unpack("=IIIHHHH", t)[5] for _, kind, t in told if kind == 8]
+    assert tag == [7] and data[14:] == bytes(i % 251 for i in range(size)), (size, tag, len(data))
+print("all came", flush=True)
+"""
+
+TAGGED_OUT = """
+import socket, sys
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+sock.bind((sys.argv[1], 0))
+head = bytes.fromhex("ffffffffffff 020000000001 8100 0007 88b7")
+for size in map(int, sys.argv[2:]):
+    sock.send(head + bytes(i % 251 for i in range(size)))
+"""
+
+
+@pytest.mark.parametrize("way", ["out", "in"])
+async def test_tagged_frames_pass_as_they_are(it: Network, way: str) -> None:
+    sizes = [str(size) for size in (46, 1500, 4074, 4075, 4078, 8000, 9000)]
+    ends = [(it.guest, "enX0"), (it.net, "vif1.0")]
+    (source, sends), (target, receives) = ends if way == "out" else ends[::-1]
+    log = it.host.directory / "tagged.log"
+    program = [*PYTHON, TAGGED_IN, receives, *sizes]
+    receiver = target.start_command("the receiver", program, log)
+    await eventually("the receiver", lambda: "ready" in log.read_text(), why=log.read_text)
+    await it.python(source, TAGGED_OUT, sends, *sizes)
+    await eventually("its end", lambda: receiver.process.poll() is not None, why=log.read_text)
+    assert "all came" in log.read_text(), log.read_text()
+
+
+NETCHECK = Path(__file__).parents[2] / "ci/xen-nested/lab/scripts/netcheck.py"
+
+
+@pytest.mark.parametrize("way", ["out", "in"])
+async def test_frames_of_random_sizes_come_as_they_were_sent(it: Network, way: str) -> None:
+    ends = [(it.guest, "enX0"), (it.net, "vif1.0")]
+    (source, sends), (target, receives) = ends if way == "out" else ends[::-1]
+    log = it.host.directory / f"frames-{way}.log"
+    check = [sys.executable, "-P", str(NETCHECK)]
+    receiver = target.start_command("frames", [*check, "frames-receive", receives], log)
+    await eventually("the receiver", lambda: "ready" in log.read_text(), why=log.read_text)
+    send = [*check, "frames-send", sends, "ff:ff:ff:ff:ff:ff", "400", "9014", "3"]
+    sent = json.loads(await source.run(*send))
+    await eventually("its end", lambda: receiver.process.poll() is not None, why=log.read_text)
+    came = json.loads(log.read_text().splitlines()[-1])
+    assert (sent["frames"], sent["wrong_length"]) == (400, [])
+    assert (came["frames"], came["corrupt"]) == (400, [])
 
 
 async def test_flows_use_both_queues(it: Network) -> None:
@@ -144,3 +213,41 @@ async def test_a_tcp_stream_survives_a_worker_that_is_killed(it: Network) -> Non
     assert await going.ended() == 8 * MIB
 
 
+async def test_tcp_streams_both_ways_survive_a_backend_that_is_killed(it: Network) -> None:
+    generation = it.state()["generation"]
+    going = [
+        await Transfer.start(it, source, address, 8 * MIB, pause_ms=10)
+        for source, address in ((it.guest, THEIRS4), (it.net, OURS4))
+    ]
+    for each in going:
+        await each.begun()
+    await it.backend_dies(queues=2)
+    await it.connected(after=generation)
+    for each in going:
+        assert await each.ended() == 8 * MIB
+
+
+async def test_ten_cycles_of_attach_and_detach_leave_nothing(it: Network) -> None:
+    def held() -> tuple[int, int, int]:
+        assert it.service is not None
+        dump = it.host.dump()
+        files = Path(f"/proc/{it.service.pid}/fd")
+        return len(list(files.iterdir())), len(dump["ports"]), len(dump["grants"])
+
+    async def cycle() -> None:
+        devid = await it.attach("devid=5,ip=10.8.0.1/24")
+        await it.guest.run("ip", "addr", "add", "10.8.0.2/24", "dev", "enX5")
+        await it.guest.run("ip", "link", "set", "enX5", "up")
+        assert await (await Transfer.start(it, it.guest, "10.8.0.1", MIB)).ended() == MIB
+        await it.detach(devid)
+
+    await cycle()
+    before = held()
+    for _ in range(10):
+        await cycle()
+    await eventually("what was held before", lambda: held() == before, why=lambda: (before, held()))
+
+
+async def test_the_last_detach_leaves_nothing_held(it: Network) -> None:
+    await it.detach()
+    await it.nothing_left()

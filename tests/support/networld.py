@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -80,9 +81,14 @@ class Network:
         self.service = await NetService.start(self.host, self.guest, *arguments)
         return self.service
 
+    def serve_soon(self) -> asyncio.Task[NetService]:
+        """Starts it without waiting until it is ready."""
+        return asyncio.create_task(self.serve())
+
     @property
     def log(self) -> str:
-        assert self.service is not None
+        if self.service is None:
+            return (self.host.directory / "net-service.log").read_text()
         return self.service.log.read_text()
 
     def state(self, devid: int = 0) -> dict[str, Any]:
@@ -145,16 +151,36 @@ class Network:
         """The worker's counters, of each queue."""
         from pvfront.abi import read_all_net_stats
 
-        path = self.state(devid)["statistics_file"]
-        with Path(path).open("rb") as file:
-            found: list[dict[str, Any]] = read_all_net_stats(file.fileno())
-            return found
+        fd = os.open(self.state(devid)["statistics_file"], os.O_RDONLY)
+        try:
+            found: list[dict[str, Any]] = read_all_net_stats(fd)
+        finally:
+            os.close(fd)
+        return found
 
     async def python(self, network: NetNamespace, program: str, *arguments: str) -> str:
         """Runs a program in one of the networks; what it says."""
-        return await asyncio.wait_for(
-            network.run(*PYTHON, program, *arguments), PATIENCE
-        )
+        return await asyncio.wait_for(network.run(*PYTHON, program, *arguments), PATIENCE)
+
+    async def backend_dies(self, **features: Any) -> None:
+        """Kills the backend and starts another one, which makes every frontend come again."""
+        await self.backend.kill()
+        self.backend = await NetBackend.start(self.host, self.net, **features)
+
+    async def detach(self, devid: int = 0) -> None:
+        """Detaches an interface; nothing of it is left at either end."""
+        state = self.state(devid)
+        await self.host.detach_vif(1, devid, timeout=PATIENCE)
+
+        async def gone() -> bool:
+            there = await self.guest.run("ip", "link") + await self.net.run("ip", "link")
+            return not (
+                self.state(devid)
+                or f" {state['os_device']}:" in there
+                or f" vif1.{devid}:" in there
+            )
+
+        await eventually(f"nothing left of vif {devid}", gone, why=lambda: self.log)
 
     async def nothing_left(self) -> None:
         """Neither ports nor grants of the guest's."""
@@ -174,10 +200,9 @@ async def network(*serve: str, start: bool = True, **features: Any) -> AsyncIter
             await Host.start(directory) as host,
             await NetNamespace.start(directory, "backend") as net,
             await NetNamespace.start(directory, "guest") as guest,
-            await NetBackend.start(host, net, **features) as backend,
         ):
             await host.create_domain()
-            made = Network(host, net, guest, backend)
+            made = Network(host, net, guest, await NetBackend.start(host, net, **features))
             try:
                 if start:
                     await made.serve(*serve)
@@ -185,10 +210,15 @@ async def network(*serve: str, start: bool = True, **features: Any) -> AsyncIter
             finally:
                 if made.service is not None:
                     await made.service.end()
-                    assert "Traceback" not in made.log, made.log
-            assert "Traceback" not in backend.log.read_text(), backend.log.read_text()
+                await made.backend.stop()
+                said = _logs(directory)
+                assert "Traceback" not in said, said
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _logs(directory: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(directory.glob("net*.log")))
 
 
 _TCPEND = str(Path(__file__).with_name("tcpend.py"))
