@@ -49,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.base $(SOURCES)
 	@$(BIN)/pip install -q --no-deps --force-reinstall build/dist/*.whl
 	@touch $@
 
-demo: build ## the main job at once: a disk from an xl config, served, used and verified, without Xen
+demo: build ## the main job at once: a disk and a vif from an xl config, served, used and verified, without Xen
 	@$(BIN)/python -P -m pvfront.host.demo
 
 demo-xen: build setup-lab ## the same in a guest of a real Xen, nested under QEMU
