@@ -13,6 +13,7 @@
 #include "queue_int.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -140,6 +141,11 @@ int pvf_netq_target(struct pvf_queue *q, int fd, const char **why)
 				    .data.u64 = (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET};
 
 	pvf_netq_drop_target(q);
+	*why = "the TAP cannot be made non-blocking";
+	int flags = fcntl(fd, F_GETFL);
+
+	if (flags < 0 || (!(flags & O_NONBLOCK) && fcntl(fd, F_SETFL, flags | O_NONBLOCK)))
+		return -errno;
 	*why = "the TAP cannot be watched";
 	if (epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, fd, &event))
 		return -errno;

@@ -4,6 +4,9 @@
 #include <string.h>
 #include <time.h>
 
+#define FIRST offsetof(struct pvf_trace_packet, time)
+#define HEAD offsetof(struct pvf_trace_packet, bytes)
+
 _Static_assert(sizeof(struct pvf_trace) % 8 == 0 && offsetof(struct pvf_trace, packet) == 64, "a queue's trace");
 _Static_assert(offsetof(struct pvf_trace_packet, bytes) + PVF_TRACE_BYTES == sizeof(struct pvf_trace_packet),
 	       "no padding");
@@ -26,11 +29,9 @@ void pvf_trace_add(struct pvf_trace *trace, const struct pvf_trace_packet *what,
 	uint32_t have = 0;
 
 	clock_gettime(CLOCK_REALTIME, &ts);
-	/* A reader that saw the old number before, sees this after. */
-	__atomic_store_n(&to->number, 0, __ATOMIC_RELAXED);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	*to = *what;
-	to->number = 0;
+	/* Acquire on the read-modify-write: a reader that saw the old number sees this before anything below. */
+	__atomic_exchange_n(&to->number, 0, __ATOMIC_ACQ_REL);
+	memcpy((unsigned char *)to + FIRST, (const unsigned char *)what + FIRST, HEAD - FIRST);
 	to->time = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 	to->queue = (uint8_t)trace->queue;
 	for (uint32_t i = 0; i < iovs && have < PVF_TRACE_BYTES; i++) {

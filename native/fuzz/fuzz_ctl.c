@@ -7,6 +7,8 @@
  * come later, and a later command may take its place); what the worker says is well formed, and HELLO
  * true; generations only grow; and in the end no descriptor has been lost.
  *
+ * Some inputs are of a network's worker: packets instead of requests, an event channel for each ring, a trace.
+ *
  * A worker is also handed over in the midst of all this, to itself begun anew, or its successor fails; and
  * a table that somebody has bent is refused, or taken and everything of it let go of again.
  */
@@ -26,7 +28,9 @@
 #define xen_wmb()
 #include <xen/xen.h>
 #include <xen/io/blkif.h>
+#include <xen/io/netif.h>
 
+#include "image.h"
 #include "scm.h"
 #include "worker.h"
 
@@ -34,6 +38,7 @@
 #define QUEUES 3u
 #define MANY 20u /* descriptors, more than any message has */
 #define PORT 9u /* of queue 0 */
+#define RX_PORT 90u
 
 static struct pvf_worker worker;
 static int listener, control, client[QUEUES]; /* -1: none */
@@ -44,6 +49,7 @@ static struct pvf_channel *channel[QUEUES];
 static int arena_fd[QUEUES], channel_fd[QUEUES], wakeup[QUEUES][2], hub[8];
 static uint32_t hubs;
 static uint32_t generation; /* the last that was ATTACHED */
+static bool net; /* the worker is a network's */
 static bool quiesce_owed;
 static bool scribbled; /* over the channels: who maps them anew may refuse them */
 static bool over;      /* nothing is to be said of what comes after */
@@ -81,13 +87,13 @@ static void send_packet(int to, const void *bytes, size_t n, const int *fds, uin
 }
 
 /* A connection to the hub in which a packet waits, as for ATTACH. */
-static int handed_over(uint32_t kind, uint32_t queue)
+static int handed_over_port(uint32_t kind, uint32_t queue, uint32_t port)
 {
 	struct pvf_host_packet packet = {.magic = PVF_HOST_MAGIC, .kind = kind};
 	int event[3] = {channel_fd[queue], wakeup[queue][0], wakeup[queue][1]}, pair[2];
 
 	if (kind == PVF_HOST_EVENT)
-		packet.port = PORT + queue;
+		packet.port = port;
 
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
 	if (kind == PVF_HOST_EVENT)
@@ -101,11 +107,17 @@ static int handed_over(uint32_t kind, uint32_t queue)
 	return pair[1];
 }
 
-static int nbd_socket(uint32_t queue)
+static int handed_over(uint32_t kind, uint32_t queue)
+{
+	return handed_over_port(kind, queue, PORT + queue);
+}
+
+/* An NBD socket, or what stands for a TAP. */
+static int target(uint32_t queue)
 {
 	int pair[2];
 
-	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+	CHECK(!socketpair(AF_UNIX, (net ? SOCK_SEQPACKET : SOCK_STREAM) | SOCK_CLOEXEC, 0, pair));
 	if (client[queue] >= 0)
 		close(client[queue]);
 	client[queue] = pair[0];
@@ -120,7 +132,7 @@ static int any(uint32_t kind, uint32_t queue)
 	case 1:
 		return handed_over(PVF_HOST_PAGES, queue);
 	case 2:
-		return nbd_socket(queue);
+		return target(queue);
 	case 3:
 		return eventfd(0, EFD_CLOEXEC);
 	case 4:
@@ -157,6 +169,8 @@ static uint32_t hear(uint16_t type)
 	} c;
 	static const uint16_t good[] = {[PVF_CTL_ATTACH] = PVF_CTL_ATTACHED,
 					[PVF_CTL_START] = PVF_CTL_STARTED,
+					[PVF_CTL_START_NET] = PVF_CTL_STARTED,
+					[PVF_CTL_TRACE] = PVF_CTL_TRACING,
 					[PVF_CTL_QUIESCE] = PVF_CTL_DRAINED,
 					[PVF_CTL_DETACH] = PVF_CTL_DETACHED,
 					[PVF_CTL_HAND_OVER] = PVF_CTL_HANDED_OVER,
@@ -203,16 +217,17 @@ static uint32_t hear(uint16_t type)
 			/* fall through */
 		case PVF_CTL_HANDED_OVER:
 		case PVF_CTL_STARTED:
+		case PVF_CTL_TRACING:
 		case PVF_CTL_DETACHED:
 			CHECK_EQ(m.hdr.type, good[type]);
-			quiesce_owed = false;
+			quiesce_owed &= m.hdr.type == PVF_CTL_TRACING;
 			answers++;
 			break;
 		case PVF_CTL_DRAINED: /* an answer, or a client's end */
 			answers += type == PVF_CTL_QUIESCE && !answers; /* else it was an ERROR */
 			quiesce_owed = false;
 			for (uint32_t i = 0; i < QUEUES; i++)
-				CHECK_EQ(worker.queue[i].blk.in_flight, 0);
+				CHECK_EQ(pvf_queue_in_flight(&worker.queue[i]), 0);
 			break;
 		case PVF_CTL_ERROR:
 			CHECK_EQ(n, sizeof(m.error));
@@ -269,7 +284,7 @@ static void turn(void)
 	for (uint32_t i = 0; i < QUEUES; i++) {
 		const struct pvf_queue *q = &worker.queue[i];
 
-		CHECK(q->blk.in_flight <= 512);
+		CHECK(pvf_queue_in_flight(q) <= 512);
 		CHECK(q->attached == (i < worker.attached));
 		CHECK(!q->serving || worker.state == PVF_RUNNING || worker.state == PVF_DRAINING ||
 		      worker.state == PVF_TARGET_LOST);
@@ -294,6 +309,7 @@ static void begin_worker(void)
 	const char *why = NULL;
 
 	CHECK(!pvf_worker_init(&worker, listener, "vbd-51728", QUEUES, &why));
+	CHECK(!net || !pvf_worker_net(&worker, &why));
 	supervisor();
 }
 
@@ -301,10 +317,13 @@ static void forget_worker(void)
 {
 	for (uint32_t i = 0; i < QUEUES; i++) {
 		struct pvf_queue *q = &worker.queue[i];
+		bool split = net && q->net->split;
 
 		pvf_queue_detach(q, false);
 		if (q->port.parked) /* the worker would hold it until it dies */
 			CHECK(!close(q->port.event_source));
+		if (split && q->net->rx_port.parked)
+			CHECK(!close(q->net->rx_port.event_source));
 		CHECK_EQ(q->blk.free_requests, PVF_REQUESTS);
 		CHECK_EQ(q->blk.free_pieces, PVF_PIECES);
 		CHECK(q->target.fd < 0 && !q->attached);
@@ -382,7 +401,12 @@ static void take_over(struct input *in, uint32_t bend, int from, int table, unsi
 	uint32_t n;
 
 	for (uint32_t i = bend & 2 ? 1 + upto(in, 4) : 0; i; i--) /* wherever it is */
-		image[number(in, 3) % (queues * 300000)] ^= (unsigned char)(1u << upto(in, 8));
+		image[net && upto(in, 8) ? offsetof(struct pvf_image, queue) +
+						 upto(in, queues) * sizeof(struct pvf_image_queue) +
+						 number(in, 3) % (offsetof(struct pvf_image_queue, net) +
+								  sizeof(struct pvf_image_net))
+					 : number(in, 3) % (queues * 300000)] ^=
+			(unsigned char)(1u << upto(in, 8));
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
 	pass_on(in, bend, from, pair[0], queues);
 	CHECK_EQ(tell(PVF_CTL_TAKE_OVER, 0, pair[1], table), 1);
@@ -438,6 +462,7 @@ static void command(struct input *in)
 	static union {
 		struct pvf_ctl_hdr hdr;
 		struct pvf_ctl_start start;
+		struct pvf_ctl_start_net start_net;
 		struct pvf_ctl_detach detach;
 		unsigned char bytes[PVF_CTL_MAX + 64];
 	} m;
@@ -446,7 +471,10 @@ static void command(struct input *in)
 	static const uint16_t types[] = {PVF_CTL_ATTACH, PVF_CTL_START, PVF_CTL_QUIESCE,
 					 PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START,
 					 PVF_CTL_HAND_OVER, 99};
-	uint16_t type = types[how % 8];
+	static const uint16_t net_types[] = {PVF_CTL_ATTACH, PVF_CTL_START_NET, PVF_CTL_QUIESCE,
+					     PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START_NET,
+					     PVF_CTL_HAND_OVER, PVF_CTL_TRACE};
+	uint16_t type = net ? net_types[how % 8] : types[how % 8];
 	size_t size = sizeof(m.hdr);
 	int fds[MANY];
 
@@ -454,7 +482,7 @@ static void command(struct input *in)
 		hand_over(in, bend);
 		return;
 	}
-	memset(&m, 0, sizeof(m.start) + sizeof(*a));
+	memset(&m, 0, sizeof(m.start_net) + sizeof(*a));
 	switch (type) {
 	case PVF_CTL_ATTACH:
 		/* The next, as a rule: a connection has one queue, two or three. */
@@ -474,11 +502,43 @@ static void command(struct input *in)
 		a->pool_offset = a->ring_pages * PVF_PAGE_SIZE;
 		memcpy(a->name, "vbd-51728", 10);
 		a->flags = upto(in, 2);
+		if (net) {
+			a->device_class = PVF_CLASS_NET;
+			a->ring_pages = 2;
+			a->pool_offset = 2 * PVF_PAGE_SIZE;
+			a->tx_pages = 1 + upto(in, a->pool_pages - 1);
+			a->rx_port = upto(in, 2) ? RX_PORT + queue : 0;
+		}
 		for (uint32_t i = 0; i < a->pool_pages; i++)
 			a->pool_grefs[i] = 100 + i;
 		size = sizeof(*a) + a->pool_pages * 4;
 		fds[count++] = bend & 16 ? any(upto(in, 6), queue) : handed_over(PVF_HOST_EVENT, queue);
 		fds[count++] = bend & 16 ? any(upto(in, 6), queue) : handed_over(PVF_HOST_PAGES, queue);
+		if (a->rx_port)
+			fds[count++] = handed_over_port(PVF_HOST_EVENT, queue, RX_PORT + queue);
+		break;
+	case PVF_CTL_START_NET:
+		m.start_net.features = upto(in, 64);
+		m.start_net.groups = upto(in, 4);
+		for (uint32_t i = 0; i < m.start_net.groups; i++)
+			m.start_net.group[i][0] = 1, m.start_net.group[i][5] = (uint8_t)upto(in, 256);
+		size = sizeof(m.start_net);
+		if (!(how & 8))
+			break;
+		if (bend & 128)
+			queue = m.start_net.first_queue = upto(in, QUEUES);
+		for (uint32_t i = queue; i < QUEUES && (i == queue || i < worker.attached); i++)
+			fds[count++] = bend & 16 ? any(upto(in, 6), i) : target(i);
+		break;
+	case PVF_CTL_TRACE:
+		if (how & 8) {
+			void *where;
+			size_t bytes = QUEUES * sizeof(struct pvf_trace);
+
+			fds[count++] = bend & 16 ? any(upto(in, 6), queue) : memory(bytes, &where);
+			if (!(bend & 16))
+				munmap(where, bytes);
+		}
 		break;
 	case PVF_CTL_START:
 		m.start.sectors = 2048;
@@ -493,7 +553,7 @@ static void command(struct input *in)
 		if (bend & 128)
 			queue = m.start.first_queue = upto(in, QUEUES);
 		for (uint32_t i = queue; i < QUEUES && (i == queue || i < worker.attached); i++)
-			fds[count++] = bend & 16 ? any(upto(in, 6), i) : nbd_socket(i);
+			fds[count++] = bend & 16 ? any(upto(in, 6), i) : target(i);
 		break;
 	case PVF_CTL_DETACH:
 		m.detach.flags = how & 8 ? upto(in, 4) : how >> 4 & 1;
@@ -561,6 +621,19 @@ static void client_says(struct input *in)
 
 	if (client[queue] < 0)
 		return;
+	if (net) {
+		struct virtio_net_hdr *v = (struct virtio_net_hdr *)(void *)bytes;
+
+		memset(bytes, 0, sizeof(bytes));
+		raw(in, bytes + sizeof(*v), 80);
+		v->flags = upto(in, 2);
+		v->csum_start = (uint16_t)upto(in, 80);
+		v->csum_offset = (uint16_t)upto(in, 20);
+		v->gso_type = upto(in, 2);
+		v->gso_size = (uint16_t)upto(in, 2000);
+		send(client[queue], bytes, 2 + upto(in, 4000), MSG_DONTWAIT | MSG_NOSIGNAL);
+		return;
+	}
 	switch (upto(in, 5)) {
 	case 0:
 		close(client[queue]);
@@ -585,12 +658,31 @@ static void backend_does(struct input *in)
 	const struct pvf_blk *blk = &worker.queue[queue].blk;
 	uint32_t op = upto(in, 8), n = upto(in, 64);
 
-	if (op == 0) {
-		arena[queue][upto(in, 4096)] = (unsigned char)number(in, 1);
+	if (net && op > 1) { /* TX is answered as it was sent, or nearly so; RX has what there is */
+		struct pvf_netq *q = worker.queue[queue].net;
+		struct netif_tx_sring *tx = (struct netif_tx_sring *)(void *)arena[queue];
+		struct netif_rx_sring *rx = (struct netif_rx_sring *)(void *)(arena[queue] + 4096);
+
+		for (uint32_t i = 0; i < PVF_NET_RING && n && op < 5; i++) {
+			if (!q->tx.ring.entries || q->tx.page_of[i] == PVF_NONE)
+				continue;
+			tx->ring[tx->rsp_prod++ % PVF_NET_RING].rsp =
+				(struct netif_tx_response){.id = (uint16_t)i, .status = op == 2 ? -1 : 0};
+			n--;
+		}
+		for (; q->rx.ring.entries && n && op >= 5; n--) {
+			uint32_t at = rx->rsp_prod++ % PVF_NET_RING;
+
+			rx->ring[at].rsp = (struct netif_rx_response){
+				.id = (uint16_t)at, .status = (int16_t)(14 + upto(in, 1000)),
+				.flags = (uint16_t)(op == 6 ? upto(in, 16) : 0)};
+		}
+	} else if (op == 0) {
+		arena[queue][upto(in, net ? 8192 : 4096)] = (unsigned char)number(in, 1);
 	} else if (op == 1) {
 		((unsigned char *)channel[queue])[upto(in, 256)] = (unsigned char)number(in, 1);
 		scribbled = true;
-	} else if (blk->ring.entries) { /* answers, of which most are good */
+	} else if (!net && blk->ring.entries) { /* answers, of which most are good */
 		for (uint32_t i = 0; i < PVF_PIECES && n; i++) {
 			blkif_response_t *rsp =
 				&sring->ring[sring->rsp_prod & (blk->ring.entries - 1)].rsp;
@@ -616,6 +708,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	control = -1;
 	hubs = generation = 0;
 	quiesce_owed = scribbled = over = false;
+	net = size && data[0] >= 224; /* of which nothing else depends: the first choice is data[0] % 8 */
 	address = (struct sockaddr_un){.sun_family = AF_UNIX};
 	address_size = sizeof(address);
 	listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
