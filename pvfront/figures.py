@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+DROPS = ("too_small", "too_large", "gso", "csum", "error", "truncated", "extra", "target")
+"""Why a packet was not passed on: enum pvf_net_drop."""
+
 OPERATIONS = ("read", "write", "flush", "discard")
 REQUESTS = ("QUEUE", "OPERATION", "REQUESTS", "BYTES", "ERRORS", "ON THE RING", "P50", "P99", "MAX")
 EVENTS = (
@@ -89,4 +92,26 @@ def event_rows(queues: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
                 f"{pool - queue['pool_free']}/{pool - queue['pool_free_low']} of {pool}",
             )
         )
+    return rows
+
+
+def net_rows(queues: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """A network's counters as `ethtool -S` has them: a name and a number each."""
+    rows: list[tuple[str, int]] = []
+    for queue in queues:
+        head = f"queue_{queue['queue']}"
+        for way in ("tx", "rx"):
+            for name, value in queue[way].items():
+                if name == "dropped":
+                    rows += [
+                        (f"{head}_{way}_dropped_{reason}", count)
+                        for reason, count in zip(DROPS, value, strict=False)
+                    ]
+                else:
+                    rows.append((f"{head}_{way}_{name}", value))
+        rows += [
+            (f"{head}_{name}", value)
+            for name, value in queue.items()
+            if name not in ("tx", "rx", "state", "generation", "queue", "queues")
+        ]
     return rows

@@ -101,6 +101,13 @@ class Frontend(Protocol):
         """
         ...
 
+    async def packets(self) -> dict[str, Any]:
+        """Has the worker note packets for some seconds: "file" and "renew" (packettrace.py).
+
+        Raises PvfrontError if it cannot. Called by anyone, while Connected.
+        """
+        ...
+
     async def quiesce(self, timeout: float) -> bool:
         """Stops intake and waits for the ring to empty; False if it did not."""
         ...

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sysfs
-from .abi import StatsUnreadable, read_all_stats
+from .abi import StatsUnreadable, read_all_net_stats, read_all_stats
 from .blkfront.vdev import parse_name, vdev_name
 from .claim import Claims
 from .errors import PvfrontError
@@ -55,7 +55,7 @@ class Device:
 
     klass: str  # "vbd"
     id: int  # 51728
-    name: str  # "xvdb"; "vif-0" where a class has no names of its own
+    name: str  # "xvdb", "vif0"; "console-0" where a class has no names of its own
     backend_domain: int | None
     frontend_state: str  # "Connected (4)"
     backend_state: str
@@ -104,12 +104,15 @@ async def devices(store: Xenstore, on: Platform | None = None) -> list[Device]:
 
 
 async def find(store: Xenstore, text: str, on: Platform | None = None) -> Device:
-    """The device that `text` means: xvdb, /dev/xvdb, 51728, vbd-51728, vif/0, or its OS device.
+    """The device that `text` means: xvdb, /dev/xvdb, 51728, vbd-51728, vif0, or its OS device.
 
     Raises NoSuchDevice, also for a number that several classes have.
     """
     all_of_them = await devices(store, on)
     wanted = text.replace("/", "-") if not text.startswith("/") else text
+    named = [device for device in all_of_them if text in (device.os_device, device.name)]
+    if len(named) == 1:
+        return named[0]
     matches = [
         device
         for device in all_of_them
@@ -142,7 +145,7 @@ async def status(store: Xenstore, text: str, on: Platform | None = None) -> dict
         if state.get("worker_build"):
             with contextlib.suppress(OSError, PvfrontError):
                 found["worker_outdated"] = state["worker_build"] != build_of(binary())
-        queues = statistics(state.get("worker_pid"), file)
+        queues = statistics(state.get("worker_pid"), file, device.klass)
         found["statistics"] = None if queues is None else total(queues)
         found["statistics_queues"] = queues
         found["worker_runs"] = _runs(state.get("worker_pid"), on)
@@ -169,23 +172,28 @@ def supervisor(klass: str, run_dir: Path) -> int | None:
 
 
 def without_service(found: Sequence[Device], on: Platform | None = None) -> tuple[str, str] | None:
-    """What it means that there are disks and nobody serves any, and what to do about it.
+    """What it means that nobody serves devices that are there for it, and what to do about it.
 
-    None if a supervisor runs, or there is no disk.
+    That is every disk, and of networks those that pvfront has: the kernel's own serves the others
+    as well. None if a supervisor runs, or there is no such device.
     """
     on = on or platform()
-    disks = [device for device in found if device.klass == "vbd"]
-    if not disks or any(device.supervisor_pid is not None for device in disks):
-        return None
-    text = "the disk service does not run"
-    ours = [device for device in disks if _has_worker(device, on)]
-    if ours:
-        text += (
-            f": {', '.join(device.name for device in ours)}: served by what it has left, "
-            "which nobody connects again"
-        )
-    what = "systemctl start pvfront-vbd" if on.name == "xen" else "pvfront vbd serve --all"
-    return text, what
+    for klass, what in (("vbd", "disk"), ("vif", "network")):
+        there = [device for device in found if device.klass == klass]
+        ours = [device for device in there if _has_worker(device, on)]
+        if not (there if klass == "vbd" else ours):
+            continue
+        if any(device.supervisor_pid is not None for device in there):
+            continue
+        text = f"the {what} service does not run"
+        if ours:
+            text += (
+                f": {', '.join(device.name for device in ours)}: served by what it has left, "
+                "which nobody connects again"
+            )
+        start = f"systemctl start pvfront-{klass}"
+        return text, start if on.name == "xen" else f"pvfront {klass} serve --all"
+    return None
 
 
 def _has_worker(device: Device, on: Platform) -> bool:
@@ -209,7 +217,9 @@ def read_state(bus_name: str, run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def statistics(pid: object, file: object = None) -> list[dict[str, Any]] | None:
+def statistics(
+    pid: object, file: object = None, klass: str = "vbd"
+) -> list[dict[str, Any]] | None:
     """The counters of a worker, a dictionary for each queue; None if there is no such worker.
 
     `file`: the pages as the supervisor has it open. Where that has ended, only root finds the page.
@@ -220,6 +230,11 @@ def statistics(pid: object, file: object = None) -> list[dict[str, Any]] | None:
     if fd is None:
         return None
     try:
+        if klass == "vif":
+            return [
+                {key: value for key, value in queue.items() if key not in _OF_THE_PAGE}
+                for queue in read_all_net_stats(fd)
+            ]
         return [asdict(queue) for queue in read_all_stats(fd)]
     except StatsUnreadable:
         return None
@@ -227,6 +242,7 @@ def statistics(pid: object, file: object = None) -> list[dict[str, Any]] | None:
         os.close(fd)
 
 
+_OF_THE_PAGE = ("magic", "version", "sequence", "reserved")
 _OF_THE_WORKER = ("state", "generation", "queues")
 
 
@@ -271,6 +287,23 @@ async def upgrade(device: Device, on: Platform | None = None) -> str:
     return str(answer.get("text", f"{device.name}: upgraded"))
 
 
+async def packets(device: Device, on: Platform | None = None) -> dict[str, Any]:
+    """Has the device's worker note packets for some seconds (packettrace.py).
+
+    Returns the "file" to read them from, and within how many seconds to "renew" this. Raises
+    NotServed, and PvfrontError for a device that has no packets or is not connected.
+    """
+    on = on or platform()
+    path = on.run_dir / f"supervisor-{device.klass}.sock"
+    try:
+        return await _asked(path, {"verb": "packets", "id": device.id}, device.name)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise NotServed(
+            f"{device.name}: no supervisor runs",
+            hint=f"its owner: {device.owner}; `pvfront list` shows who has what",
+        ) from None
+
+
 async def release(device: Device, on: Platform | None = None) -> str:
     """Has the device's supervisor close it and give it back; returns what became of it.
 
@@ -287,12 +320,13 @@ async def release(device: Device, on: Platform | None = None) -> str:
 
 async def _asked(path: Path, request: dict[str, Any], name: str) -> dict[str, Any]:
     """A supervisor's answer that is no refusal; its refusal as PvfrontError."""
+    klass = path.stem.rpartition("-")[2]
     try:
         answer = await asyncio.wait_for(_ask(path, request), _ANSWER_DEADLINE)
     except TimeoutError:
         raise PvfrontError(
             f"{name}: the supervisor did not answer within {_ANSWER_DEADLINE:.0f} s",
-            hint="see its log: journalctl -u pvfront-vbd",
+            hint=f"see its log: journalctl -u pvfront-{klass}",
         ) from None
     if not answer.get("ok"):
         hint = answer.get("hint")
@@ -310,9 +344,11 @@ async def _release_unserved(device: Device, on: Platform) -> str:
     if _runs(pid, on):
         raise NotServed(
             f"{device.name}: its worker (pid {pid}) runs, but no supervisor",
-            hint="start one, it adopts the worker: systemctl start pvfront-vbd; then release"
+            hint=f"start one, it adopts the worker: systemctl start pvfront-{device.klass}; "
+            "then release"
             if on.name == "xen"
-            else "start one, it adopts the worker: pvfront vbd serve --all; then release",
+            else f"start one, it adopts the worker: pvfront {device.klass} serve --all; "
+            "then release",
         )
     claims = on.claims()
     if claims.taken(device.bus_name) is None:
@@ -362,13 +398,18 @@ async def _device(store: Xenstore, claims: Claims, klass: str, devid: int, run_d
     return Device(
         klass=klass,
         id=devid,
-        name=vdev_name(devid) if klass == "vbd" else bus_name,
+        name=label(klass, devid),
         backend_domain=int(domain) if domain and domain.isdigit() and len(domain) < 6 else None,
         frontend_state=parse_state(await store.read_opt(f"{path}/state")).label,
         backend_state=parse_state(backend_state).label,
         owner=owner,
         os_device=os_device,
     )
+
+
+def label(klass: str, devid: int) -> str:
+    """What people call a device: "xvdb", "vif0"."""
+    return vdev_name(devid) if klass == "vbd" else f"{klass}{'' if klass == 'vif' else '-'}{devid}"
 
 
 async def _directory(store: Xenstore, path: str) -> list[str]:

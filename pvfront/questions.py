@@ -41,7 +41,8 @@ def _clear(path: Path, klass: str) -> None:
             probe.connect(str(path))
             raise PvfrontError(
                 f"another supervisor already serves {klass} devices ({path})",
-                hint="`pvfront list` shows what it serves; `systemctl stop pvfront-vbd` ends it",
+                hint="`pvfront list` shows what it serves; "
+                f"`systemctl stop pvfront-{klass}` ends it",
             )
 
 

@@ -230,7 +230,12 @@ class Supervisor:
         async with answering(
             self.run_dir / f"supervisor-{self.klass.klass}.sock",
             self.klass.klass,
-            {"list": self._do_list, "release": self._do_release, "upgrade": self._do_upgrade},
+            {
+                "list": self._do_list,
+                "release": self._do_release,
+                "upgrade": self._do_upgrade,
+                "packets": self._do_packets,
+            },
         ):
             self._trace = Trace(self.run_dir, f"{SERVICE}{self.klass.klass}")
             self._trace.note(Kind.SERVICE, f"begins: pid {os.getpid()}", pid=os.getpid())
@@ -627,6 +632,15 @@ class Supervisor:
             raise PvfrontError(text)
         self.served.pop(devid, None)
         return {"ok": True, "text": text}
+
+    async def _do_packets(self, request: dict[str, Any]) -> dict[str, Any]:
+        devid = request.get("id")
+        if not isinstance(devid, int):
+            raise PvfrontError('packets wants the "id" of a device, a number')
+        served = self.served.get(devid)
+        if served is None or served.task.done() or served.loop.phase is not Phase.CONNECTED:
+            raise PvfrontError(f"{self.klass.label(devid)}: it is not connected: no packets")
+        return {"ok": True, **await served.loop.frontend.packets()}
 
     async def _do_upgrade(self, request: dict[str, Any]) -> dict[str, Any]:
         devid = request.get("id")

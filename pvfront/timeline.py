@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .blkfront.vdev import parse_name, vdev_name
+from .blkfront.vdev import parse_name
 from .errors import PvfrontError
+from .inventory import label as named
 from .inventory import read_state
 from .trace import SERVICE, Event, Kind, names, read
 
@@ -27,7 +28,7 @@ def label(name: str) -> str:
     klass, _, rest = name.partition("-")
     if name.startswith(SERVICE):
         return rest
-    return vdev_name(int(rest)) if klass == "vbd" and rest.isdigit() else name
+    return named(klass, int(rest)) if rest.isdigit() else name
 
 
 def select(run_dir: Path, text: str | None) -> list[str]:

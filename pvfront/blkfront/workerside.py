@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import PvfrontError
 from ..platform import Platform
@@ -178,6 +179,9 @@ class WorkerSide:
                     what = "the backend answers again"
                 self._note(Kind.STALL, what, seconds=event.seconds, in_flight=event.in_flight)
         self._poke()
+
+    async def packets(self) -> dict[str, Any]:
+        raise PvfrontError(f"{self.label}: it is a disk, which has no packets")
 
     # -- another one -------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ _FIRST = ("name", "class", "id", "owner", "os_device", "link", "phase", "reason"
 @click.argument("device")
 @json_option
 def status(device: str, as_json: bool) -> None:
-    """Show one DEVICE (xvdb, 51728, vbd-51728): states, geometry, worker, counters."""
+    """Show one DEVICE (xvdb, 51728, vif0, enX0): states, what was negotiated, worker, counters."""
     found = with_store(lambda store: inventory.status(store, device))
     trouble = found.pop("without_service", None)
     if as_json:
@@ -33,7 +33,12 @@ def status(device: str, as_json: bool) -> None:
     order = [key for key in _FIRST if key in found]
     order += [key for key in found if key not in _FIRST]
     print_fields([line for key in order for line in _lines(key, found[key])])
-    if queues:
+    if queues and found["class"] == "vif":
+        click.echo("statistics:")
+        used = [queue for queue in queues if queue["rx_pool_pages"] or queue["wakeups"]]
+        for name, value in figures.net_rows(used):
+            click.echo(f"     {name}: {value}")
+    elif queues:
         click.echo("statistics:")
         # Of a worker's queues, those that this connection, or an earlier one, has used.
         used = [queue for queue in queues if queue["pool_pages"] or queue["wakeups"]]

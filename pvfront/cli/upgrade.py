@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""``pvfront upgrade``: replace the workers of disks that are in use."""
+"""``pvfront upgrade``: replace the workers of devices that are in use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def upgrade(device: str | None) -> None:
     """Replace the worker of a served DEVICE, or of each, by one of the installed program.
 
     The new one takes over in the midst of everything: the connection to the backend stays, and
-    whoever uses the disk notices a pause of milliseconds. If it cannot, the old one goes on.
+    whoever uses the device notices a pause of milliseconds. If it cannot, the old one goes on.
     """
 
     async def work(store: Xenstore) -> list[str]:

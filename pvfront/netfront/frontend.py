@@ -26,6 +26,7 @@ from typing import Any
 
 from ..abi import StatsUnreadable, lib, read_all_net_stats
 from ..errors import PvfrontError
+from ..packettrace import PacketTrace
 from ..parking import CannotPark, park
 from ..platform import Platform
 from ..startlimit import Limits
@@ -84,6 +85,7 @@ class NetFrontend:
         self._news = False  # the kernel says something of the interface: status is to show it
         self._state = LinkState(True)
         self._upgrade = Upgrade(name, self.run_dir)
+        self._packets = PacketTrace(name)
         self._look: asyncio.Task[None] | None = None
         self._poke: Callable[[], None] = lambda: None
         self._note: Note = nothing
@@ -364,6 +366,9 @@ class NetFrontend:
             lambda: self._new_worker(queues, following=True), lambda: self._poke()
         )
 
+    async def packets(self) -> dict[str, Any]:
+        return await self._packets.renew(self._need_worker())
+
     # -- the end of a generation ---------------------------------------------------------------
 
     async def quiesce(self, timeout: float) -> bool:
@@ -411,6 +416,7 @@ class NetFrontend:
         if self._look is not None:
             self._look.cancel()
         self._upgrade.drop("it is served no more")
+        self._packets.close()
         if self._worker is not None:
             self._worker.on_event = lambda event: None
             await self._worker.exit()

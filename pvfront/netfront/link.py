@@ -18,7 +18,8 @@ Theory of operation
 
     After each connection the neighbours are told three times where the address is, as XENVIF does.
 
-Blocking: netlink and sysfs, which wait for no other domain. From a thread, all but `follow`.
+Blocking: netlink and sysfs, which wait for no other domain. From a thread (pyroute2 has an event
+loop of its own), but for `follow` and what it calls, and `announce`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import sysfs
 from ..errors import PvfrontError
@@ -44,6 +46,7 @@ ANNOUNCE_AFTER = (0.0, 1.0, 1.0)  # seconds between
 STATE_KEYS = ("carrier", "disconnect", "speed")
 """The keys of either end that `link_state` reads, and that may change at any time."""
 
+_RTMGRP_LINK = 1  # linux/rtnetlink.h
 _SPEED = re.compile(r"([0-9]{1,9})([kKmMgG]?)")
 _UNIT = {"k": 1e-3, "m": 1.0, "g": 1e3, "": 1e3}
 
@@ -179,8 +182,7 @@ class Link:
                 "%s: %s: an MTU of %d is more than the backend takes: it is %d",
                 self.vif, name, mtu, self.most,
             )  # fmt: skip
-            with contextlib.suppress(TapError):
-                tap.set_mtu(name, self.most)
+            asyncio.get_running_loop().run_in_executor(None, _set_mtu, name, self.most)
         return news
 
     def announce(self) -> None:
@@ -203,6 +205,11 @@ class Link:
             except TapError as error:
                 log.warning("%s: its neighbours are not told: %s", self.vif, error)
                 return
+
+
+def _set_mtu(name: str, mtu: int) -> None:
+    with contextlib.suppress(PvfrontError):  # it has gone, or another name again
+        tap.set_mtu(name, mtu)
 
 
 # -- from the kernel and back --------------------------------------------------------------------
@@ -270,18 +277,25 @@ def _configure(name: str, config: LinkConfig, vif: str) -> None:
 
 
 async def follow(changed: Callable[[int, str, int], None]) -> None:
-    """Tells of every interface that changes: its index, its name, its MTU. Ends by cancellation."""
+    """Tells of every interface, and of each that changes: its index, its name, its MTU. Ends by
+    cancellation.
+    """
     from pyroute2 import AsyncIPRoute
+
+    def tell(message: Any) -> None:
+        name, mtu = message.get_attr("IFLA_IFNAME"), message.get_attr("IFLA_MTU")
+        if message.get("event") == "RTM_NEWLINK" and name and mtu:
+            changed(message["index"], name, mtu)
 
     while True:
         try:
             async with AsyncIPRoute() as ipr:
-                await ipr.bind(groups=1)  # RTMGRP_LINK
+                await ipr.bind(groups=_RTMGRP_LINK)
+                async for message in await ipr.get_links():  # what changed before
+                    tell(message)
                 while True:
                     async for message in ipr.get():
-                        name, mtu = message.get_attr("IFLA_IFNAME"), message.get_attr("IFLA_MTU")
-                        if message.get("event") == "RTM_NEWLINK" and name and mtu:
-                            changed(message["index"], name, mtu)
+                        tell(message)
         except OSError as error:
             log.warning("changes of interfaces are missed: %s", error)
         await asyncio.sleep(1.0)

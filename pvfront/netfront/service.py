@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ class Networks:
         self.settings = settings or NetSettings()
         self.claims = on.claims()
         self._frontends: dict[str, NetFrontend] = {}
+        self._names: dict[str, str] = {}  # interfaces', of what was taken
+        self._naming = threading.Lock()
         self._later: set[asyncio.Task[None]] = set()
 
     def label(self, devid: int) -> str:
@@ -59,13 +62,19 @@ class Networks:
         devid = int(name.rpartition("-")[2])
         if self.platform.name != "xen":
             return f"enX{devid}"
-        others = {one.ifname for other, one in self._frontends.items() if other != name}
+        others = {self._names[other] for other in list(self._names) if other != name}
+        others |= {one.ifname for other, one in list(self._frontends.items()) if other != name}
         return link.default_name(devid, self.platform.roots, taken=others)
 
     async def take(self, device: XenbusDevice, *, force: bool) -> None:
         await in_daemon_thread(f"take {device.name}", lambda: self._take(device.name, force=force))
 
     def _take(self, name: str, *, force: bool) -> None:
+        self._take_from_kernel(name, force=force)
+        with self._naming:  # several are taken at a time
+            self._names[name] = self._ifname(name)
+
+    def _take_from_kernel(self, name: str, *, force: bool) -> None:
         ifname = self.claims.os_device(name)
         if not ifname or self.claims.driver_of(name) is None:
             self.claims.take(name, force=force)
@@ -91,7 +100,7 @@ class Networks:
         made = self._frontends[device.name] = NetFrontend(
             device.name,
             device.devid,
-            self._ifname(device.name),
+            self._names[device.name],
             self.platform,
             max_queues=self.settings.max_queues,
             stolen=lambda: self._stolen(device.name),
@@ -151,6 +160,7 @@ class Networks:
     def forget(self, name: str) -> None:
         self.claims.forget(name)
         self._frontends.pop(name, None)
+        self._names.pop(name, None)
         link.note_path(name, self.platform.run_dir).unlink(missing_ok=True)
 
     def repair(self) -> None:
@@ -226,7 +236,7 @@ async def serve(
     store = await on.store()
     try:
         present = await Bus(store, "vif").ids()
-        named = [find(name, present, on) for name in names]
+        named = await in_daemon_thread("find", lambda: [find(name, present, on) for name in names])
         wanted: Callable[[int], bool] = (
             (lambda devid: True) if everything else (lambda devid: devid in named)
         )

@@ -85,6 +85,9 @@ class FakeFrontend:
         self.old_program = False
         return "worker 2 took over from 1"
 
+    async def packets(self) -> dict[str, Any]:
+        return {"file": "/proc/1/fd/9", "renew": 5}
+
     async def quiesce(self, timeout: float) -> bool:
         self.calls.append("quiesce")
         return True

@@ -118,7 +118,7 @@ def test_list_shows_each_device_with_its_owner(guest: Guest, pvfront: Run) -> No
     assert lines[1] == ["vbd", "51712", "xvda", "0", "Connected", "(4)", "Connected", "(4)",
                         "kernel", "xvda"]  # fmt: skip
     assert lines[2][-2:] == ["pvfront", "/dev/nbd0"]
-    assert lines[3] == ["vif", "0", "vif-0", "0", "Initialising", "(1)", "InitWait", "(2)",
+    assert lines[3] == ["vif", "0", "vif0", "0", "Initialising", "(1)", "InitWait", "(2)",
                         "none", "-"]  # fmt: skip
     assert len(lines) == 4
 
@@ -227,7 +227,7 @@ def test_an_unknown_device_is_one_line_that_names_those_there_are(
 ) -> None:
     code, out, err = pvfront("status", "xvdz")
     assert (code, out) == (1, "")
-    assert err == "pvfront: there is no device 'xvdz' (there are: xvda, xvdb, vif-0)\n"
+    assert err == "pvfront: there is no device 'xvdz' (there are: xvda, xvdb, vif0)\n"
 
 
 def test_a_number_of_several_classes_must_be_told_apart(guest: Guest, pvfront: Run) -> None:
