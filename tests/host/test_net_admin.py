@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What an administrator meets of a served network interface, on the embedded host."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from networld import OURS4, SPEC, THEIRS4, Network, Transfer, network, why_not
+from waiting import eventually
+
+from pvfront.host.service import DiskServiceError
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}"),
+]
+
+MIB = 1 << 20
+FRONT = "/local/domain/1/device/vif/0"
+BACK = "/local/domain/0/backend/vif/1/0"
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def it():
+    async with network("--all") as made:
+        await made.attach()
+        await made.configure()
+        yield made
+
+
+async def pvfront(it: Network, *arguments: str) -> str:
+    assert it.service is not None
+    return await it.service.pvfront(*arguments)
+
+
+async def link(it: Network, ifname: str = "enX0") -> str:
+    return await it.guest.run("ip", "-d", "link", "show", ifname)
+
+
+async def ping(it: Network) -> bool:
+    return "1 received" in await it.guest.run("ping", "-c1", "-W1", THEIRS4, check=False)
+
+
+async def test_list_shows_the_interface(it: Network) -> None:
+    (row,) = json.loads(await pvfront(it, "list", "--json"))
+    assert (row["class"], row["name"], row["owner"], row["os_device"]) == (
+        "vif", "vif0", "pvfront", "enX0",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["enX0", "vif0", "vif-0", "vif/0", "0"])
+async def test_status_takes_each_name_and_counts_as_ethtool_does(it: Network, name: str) -> None:
+    assert await ping(it)
+    lines = (await pvfront(it, "status", name)).splitlines()
+    shown = dict(line.strip().split(": ") for line in lines if line.startswith("     queue_"))
+    assert int(shown["queue_0_tx_packets"]) > 0
+    assert int(shown["queue_0_rx_bytes"]) > 0
+    assert shown["queue_0_tx_dropped_csum"] == "0"
+    assert {"queue_0_notifies", "queue_0_wakeups", "queue_0_tx_gso", "queue_0_tx_slots",
+            "queue_0_tx_csum_done"} <= shown.keys()  # fmt: skip
+    found = json.loads(await pvfront(it, "status", name, "--json"))
+    assert found["statistics"]["tx"]["packets"] >= int(shown["queue_0_tx_packets"])
+    assert found["statistics_queues"][0]["queue"] == 0
+    assert (found["mtu"], found["carrier"], found["mac"]) == (1500, True, "00:16:3e:07:00:02")
+
+
+async def test_the_carrier_follows_the_keys_of_both_ends(it: Network) -> None:
+    store = it.host.store
+    for key, down, up, why in (
+        (f"{FRONT}/disconnect", "1", "0", "disconnect 1"),
+        (f"{BACK}/carrier", "0", "1", "carrier 0"),
+        (f"{FRONT}/speed", "0", "10", "speed 0"),
+    ):
+        await store.write(key, down)
+        found = await it.until(f"no link by {key}", lambda s: not s["carrier"])
+        assert why in found["no_carrier_because"]
+
+        async def carrier(there: bool) -> bool:
+            return ("NO-CARRIER" not in await link(it)) is there
+
+        await eventually("no carrier", lambda: carrier(False), why=lambda: it.log)
+        await store.write(key, up)
+        await it.until(f"a link by {key}", lambda s: s["carrier"])
+        await eventually("the carrier", lambda: carrier(True), why=lambda: it.log)
+    assert it.state()["speed_mbits"] == 10000
+    await eventually("an answer", lambda: ping(it), why=lambda: it.log)
+
+
+async def test_an_mtu_of_the_administrator_holds_within_what_the_backend_takes(
+    it: Network,
+) -> None:
+    await it.guest.run("ip", "link", "set", "enX0", "mtu", "4000")
+    await it.until("status of it", lambda s: s["mtu"] == 4000)
+    await it.guest.run("ip", "link", "set", "enX0", "mtu", "65521")
+    await it.until("the largest", lambda s: s["mtu"] == 65517)
+    assert "an MTU of 65521 is more than the backend takes" in it.log
+    await it.guest.run("ip", "link", "set", "enX0", "mtu", "1500")
+    await it.until("status of it", lambda s: s["mtu"] == 1500)
+
+
+async def test_packets_are_shown_and_written_for_tcpdump(it: Network, tmp_path: Path) -> None:
+    flood = await Transfer.start(it, it.guest, THEIRS4, 64 * MIB, pause_ms=5)
+    await flood.begun()
+    lines = (await pvfront(it, "trace", "enX0", "--packets", "-c", "20")).splitlines()
+    assert len(lines) == 20
+    assert any(" out  " in line and "checksum left" in line for line in lines)
+    rows = [
+        json.loads(line)
+        for line in (await pvfront(it, "trace", "vif0", "--packets", "-c", "50", "--json")).split(
+            "\n"
+        )[:-1]
+    ]
+    assert {row["direction"] for row in rows} <= {"in", "out"}
+    assert all(row["slots"] >= 1 for row in rows)
+    file = tmp_path / "x.pcap"
+    await pvfront(it, "trace", "0", "--packets", "-c", "30", "-w", str(file))
+    assert file.read_bytes()[:4] == (0xA1B23C4D).to_bytes(4, "little")
+    assert await flood.ended() == 64 * MIB
+
+
+async def test_a_disk_of_that_name_has_no_packets(it: Network) -> None:
+    with pytest.raises(DiskServiceError, match="there is no device 'enX9'"):
+        await pvfront(it, "trace", "enX9", "--packets", "-c", "1")
+
+
+async def test_a_worker_is_replaced_under_a_tcp_stream(it: Network) -> None:
+    before = it.state()
+    going = await Transfer.start(it, it.guest, THEIRS4, 32 * MIB, pause_ms=5)
+    await going.begun()
+    said = await pvfront(it, "upgrade", "enX0")
+    assert "took over from" in said
+    assert await going.ended() == 32 * MIB
+    now = it.state()
+    assert now["generation"] == before["generation"]
+    assert now["worker_pid"] != before["worker_pid"]
+    assert now["upgrades"] == before["upgrades"] + 1
+
+
+async def test_a_supervisor_that_is_killed_and_its_successor_lose_no_stream(it: Network) -> None:
+    before = it.state()
+    await it.guest.run("ip", "link", "set", "enX0", "mtu", "1400")
+    await it.until("the smaller MTU", lambda s: s["mtu"] == 1400)
+    going = await Transfer.start(it, it.guest, THEIRS4, 32 * MIB, pause_ms=5)
+    await going.begun()
+    assert it.service is not None
+    await it.service.stop(signal.SIGKILL)
+    await it.serve("--all")
+    assert await going.ended() == 32 * MIB
+    now = it.state()
+    assert (now["generation"], now["worker_pid"]) == (before["generation"], before["worker_pid"])
+    assert (now["os_device"], now["mtu"], now["carrier"]) == ("enX0", 1400, True)
+
+
+async def test_an_interface_that_is_renamed_is_followed(it: Network) -> None:
+    for name, before in (("lan0", "enX0"), ("enX0", "lan0")):
+        await it.guest.run("ip", "link", "set", before, "down")
+        await it.guest.run("ip", "link", "set", before, "name", name)
+        await it.guest.run("ip", "link", "set", name, "up")
+        await it.until("its new name", lambda s, name=name: s["os_device"] == name)
+        generation = it.state()["generation"]
+        await it.backend_dies()
+        await it.connected(after=generation)
+        await eventually("an answer", lambda: ping(it), why=lambda: it.log)
+
+
+async def test_what_was_configured_is_there_again_after_stop_and_start(it: Network) -> None:
+    run = it.guest.run
+    await run("ip", "route", "replace", "default", "via", THEIRS4, "dev", "enX0")
+    assert it.service is not None
+    assert await it.service.stop() == 0
+    assert "enX0" not in await run("ip", "link")
+    await it.serve("--all")
+    await it.connected()
+    assert f"{OURS4}/24" in await run("ip", "addr", "show", "enX0")
+    assert f"default via {THEIRS4} dev enX0" in await run("ip", "route")
+    await eventually("an answer", lambda: ping(it), why=lambda: it.log)
+
+
+async def test_a_name_that_is_taken_is_said_and_waited_for() -> None:
+    async with network(start=False) as it:
+        await it.guest.run("ip", "tuntap", "add", "enX0", "mode", "tap")
+        await it.serve("--all")
+        await it.host.attach_vif(1, SPEC)
+        found = await it.until("its failure", lambda s: s["phase"] == "failed")
+        assert found["reason"].startswith("enX0: there is a TAP of this name, and it is not ours")
+        await it.guest.run("ip", "link", "del", "enX0")
+        await it.connected()
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("mac=01:00:5e:00:00:01", "mac=01:00:5e:00:00:01: not the address of one machine"),
+        ("mac=nonsense", "mac='nonsense': not six bytes"),
+    ],
+)
+async def test_an_address_that_makes_no_sense_is_named(spec: str, says: str) -> None:
+    async with network() as it:
+        devid = await it.host.attach_vif(1, SPEC)
+        await it.connected(devid)
+        await it.host.store.write(f"{FRONT}/mac", spec.partition("=")[2])
+        generation = it.state()["generation"]
+        await it.backend_dies()
+        found = await it.until("its failure", lambda s: s["phase"] == "failed")
+        assert says in found["reason"]
+        await it.host.store.write(f"{FRONT}/mac", "00:16:3e:07:00:02")
+        await it.connected(after=generation)
+
+
+async def test_names_that_do_not_exist_are_one_line() -> None:
+    async with network(start=False) as it:
+        await it.host.attach_vif(1, SPEC)
+        with pytest.raises(DiskServiceError, match=r"there is no network interface 'enX7'"):
+            await it.serve("enX7")
