@@ -9,6 +9,7 @@ Written independently of pvfront: it shares no code with what it tests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import struct
@@ -349,9 +350,11 @@ class SocketServer:
         assert self._server is not None
         self._server.close()
         for writer in self.writers:
-            writer.close()
+            writer.transport.abort()
         await self._server.wait_closed()
-        await asyncio.sleep(0)
+        for writer in self.writers:
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     def release(self) -> None:
         self.hold = False
