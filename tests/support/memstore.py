@@ -42,6 +42,14 @@ DIRECTORY_PART = 22
 PAYLOAD_MAX = 4096
 
 
+def as_they_are(events: list[Callable[[], None]]) -> None:
+    """In the order of the changes."""
+
+
+arrange = as_they_are
+"""Puts the events of one transaction, each a call, into the order in which they are sent."""
+
+
 class Refused(Exception):
     """An operation failed; the argument is the name of the error."""
 
@@ -129,6 +137,7 @@ class Client:
         except Refused as exc:
             op, reply = ERROR, exc.args[0].encode() + b"\0"
         self.emit(HEADER.pack(op, req_id, tx_id, len(reply)) + reply)
+        arrange(after)
         for action in after:
             action()
 
