@@ -34,6 +34,7 @@ NONE = "none"
 
 _ANSWER_DEADLINE = 180.0  # a release may drain, close and hand over
 _MAX_ID_DIGITS = 10
+_SERVICES = {"vbd": "disk", "vif": "network"}
 _UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
 
 
@@ -99,7 +100,8 @@ async def devices(store: Xenstore, on: Platform | None = None) -> list[Device]:
             # device/suspend/event-channel and the like are no devices.
             if name.isascii() and name.isdigit() and len(name) <= _MAX_ID_DIGITS:
                 device = await _device(store, claims, klass, int(name), on.run_dir)
-                found.append(replace(device, supervisor_pid=pid))
+                if device is not None:
+                    found.append(replace(device, supervisor_pid=pid))
     return sorted(found, key=lambda device: (device.klass, device.id))
 
 
@@ -133,10 +135,9 @@ async def find(store: Xenstore, text: str, on: Platform | None = None) -> Device
     raise NoSuchDevice(f"there is no device {text!r}", hint=f"there are: {there}")
 
 
-async def status(store: Xenstore, text: str, on: Platform | None = None) -> dict[str, Any]:
+def status(device: Device, on: Platform | None = None) -> dict[str, Any]:
     """One device in full: its line of the list, its supervisor's state, its worker's counters."""
     on = on or platform()
-    device = await find(store, text, on)
     found: dict[str, Any] = {}
     state = read_state(device.bus_name, on.run_dir)
     if state is not None:
@@ -153,8 +154,6 @@ async def status(store: Xenstore, text: str, on: Platform | None = None) -> dict
     refused = read_state(f"refused-{device.klass}", on.run_dir) or {}
     if state is None and str(device.id) in refused:
         found["refused"] = str(refused[str(device.id)])
-    if (trouble := without_service([device], on)) is not None:
-        found["without_service"] = trouble
     claim = on.claims().taken(device.bus_name)
     if claim is not None:
         found["kernel_had_bound"] = claim.kernel_had_bound
@@ -178,22 +177,32 @@ def without_service(found: Sequence[Device], on: Platform | None = None) -> tupl
     as well. None if a supervisor runs, or there is no such device.
     """
     on = on or platform()
-    for klass, what in (("vbd", "disk"), ("vif", "network")):
+    for klass in _SERVICES:
         there = [device for device in found if device.klass == klass]
         ours = [device for device in there if _has_worker(device, on)]
         if not (there if klass == "vbd" else ours):
             continue
         if any(device.supervisor_pid is not None for device in there):
             continue
-        text = f"the {what} service does not run"
+        text = _absent(klass)
         if ours:
             text += (
                 f": {', '.join(device.name for device in ours)}: served by what it has left, "
                 "which nobody connects again"
             )
-        start = f"systemctl start pvfront-{klass}"
-        return text, start if on.name == "xen" else f"pvfront {klass} serve --all"
+        return text, _start(klass, on)
     return None
+
+
+def _absent(klass: str) -> str:
+    return f"the {_SERVICES.get(klass, klass)} service does not run"
+
+
+def _start(klass: str, on: Platform) -> str:
+    """The command that starts a service."""
+    if on.name == "xen":
+        return f"systemctl start pvfront-{klass}"
+    return f"pvfront {klass} serve --all"
 
 
 def _has_worker(device: Device, on: Platform) -> bool:
@@ -281,8 +290,8 @@ async def upgrade(device: Device, on: Platform | None = None) -> str:
         answer = await _asked(path, {"verb": "upgrade", "id": device.id}, device.name)
     except (FileNotFoundError, ConnectionRefusedError):
         raise NotServed(
-            f"{device.name}: no supervisor runs",
-            hint="one that starts replaces the workers of another version by itself",
+            f"{device.name}: {_absent(device.klass)}",
+            hint=f"{_start(device.klass, on)}; it replaces workers of another version by itself",
         ) from None
     return str(answer.get("text", f"{device.name}: upgraded"))
 
@@ -299,7 +308,7 @@ async def packets(device: Device, on: Platform | None = None) -> dict[str, Any]:
         return await _asked(path, {"verb": "packets", "id": device.id}, device.name)
     except (FileNotFoundError, ConnectionRefusedError):
         raise NotServed(
-            f"{device.name}: no supervisor runs",
+            f"{device.name}: {_absent(device.klass)}",
             hint=f"its owner: {device.owner}; `pvfront list` shows who has what",
         ) from None
 
@@ -343,12 +352,8 @@ async def _release_unserved(device: Device, on: Platform) -> str:
     pid = state.get("worker_pid") if state is not None else None
     if _runs(pid, on):
         raise NotServed(
-            f"{device.name}: its worker (pid {pid}) runs, but no supervisor",
-            hint=f"start one, it adopts the worker: systemctl start pvfront-{device.klass}; "
-            "then release"
-            if on.name == "xen"
-            else f"start one, it adopts the worker: pvfront {device.klass} serve --all; "
-            "then release",
+            f"{device.name}: {_absent(device.klass)}, but its worker (pid {pid}) does",
+            hint=f"{_start(device.klass, on)}; it adopts the worker; then release",
         )
     claims = on.claims()
     if claims.taken(device.bus_name) is None:
@@ -362,10 +367,13 @@ async def _release_unserved(device: Device, on: Platform) -> str:
 async def _ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     """One question to a supervisor: a JSON object a line each way."""
     reader, writer = await asyncio.open_unix_connection(str(path))
+    line = b""
     try:
         writer.write(json.dumps(request).encode() + b"\n")
-        await writer.drain()
-        line = await reader.readline()
+        # A supervisor that ends has hung up before it knew of us.
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+            line = await reader.readline()
     finally:
         writer.close()
         with contextlib.suppress(OSError):
@@ -379,11 +387,21 @@ async def _ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-async def _device(store: Xenstore, claims: Claims, klass: str, devid: int, run_dir: Path) -> Device:
+async def _device(
+    store: Xenstore, claims: Claims, klass: str, devid: int, run_dir: Path
+) -> Device | None:
+    """None if it was removed since it was listed."""
     path = f"device/{klass}/{devid}"
     backend = await store.read_opt(f"{path}/backend")
     domain = await store.read_opt(f"{path}/backend-id")
-    backend_state = await store.read_opt(f"{backend}/state") if backend else None
+    backend_state = None
+    with contextlib.suppress(PermissionError):  # of what is gone, in a directory not ours to read
+        backend_state = await store.read_opt(f"{backend}/state") if backend else None
+    frontend_state = await store.read_opt(f"{path}/state")
+    if backend is frontend_state is None and str(devid) not in await _directory(
+        store, f"device/{klass}"
+    ):
+        return None
     bus_name = f"{klass}-{devid}"
     os_device = claims.os_device(bus_name)
     owner = NONE
@@ -400,7 +418,7 @@ async def _device(store: Xenstore, claims: Claims, klass: str, devid: int, run_d
         id=devid,
         name=label(klass, devid),
         backend_domain=int(domain) if domain and domain.isdigit() and len(domain) < 6 else None,
-        frontend_state=parse_state(await store.read_opt(f"{path}/state")).label,
+        frontend_state=parse_state(frontend_state).label,
         backend_state=parse_state(backend_state).label,
         owner=owner,
         os_device=os_device,

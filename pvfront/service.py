@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What makes a process fit to be a supervisor: memory, OOM, and a log that never blocks.
+"""What makes a process fit to be a supervisor: memory, OOM, a log that never blocks; systemd.
 
 A supervisor reconnects disks; while it does, writeback may wait for exactly that. So it must not
 wait for memory that only writeback can free (mlockall, PR_SET_IO_FLUSHER), nor for a journal whose
@@ -18,6 +18,7 @@ import logging.handlers
 import os
 import queue
 import resource
+import socket
 import threading
 import time
 from pathlib import Path
@@ -144,6 +145,19 @@ def prepare_process(level: int, *, relied_on: bool = True) -> None:
         log.log(missing, "PR_SET_IO_FLUSHER: %s", os.strerror(ctypes.get_errno()))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-900")
+
+
+def sd_notify(*lines: str) -> None:
+    """Tells systemd (sd_notify(3)); nothing without NOTIFY_SOCKET. Never raises, never blocks."""
+    where = os.environ.get("NOTIFY_SOCKET")
+    if not where:
+        return
+    address = "\0" + where[1:] if where.startswith("@") else where
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock,
+    ):
+        sock.sendto("\n".join(lines).encode(), address)
 
 
 async def system_is_stopping() -> bool:

@@ -24,20 +24,20 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .claim import CannotTake
 from .device import DeviceLoop, Goal, Phase
+from .deviceclass import DeviceClass
 from .errors import PvfrontError
-from .frontend import Frontend
 from .questions import answering
-from .service import service_restarts, system_is_stopping
+from .service import sd_notify, service_restarts, system_is_stopping
 from .sharedwatch import Following
 from .statefile import save_state, state_of, write_json
 from .states import XenbusState
+from .suspend_device import SuspendedLoop
 from .suspend_group import Participants, SuspendParticipant
 from .suspend_shared import SharedSuspend
 from .threads import in_daemon_thread
@@ -58,70 +58,6 @@ _NEVER = 1e9  # seconds
 _SHOWN = 4  # devices that the unit's status names
 
 
-def sd_notify(*lines: str) -> None:
-    """Tells systemd (sd_notify(3)); nothing without NOTIFY_SOCKET. Never raises, never blocks."""
-    where = os.environ.get("NOTIFY_SOCKET")
-    if not where:
-        return
-    address = "\0" + where[1:] if where.startswith("@") else where
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock,
-    ):
-        sock.sendto("\n".join(lines).encode(), address)
-
-
-class DeviceClass(Protocol):
-    """What a supervisor needs to know of its class of devices."""
-
-    klass: str
-    kept_over_restart: bool
-    """Whether a service that is restarted, or stops with the machine, leaves its devices to their
-    workers, used or not: users of one that goes and comes back would notice."""
-
-    def label(self, devid: int) -> str:
-        """The name users give it: 'xvdb' for 51728."""
-        ...
-
-    async def take(self, device: XenbusDevice, *, force: bool) -> None:
-        """Takes the device from the kernel; raises PvfrontError with the reason if it cannot."""
-        ...
-
-    def patience(self, name: str) -> float | None:
-        """Seconds until a device that was just taken is connected, or else is given back; None: as
-        long as it takes.
-        """
-        ...
-
-    def frontend(self, device: XenbusDevice) -> Frontend: ...
-
-    async def give_back(self, device: XenbusDevice) -> str:
-        """Gives a closed device back to the kernel; returns what became of it, for people."""
-        ...
-
-    def forget(self, name: str) -> None:
-        """The toolstack has removed the device: nothing of the claim is to be kept."""
-        ...
-
-    def repair(self) -> None:
-        """Undoes what a killed supervisor left in the system's settings."""
-        ...
-
-    def hold_hot_plug(self) -> None:
-        """From now on new devices wait for `pass_on` or `take`, not bound by the kernel."""
-        ...
-
-    def release_hot_plug(self) -> None: ...
-
-    def pass_on(self, name: str) -> None:
-        """Lets the kernel have a device that is not ours."""
-        ...
-
-    def pass_on_others(self) -> None:
-        """Lets the kernel have every device of another class that nobody has."""
-        ...
-
-
 class Served:
     """One device being served: its loop and the task that runs it."""
 
@@ -134,40 +70,6 @@ def _is_gone(loop: DeviceLoop) -> bool:
     """Offline and closed: the toolstack removes the nodes, maybe after our last look."""
     view = loop.device.view
     return view.frontend is XenbusState.UNKNOWN or not view.online
-
-
-class _Parker:
-    """Makes one device loop a participant of suspend."""
-
-    def __init__(self, loop: DeviceLoop) -> None:
-        self.loop = loop
-        self.name = loop.device.name
-
-    async def prepare(self) -> None:
-        self.loop.aim(Goal.PARKED)
-        wait = self.loop.deadlines
-        await self.loop.until_phase(
-            Phase.PARKED, Phase.CLOSED, timeout=wait.drain + 2 * wait.closing
-        )
-
-    async def resumed(self, cancelled: bool | None) -> None:
-        if self.loop.goal is Goal.PARKED:
-            self.loop.aim(Goal.CONNECTED)
-        if self.loop.gave_up_at is not None:
-            return  # nobody waits for what will not come
-        await self.loop.until_phase(
-            Phase.CONNECTED, Phase.CLOSED, timeout=self.loop.deadlines.connected
-        )
-
-    def poisoned(self) -> None:
-        self.loop.poison()
-
-    def filesystems(self) -> list[str]:
-        path = self.loop.frontend.os_path
-        return [path] if path else []
-
-    def in_flight(self) -> int:
-        return self.loop.frontend.in_flight()
 
 
 class Supervisor:
@@ -572,7 +474,7 @@ class Supervisor:
             log.warning("%s: %s", self.klass.label(devid), error)
 
     def _participants(self) -> Collection[SuspendParticipant]:
-        return [_Parker(s.loop) for s in self.served.values() if not s.task.done()]
+        return [SuspendedLoop(s.loop) for s in self.served.values() if not s.task.done()]
 
     def _status(self) -> str:
         """For `systemctl status`: how many are served, and what is with some of the others."""

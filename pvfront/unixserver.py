@@ -50,8 +50,8 @@ async def listening(path: Path, handler: Handler, *, grace: float = GRACE) -> As
     try:
         yield
     finally:
+        _remove(path)  # first: once nobody listens, the path may be the next one's
         server.close()
-        _remove(path)
         if tasks:
             await asyncio.wait(tasks, timeout=grace)
         for task in tasks:

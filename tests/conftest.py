@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Makes the helpers in tests/support importable."""
+"""Makes the helpers in tests/support importable, and lets an adversary loose where one is asked for
+(adversary.py).
+"""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,3 +14,12 @@ pytest.register_assert_rewrite(
     "embedded", "nbdkernel", "queueworld", "ringbackend", "storeworld", "supervisorworld",
     "waiting", "workerevents",
 )  # fmt: skip
+
+if os.environ.get("PVFRONT_ADVERSARY"):
+    import adversary
+
+    adversary.install()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(item: pytest.Item) -> None:
+        adversary.begin(item.nodeid)

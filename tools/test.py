@@ -34,6 +34,14 @@ LOGS = ROOT / "build" / "log"
 
 LINT = ["ruff", "mypy"]
 FAST = [*LINT, "unit", "hostile", "native", "asan", "tsan", "fuzz", "mutate"]
+AGAINST = [
+    *(f"tests/unit/test_{name}.py" for name in (
+        "device", "disk_frontend", "supervisor", "supervisor_says", "suspend", "suspend_members",
+        "upgrade", "worker_liars", "xenbus",
+    )),
+    "tests/fuzz/test_xenbus_walk.py",
+]  # fmt: skip
+"""What `unit` runs once more with an adversary (tests/support/adversary.py), in some seconds."""
 LAB = ["hvm", "pv", "pvh612"]  # the longest first; pvh612 is a PVH guest
 NAMED = ["pvh"]  # make test-xen GUEST=pvh: PVH with the kernel of the others
 GROUPS = {"lint": LINT, "fast": FAST, "lab": LAB, "all": [*FAST, *LAB]}
@@ -132,7 +140,11 @@ def stage(name: str) -> int:
         case "mypy":
             return run(BIN / "mypy", "--no-error-summary")
         case "unit":
-            return run(BIN / "pytest", "-q", f"--junit-xml={junit}")
+            code = run(BIN / "pytest", "-q", f"--junit-xml={junit}")
+            return code | run(
+                "env", "PVFRONT_ADVERSARY=1", BIN / "pytest", "-q",
+                f"--junit-xml={JUNIT / 'unit-adversary.xml'}", *AGAINST,
+            )  # fmt: skip
         case "hostile":
             return run(BIN / "pytest", "-q", f"--junit-xml={junit}", "tests/hostile")
         case "native":

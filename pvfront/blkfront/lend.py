@@ -160,7 +160,7 @@ class LentFrontend(DiskFrontend):
 
 
 class LentDisks(Disks):
-    """`supervisor.DeviceClass` for vbds that are lent."""
+    """`deviceclass.DeviceClass` for vbds that are lent."""
 
     def __init__(
         self, on: Platform, borrower: Borrower, *, expected: int, settings: Settings | None = None

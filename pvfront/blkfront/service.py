@@ -34,7 +34,7 @@ Export = Literal["auto", "nbd", "ublk", "socket"]
 
 
 class Disks:
-    """`supervisor.DeviceClass` for vbds."""
+    """`deviceclass.DeviceClass` for vbds."""
 
     klass = "vbd"
     kept_over_restart = False  # what is in use is kept in any case

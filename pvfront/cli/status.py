@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""``pvfront status``: one device in full."""
+"""``pvfront status``: one device in full, or each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .. import figures, inventory
+from ..xenstore import Xenstore
 from .output import as_json as json_option
 from .output import note, print_fields, print_json, print_table, with_store
 
@@ -18,15 +19,30 @@ _FIRST = ("name", "class", "id", "owner", "os_device", "link", "phase", "reason"
 
 
 @click.command()
-@click.argument("device")
+@click.argument("device", required=False)
 @json_option
-def status(device: str, as_json: bool) -> None:
-    """Show one DEVICE (xvdb, 51728, vif0, enX0): states, what was negotiated, worker, counters."""
-    found = with_store(lambda store: inventory.status(store, device))
-    trouble = found.pop("without_service", None)
+def status(device: str | None, as_json: bool) -> None:
+    """Show a DEVICE (xvdb, 51728, vif0, enX0), or each: states, geometry, worker, counters."""
+
+    async def work(store: Xenstore) -> list[inventory.Device]:
+        if device is not None:
+            return [await inventory.find(store, device)]
+        return await inventory.devices(store)
+
+    devices = with_store(work)
+    found = [inventory.status(one) for one in devices]
     if as_json:
-        print_json(found)
+        print_json(found if device is None else found[0])
         return
+    for number, one in enumerate(found):
+        if number:
+            click.echo()
+        _show(one)
+    if (trouble := inventory.without_service(devices)) is not None:
+        note(*trouble)
+
+
+def _show(found: dict[str, Any]) -> None:
     queues = found.pop("statistics_queues", None)
     if queues:
         del found["statistics"]
@@ -48,8 +64,6 @@ def status(device: str, as_json: bool) -> None:
         ):
             if rows:
                 print_table(header, rows, indent="  ")
-    if trouble is not None:
-        note(*trouble)
 
 
 def _lines(key: str, value: Any) -> Iterator[tuple[str, object]]:

@@ -37,8 +37,8 @@ def _requests(pvf: Pvfront, operation: str = "write") -> int:
 
 def _goes_on(pvf: Pvfront, what: str) -> None:
     """Waits for 50 more writes."""
-    before = _requests(pvf)
-    wait_until(f"I/O {what}", lambda: _requests(pvf) > before + 50)
+    before = pvf.written()
+    wait_until(f"I/O {what}", lambda: pvf.written() > before + 50)
 
 
 def _size(guest: Guest) -> int:

@@ -9,6 +9,7 @@ Written independently of pvfront: it shares no code with what it tests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import struct
@@ -39,6 +40,14 @@ HEADER = struct.Struct("=IIII")
 RESET_WATCHES = 21
 DIRECTORY_PART = 22
 PAYLOAD_MAX = 4096
+
+
+def as_they_are(events: list[Callable[[], None]]) -> None:
+    """In the order of the changes."""
+
+
+arrange = as_they_are
+"""Puts the events of one transaction, each a call, into the order in which they are sent."""
 
 
 class Refused(Exception):
@@ -128,6 +137,7 @@ class Client:
         except Refused as exc:
             op, reply = ERROR, exc.args[0].encode() + b"\0"
         self.emit(HEADER.pack(op, req_id, tx_id, len(reply)) + reply)
+        arrange(after)
         for action in after:
             action()
 
@@ -349,9 +359,11 @@ class SocketServer:
         assert self._server is not None
         self._server.close()
         for writer in self.writers:
-            writer.close()
+            writer.transport.abort()
         await self._server.wait_closed()
-        await asyncio.sleep(0)
+        for writer in self.writers:
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     def release(self) -> None:
         self.hold = False

@@ -28,6 +28,7 @@ class Wire:
     refused: frozenset[Op] = frozenset()
 
     def __init__(self, link: Link, store: MemStore, domid: int) -> None:
+        self.domid = domid
         self._loop = asyncio.get_running_loop()
         self._client = Client(store, domid, lambda data: self._later(link.feed, data))
         link.transport = self

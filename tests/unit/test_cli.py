@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -14,11 +17,12 @@ from typing import Any
 
 import pytest
 from memstore import MemStore, SocketServer
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
 from pvfront import figures
 from pvfront.cli import main
 from pvfront.sysfs import Roots
+from pvfront.xenstore import Xenstore, XenstoreError
 
 
 class Guest:
@@ -37,8 +41,14 @@ class Guest:
         return asyncio.run_coroutine_threadsafe(start(), self.loop).result(10)
 
     def end(self) -> None:
-        for server in self.servers:
-            self.loop.call_soon_threadsafe(server.close)
+        async def over() -> None:
+            for server in self.servers:
+                server.close()
+            # A connection that was just taken is a task, which closes it.
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(others)
+
+        self.serve(over)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
         self.loop.close()
@@ -210,6 +220,41 @@ def test_status_tells_times_as_people_do_and_what_a_retry_hides(guest: Guest, pv
     assert lines["last trouble"].strip() == "backend Closed never came"
 
 
+def test_status_without_a_device_shows_each(guest: Guest, pvfront: Run) -> None:
+    code, out, err = pvfront("status")
+    assert code == 0
+    assert err.count("the disk service does not run") == 1
+    blocks = [
+        dict(line.split(":", 1) for line in block.splitlines()) for block in out.split("\n\n")
+    ]
+    assert [block["name"].strip() for block in blocks] == ["xvda", "xvdb", "vif0"]
+    assert blocks[1]["link"].strip() == "/dev/pvfront/xvdb"
+    rows = json.loads(pvfront("status", "--json")[1])
+    assert rows == [
+        json.loads(pvfront("status", "--json", name)[1]) for name in ("xvda", "xvdb", "vif0")
+    ]
+
+
+def test_a_disk_that_goes_while_the_list_is_made_is_not_in_it(
+    guest: Guest, pvfront: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name was read, its keys no more; what its backend had is not ours to read then."""
+    usual = Xenstore.read_opt
+
+    async def read_opt(store: Xenstore, path: str, *, timeout: float | None = None) -> str | None:
+        if path == "device/vbd/51712/backend":
+            guest.store.tree.drop(b"/local/domain/0/device/vbd/51712", 0)
+        if path.startswith("/local/domain/0/backend/vbd/5/51728"):
+            raise XenstoreError(errno.EACCES, "read", path)
+        return await usual(store, path, timeout=timeout)
+
+    monkeypatch.setattr(Xenstore, "read_opt", read_opt)
+    code, out, _ = pvfront("list", "--json")
+    assert code == 0
+    found = {row["name"]: row["backend_state"] for row in json.loads(out)}
+    assert found == {"xvdb": "Unknown (0)", "vif0": "InitWait (2)"}
+
+
 def test_status_says_why_a_device_is_not_served(guest: Guest, pvfront: Run) -> None:
     guest.state("refused-vbd", **{"51712": "xvda is in use"})
     assert json.loads(pvfront("status", "--json", "xvda")[1])["refused"] == "xvda is in use"
@@ -275,7 +320,37 @@ def test_upgrade_of_one_disk_prints_how_it_went(guest: Guest, pvfront: Run) -> N
 def test_upgrade_without_a_supervisor_says_so(guest: Guest, pvfront: Run) -> None:
     code, _, err = pvfront("upgrade", "xvdb")
     assert code == 1
-    assert "xvdb: no supervisor runs" in err
+    what = "systemctl start pvfront-vbd; it replaces workers of another version by itself"
+    assert err == f"pvfront: xvdb: the disk service does not run ({what})\n"
+
+
+def test_release_without_a_supervisor_says_that_the_worker_goes_on(
+    guest: Guest, pvfront: Run
+) -> None:
+    (guest.roots.proc / "77").mkdir(parents=True)
+    guest.state("vbd-51728", phase="connected", os_device="/dev/nbd0", worker_pid=77)
+    code, _, err = pvfront("release", "vbd", "xvdb")
+    assert code == 1
+    assert "xvdb: the disk service does not run, but its worker (pid 77) does (systemctl" in err
+
+
+def test_a_supervisor_that_ends_while_it_is_asked_is_said(guest: Guest, pvfront: Run) -> None:
+    guest.roots.run.mkdir(parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(guest.roots.run / "supervisor-vbd.sock"))
+        listener.listen()
+
+        def end() -> None:
+            listener.accept()[0].close()  # only looked whether anybody is there
+            select.select([listener], [], [], PATIENCE)
+            listener.close()  # the next has connected, and is reset
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        code, out, err = pvfront("upgrade", "xvdb")
+        ending.join()
+    assert (code, out) == (1, "")
+    assert "ended without an answer" in err
 
 
 def test_release_of_a_kernel_device_says_whose_it_is(guest: Guest, pvfront: Run) -> None:
@@ -349,7 +424,7 @@ def test_store_watch_prints_the_path_at_once_and_then_changes(guest: Guest, pvfr
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nonsense"], ["list", "--nonsense"], ["status"], ["store", "write", "path"],
+    [["nonsense"], ["list", "--nonsense"], ["status", "a", "b"], ["store", "write", "path"],
      ["store", "read"], ["release", "vbd"], ["store", "watch", "-n", "0", "x"]],
 )  # fmt: skip
 def test_wrong_usage_is_status_2(guest: Guest, pvfront: Run, arguments: list[str]) -> None:
@@ -396,13 +471,14 @@ def answering(guest: Guest, answer: dict[str, Any]) -> list[Any]:
     asked: list[Any] = []
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not (line := await reader.readline()):  # only looked whether anybody is there
+        try:
+            if line := await reader.readline():  # else it only looked whether anybody is there
+                asked.append(json.loads(line))
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        finally:
             writer.close()
-            return
-        asked.append(json.loads(line))
-        writer.write(json.dumps(answer).encode() + b"\n")
-        await writer.drain()
-        writer.close()
+            await writer.wait_closed()
 
     guest.roots.run.mkdir(parents=True, exist_ok=True)
     path = str(guest.roots.run / "supervisor-vbd.sock")

@@ -613,7 +613,7 @@ async def test_a_suspend_in_the_midst_of_a_walk_never_unbinds_the_old_port(
     world.mem.set(f"{FRONT}/backend", where.encode(), "n5,r0", fired=where != BACK)
     await world.eventually("a new ring", lambda: "attach" in world.disk.calls)
     assert loop.device.backend == where
-    assert world.disk.calls == ["poisoned", "attach"]
+    assert world.disk.steps == ["poisoned", "attach"]
 
 
 @pytest.mark.parametrize("where", [BACK, "/local/domain/0/backend/vbd/9/51728"])
@@ -633,14 +633,14 @@ async def test_a_suspend_while_a_detach_is_refused_takes_the_disk_from_nobody(
     world.mem.set(f"{FRONT}/backend", where.encode(), "n5,r0")
     world.mem.set(f"{FRONT}/state", b"1", "n5,r0")
     await world.eventually("a new ring", lambda: "attach" in world.disk.calls)
-    assert world.disk.calls == ["poisoned", "attach"]
+    assert world.disk.steps == ["poisoned", "attach"]
 
 
 async def test_an_adopted_device_is_connected_without_a_walk(world: World) -> None:
     world.nodes(4, 4)
     world.disk.adopts = True
     await world.connected()
-    assert world.disk.calls == []
+    assert world.disk.steps == []
     assert world.backend.seen in ([], ["4"])
 
 
@@ -662,7 +662,7 @@ async def test_closing_closes_the_os_device_first_so_that_its_users_end(world: W
     world.disk.calls.clear()
     loop.aim(Goal.CLOSED)
     await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
-    assert world.disk.calls == ["close", "quiesce", "detach keep", "end"]
+    assert world.disk.steps == ["close", "quiesce", "detach keep", "end"]
     assert world.states() == ("6", "6")
 
 

@@ -241,7 +241,7 @@ async def test_a_stop_drains_closes_and_gives_back(world: World) -> None:
     await world.connected(B, C)
     assert await world.stopped() == 0
     for devid in (B, C):
-        calls = world.klass.disks[f"vbd-{devid}"].calls
+        calls = world.klass.disks[f"vbd-{devid}"].steps
         assert calls == ["attach", "start", "close", "quiesce", "detach keep", "end"]
         assert world.mem.value(f"{front(devid)}/state") == b"6"
         assert world.klass.count("give back", devid) == 1

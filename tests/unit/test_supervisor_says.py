@@ -23,6 +23,7 @@ from waiting import PATIENCE
 from pvfront import supervisor as module
 from pvfront.device import Phase
 from pvfront.errors import PvfrontError
+from pvfront.service import sd_notify
 from pvfront.statefile import write_json
 
 LOOP_FACTORY = VirtualLoop
@@ -228,17 +229,17 @@ async def test_a_notify_socket_that_nobody_reads_is_not_waited_for(
 ) -> None:
     started = time.monotonic()
     for _ in range(2000):
-        module.sd_notify("STATUS=" + "x" * 1000)
+        sd_notify("STATUS=" + "x" * 1000)
     assert time.monotonic() - started < PATIENCE
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    module.sd_notify("READY=1")
+    sd_notify("READY=1")
 
 
 async def test_an_abstract_notify_socket_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(f"\0pvfront-test-{os.getpid()}")
         monkeypatch.setenv("NOTIFY_SOCKET", f"@pvfront-test-{os.getpid()}")
-        module.sd_notify("READY=1", "STATUS=x")
+        sd_notify("READY=1", "STATUS=x")
         sock.setblocking(False)
         assert sock.recv(100) == b"READY=1\nSTATUS=x"
 

@@ -145,7 +145,7 @@ async def test_the_last_words_of_a_worker_come_before_its_end(liar: Liar) -> Non
     await liar.asked()
     liar.say(packet("pvf_ctl_broken", lib.PVF_CTL_BROKEN, rule=7))
     liar.say(packet("pvf_ctl_simple", lib.PVF_CTL_DETACHED))
-    worker._exited()
+    module.WorkerLink._exited(worker)
     await detaching
     assert [type(event) for event in liar.events] == [Broken, Exited]
 
