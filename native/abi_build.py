@@ -4,8 +4,8 @@
     python abi_build.py OUTPUT.c
 
 The declarations are taken from the headers themselves, so that there is one definition of every
-structure: pvf_ctl.h, and ring.h for the unit tests of the ring. The C compiler then checks every
-size and offset that cffi derived.
+structure: pvf_ctl.h, and ring.h for the control ring of a network and for unit tests. The C
+compiler then checks every size and offset that cffi derived.
 """
 
 from __future__ import annotations
@@ -24,13 +24,49 @@ SOURCE = """
 #include "ring.h"
 #include <xen/xen.h>
 #include <xen/io/blkif.h>
+#include <xen/io/netif.h>
 enum {
     PVF_BLK_RING_SLOTS = __CONST_RING_SIZE(blkif, 4096),
     PVF_BLK_MAX_SEGMENTS = BLKIF_MAX_SEGMENTS_PER_REQUEST,
+    PVF_NET_CTRL_SLOTS = __CONST_RING_SIZE(xen_netif_ctrl, 4096),
+    PVF_NET_CTRL_SLOT = sizeof(union xen_netif_ctrl_sring_entry),
 };
 """
 
-CONSTANTS = ("PVF_BLK_RING_SLOTS", "PVF_BLK_MAX_SEGMENTS")
+CONSTANTS = (
+    "PVF_BLK_RING_SLOTS",
+    "PVF_BLK_MAX_SEGMENTS",
+    "PVF_NET_CTRL_SLOTS",
+    "PVF_NET_CTRL_SLOT",
+    "XEN_NETIF_CTRL_HASH_ALGORITHM_NONE",
+    "XEN_NETIF_CTRL_HASH_ALGORITHM_TOEPLITZ",
+    "XEN_NETIF_CTRL_HASH_TYPE_IPV4",
+    "XEN_NETIF_CTRL_HASH_TYPE_IPV4_TCP",
+    "XEN_NETIF_CTRL_HASH_TYPE_IPV6",
+    "XEN_NETIF_CTRL_HASH_TYPE_IPV6_TCP",
+    "XEN_NETIF_CTRL_TYPE_GET_HASH_FLAGS",
+    "XEN_NETIF_CTRL_TYPE_SET_HASH_FLAGS",
+    "XEN_NETIF_CTRL_TYPE_SET_HASH_KEY",
+    "XEN_NETIF_CTRL_TYPE_GET_HASH_MAPPING_SIZE",
+    "XEN_NETIF_CTRL_TYPE_SET_HASH_MAPPING_SIZE",
+    "XEN_NETIF_CTRL_TYPE_SET_HASH_MAPPING",
+    "XEN_NETIF_CTRL_TYPE_SET_HASH_ALGORITHM",
+    "XEN_NETIF_CTRL_TYPE_GET_GREF_MAPPING_SIZE",
+    "XEN_NETIF_CTRL_TYPE_ADD_GREF_MAPPING",
+    "XEN_NETIF_CTRL_TYPE_DEL_GREF_MAPPING",
+    "XEN_NETIF_CTRL_STATUS_SUCCESS",
+    "XEN_NETIF_CTRL_STATUS_NOT_SUPPORTED",
+    "XEN_NETIF_CTRL_STATUS_INVALID_PARAMETER",
+    "XEN_NETIF_CTRL_STATUS_BUFFER_OVERFLOW",
+    "XEN_NETIF_CTRLF_GREF_readonly",
+)
+
+# The compiler checks them against netif.h.
+CONTROL = """
+struct xen_netif_ctrl_request { uint16_t id, type; uint32_t data[3]; };
+struct xen_netif_ctrl_response { uint16_t id, type; uint32_t status, data; };
+struct xen_netif_gref { uint32_t ref; uint16_t flags, status; };
+"""
 
 
 def declarations(text: str) -> str:
@@ -51,6 +87,7 @@ def main(output: str) -> None:
     ffi = cffi.FFI()
     ffi.cdef(declarations((HERE / "include/pvf_ctl.h").read_text()))
     ffi.cdef("\n".join(f"static const int {name};" for name in CONSTANTS))
+    ffi.cdef(CONTROL)
     ffi.cdef("struct pvf_fault { uint32_t rule; uint64_t value; const char *field, *text; };")
     ffi.cdef(declarations((HERE / "ring.h").read_text()))
     ffi.set_source("pvfront._abi", SOURCE)

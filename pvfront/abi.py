@@ -2,8 +2,8 @@
 """The structures shared with C: the control protocol, the statistics page, the ring.
 
 ``ffi`` and ``lib`` come from the compiled extension, which takes every layout from the C headers
-(native/abi_build.py). The ring functions are here for tests against an independent model; the data
-path never runs in Python.
+(native/abi_build.py). The ring functions serve a network's control ring (netfront/control.py), and
+tests against an independent model; the data path never runs in Python.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import PvfrontError
@@ -25,8 +26,12 @@ class CannotPark(PvfrontError):
     """The ports of a process could not be taken over; it must not end before the guest does."""
 
 
-async def park(pid: int, *, node: str = NODE, timeout: float = 10.0) -> tuple[int, int]:
+async def park(
+    pid: int, *, node: str = NODE, timeout: float = 10.0, fds: Sequence[int] = ()
+) -> tuple[int, int]:
     """Has a new process hold duplicates of `pid`'s descriptors of `node`, for good.
+
+    `fds`: of those only these, for a process that has others and goes on; none: all.
 
     Returns that process's pid and how many descriptors it holds; (0, 0) if there were none. Needs
     root (pidfd_getfd(2)). Raises CannotPark: then `pid` is still the only holder.
@@ -34,7 +39,7 @@ async def park(pid: int, *, node: str = NODE, timeout: float = 10.0) -> tuple[in
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [NAME, "-I", "-S", str(PARKER), str(pid), node],
+            [NAME, "-I", "-S", str(PARKER), str(pid), node, *map(str, fds)],
             executable=sys.executable,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -53,4 +58,6 @@ async def park(pid: int, *, node: str = NODE, timeout: float = 10.0) -> tuple[in
         reason = (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]
         raise CannotPark(f"process {pid}: its ports cannot be taken over: {reason}", hint=HINT)
     parker, count = map(int, ended.stdout.split())
+    if fds and count != len(fds):
+        raise CannotPark(f"process {pid}: {count} of {len(fds)} ports were taken over", hint=HINT)
     return parker, count

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """Holds another process's event-channel descriptors until the machine is switched off.
 
-Run as a program of its own, as root: ``portparker.py PID NODE``. It takes a duplicate of every
-descriptor of NODE (/dev/xen/evtchn) that process PID has, leaves them to a child that sleeps for
-ever, and prints the child's pid and their number (``0 0``: there were none). From then on PID may
-end: the last reference is the child's.
+Run as a program of its own, as root: ``portparker.py PID NODE [FD...]``. It takes a duplicate of
+every descriptor of NODE (/dev/xen/evtchn) that process PID has, or of those named, leaves them to a
+child that sleeps for ever, and prints the child's pid and their number (``0 0``: there were none).
+From then on PID may end: the last reference is the child's.
 
 A port that was bound while the domain was suspended must never be unbound: the kernel has forgotten
 its interrupt, and its close is a BUG (drivers/xen/evtchn.c, `evtchn_unbind_from_user`) in whoever
@@ -27,13 +27,16 @@ import sys
 SYS_PIDFD_GETFD = 438  # the same on every architecture
 
 
-def take(pid: int, node: str) -> list[int]:
-    """Duplicates of every descriptor of the device `node` in process `pid`. Raises OSError."""
+def take(pid: int, node: str, only: frozenset[str] = frozenset()) -> list[int]:
+    """Duplicates of every descriptor of the device `node` in process `pid`; `only`: of these
+    numbers. Raises OSError."""
     device = os.stat(node).st_rdev  # noqa: PTH116 - fewer modules
     libc = ctypes.CDLL(None, use_errno=True)
     process = os.pidfd_open(pid)
     taken = []
     for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+        if only and name not in only:
+            continue
         try:
             status = os.stat(f"/proc/{pid}/fd/{name}")  # noqa: PTH116
         except FileNotFoundError:
@@ -64,7 +67,7 @@ def main() -> None:
     pid, node = int(sys.argv[1]), sys.argv[2]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    taken = take(pid, node)
+    taken = take(pid, node, frozenset(sys.argv[3:]))
     child = os.fork() if taken else 0
     if child or not taken:
         print(child, len(taken), flush=True)

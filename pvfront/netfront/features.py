@@ -28,11 +28,12 @@ MTU_LEAST = 68  # ETH_MIN_MTU
 MTU_ONE_PAGE = 1500  # without feature-sg: what Linux's netfront keeps to
 MAX_QUEUES = 16
 
-_U32 = (1 << 32) - 1
+REQUEST_MULTICAST = "request-multicast-control"
+
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _STALE = re.compile(
     r"(tx|rx|ctrl)-ring-ref|event-channel(-tx|-rx|-ctrl)?|multi-queue-num-queues|queue-\d+"
-    r"|request-.+|feature-.+"
+    r"|request-.+|feature-.+|xdp-headroom"
 )
 
 BACKEND_KEYS = (
@@ -46,8 +47,16 @@ BACKEND_KEYS = (
     "feature-dynamic-multicast-control",
     "feature-split-event-channels",
     "feature-ctrl-ring",
+    "feature-xdp-headroom",
     "multi-queue-max-queues",
+    "mac",
+    "mtu",
 )
+"""All that is read of a backend but the state of the link (link.py); toolstacks and hotplug scripts
+keep more there."""
+
+FRONTEND_KEYS = ("mac", "mtu", "trusted")
+"""The toolstack's keys in our own directory that shape a connection."""
 
 
 class NetError(PvfrontError):
@@ -67,6 +76,7 @@ class Offer:
     dynamic_multicast_control: bool = False
     split_event_channels: bool = False
     ctrl_ring: bool = False
+    xdp_headroom: bool = False
     max_queues: int = 1
 
 
@@ -96,6 +106,14 @@ def parse_offer(backend: Mapping[str, str]) -> tuple[Offer, list[Problem]]:
             for key, offered in gso.items()
             if offered
         ]
+    multicast = {
+        key: keys.flag(f"feature-{key}")
+        for key in ("multicast-control", "dynamic-multicast-control")
+    }
+    if multicast["dynamic-multicast-control"] and not multicast["multicast-control"]:
+        reason = "means nothing without feature-multicast-control; taken as 0"
+        keys.problems.append(Problem("feature-dynamic-multicast-control", "1", reason))
+        multicast["dynamic-multicast-control"] = False
     csum4 = not keys.flag("feature-no-csum-offload")
     csum6 = keys.flag("feature-ipv6-csum-offload")
     return Offer(
@@ -105,10 +123,11 @@ def parse_offer(backend: Mapping[str, str]) -> tuple[Offer, list[Problem]]:
         gso_tcpv6=sg and csum6 and gso["tcpv6"],
         csum_ipv4=csum4,
         csum_ipv6=csum6,
-        multicast_control=keys.flag("feature-multicast-control"),
-        dynamic_multicast_control=keys.flag("feature-dynamic-multicast-control"),
+        multicast_control=multicast["multicast-control"],
+        dynamic_multicast_control=multicast["dynamic-multicast-control"],
         split_event_channels=keys.flag("feature-split-event-channels"),
         ctrl_ring=keys.flag("feature-ctrl-ring"),
+        xdp_headroom=keys.flag("feature-xdp-headroom"),
         max_queues=keys.uint("multi-queue-max-queues", default=1, lo=1, hi=MAX_QUEUES),
     ), keys.problems
 
@@ -125,9 +144,15 @@ def parse_mac(text: str | None) -> bytes:
     return mac
 
 
-def parse_mtu(frontend: Mapping[str, str], *, sg: bool) -> tuple[int, list[Problem]]:
-    """The payload of the largest packet, in bytes: the toolstack's `mtu`, or 1500."""
-    keys = Keys(frontend)
+def parse_mtu(
+    frontend: Mapping[str, str], backend: Mapping[str, str], *, sg: bool
+) -> tuple[int, list[Problem]]:
+    """The payload of the largest packet, in bytes: the toolstack's `mtu`, or 1500.
+
+    It stands in the frontend's directory (netif.h); libxl writes it into the backend's too, which
+    counts where the frontend's is missing.
+    """
+    keys = Keys(frontend if "mtu" in frontend else backend)
     mtu = keys.uint("mtu", default=MTU_DEFAULT, lo=MTU_LEAST, hi=MTU_LARGEST)
     if mtu > MTU_ONE_PAGE and not sg:
         keys.problems.append(
@@ -137,17 +162,48 @@ def parse_mtu(frontend: Mapping[str, str], *, sg: bool) -> tuple[int, list[Probl
     return mtu, keys.problems
 
 
-def carrier(backend: Mapping[str, str], frontend: Mapping[str, str]) -> bool:
-    """Whether the link is up: the backend's `carrier` (netif.h), and nobody's `disconnect`."""
-    return backend.get("carrier", "1").strip() != "0" and not Keys(frontend).flag("disconnect")
+def trusted(frontend: Mapping[str, str]) -> tuple[bool, list[Problem]]:
+    """The toolstack's `trusted`; nonsense means no."""
+    text = frontend.get("trusted", "1").strip()
+    if text in ("0", "1"):
+        return text == "1", []
+    return False, [Problem("trusted", text, "neither 0 nor 1; the backend is not trusted")]
 
 
-def frontend_keys(queues: Sequence[QueueKeys], *, offer: Offer) -> dict[str, str]:
-    """What the frontend publishes with Initialised.
+def lost(before: Offer, now: Offer) -> list[str]:
+    """What a backend could and cannot do any more, for people."""
+    names = {
+        "sg": "no packets of several pages",
+        "gso_tcpv4": "no large TCP packets over IPv4",
+        "gso_tcpv6": "no large TCP packets over IPv6",
+        "csum_ipv4": "no checksums over IPv4",
+        "csum_ipv6": "no checksums over IPv6",
+        "multicast_control": "no multicast control",
+        "split_event_channels": "no split event channels",
+        "ctrl_ring": "no control ring",
+    }
+    gone = [text for name, text in names.items() if getattr(before, name) > getattr(now, name)]
+    if now.max_queues < before.max_queues:
+        gone.append(f"{now.max_queues} queues at most, not {before.max_queues}")
+    return gone
+
+
+def frontend_keys(
+    queues: Sequence[QueueKeys],
+    *,
+    offer: Offer,
+    control: tuple[int, int] | None = None,
+    multicast_filter: bool = False,
+) -> dict[str, str]:
+    """What the frontend publishes with Connected.
 
     As netback's connect() reads it: one queue stands in the directory itself, and then
     `multi-queue-num-queues` is left out, which a backend of old would not know; several stand in
     queue-0, queue-1 and so on. Ours can receive whatever netif has, so every feature is said.
+
+    `control`: reference and port of the control ring. `multicast_filter`: the backend is to pass on
+    what was joined only. One that looks at that key at any time is told later, when it knows what
+    was joined (`multicast_later`); any other looks at it now and never again.
     """
     if not queues:
         raise ValueError("an interface has at least one queue")
@@ -160,8 +216,13 @@ def frontend_keys(queues: Sequence[QueueKeys], *, offer: Offer) -> dict[str, str
         "feature-no-csum-offload": "0",
         "feature-ipv6-csum-offload": "1",
     }
-    if offer.multicast_control or offer.dynamic_multicast_control:
-        keys["request-multicast-control"] = "0"
+    if offer.multicast_control:
+        now = multicast_filter and not offer.dynamic_multicast_control
+        keys[REQUEST_MULTICAST] = "1" if now else "0"
+    if offer.xdp_headroom:
+        keys["xdp-headroom"] = "0"  # there may be one of a kernel's frontend
+    if control is not None:
+        keys["ctrl-ring-ref"], keys["event-channel-ctrl"] = map(str, control)
     if len(queues) > 1:
         keys["multi-queue-num-queues"] = str(len(queues))
     for number, queue in enumerate(queues):
@@ -174,6 +235,11 @@ def frontend_keys(queues: Sequence[QueueKeys], *, offer: Offer) -> dict[str, str
             keys[f"{where}event-channel-tx"] = str(queue.port)
             keys[f"{where}event-channel-rx"] = str(queue.rx_port)
     return keys
+
+
+def multicast_later(offer: Offer, *, multicast_filter: bool) -> bool:
+    """Whether REQUEST_MULTICAST becomes "1" once the backend has been told what was joined."""
+    return multicast_filter and offer.multicast_control and offer.dynamic_multicast_control
 
 
 def stale_key(key: str) -> bool:

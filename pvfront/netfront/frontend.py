@@ -13,6 +13,16 @@ Theory of operation
 
     `update` also has the worker replaced by another one, between two steps of the loop
     (docs/upgrade.md): no generation begins, the TAP's queues pass on.
+
+    How many queues and pages a generation has is decided when the backend is at InitWait
+    (`shape.py`): what both ends can, what the budget of granted pages has (`budget.py`). Where
+    gntalloc has less than that, because other processes hold pages, or event channels run out,
+    smaller shapes are tried, and said. Features are read again at Connected; each generation takes
+    what its backend offers then, be it less than the one before had: offloads and MTU of the TAP
+    follow, and it is said.
+
+    Questions to the backend go over the control ring (`controlside.py`), which is ours and not the
+    worker's: it is opened with the rest, and let go of wherever the rest is.
 """
 
 from __future__ import annotations
@@ -25,6 +35,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..abi import StatsUnreadable, lib, read_all_net_stats
+from ..budget import Budget, Grant
 from ..errors import PvfrontError
 from ..packettrace import PacketTrace
 from ..parking import CannotPark, park
@@ -37,18 +48,21 @@ from ..upgrade import Upgrade, outdated
 from ..worker import Worker, WorkerError, WorkerGone
 from ..workermessage import Broken, Event, Exited, Stalled, State
 from ..xenbus import XenbusDevice
-from . import features
-from .features import Offer, QueueKeys
+from . import features, shape
+from .controlside import ControlSide
+from .features import Offer
+from .generation import Opened, opened
 from .link import STATE_KEYS, Link, LinkState, link_state
+from .multicast import joined
+from .settings import NetSettings
+from .shape import Shape
 from .tap import Tap, TapError
 
 log = logging.getLogger(__name__)
 
 STALL_SECONDS = 10
 SETTLE = 2.0
-TX_PAGES = 288  # a ring of 256 slots, and the packet that is read while all are out
-RX_PAGES = 256
-RING_PAGES = 2
+DRAIN_MAPPINGS = 2.0  # for the backend to unmap pages, at the end of a quiesce
 
 
 class NetFrontend:
@@ -61,17 +75,26 @@ class NetFrontend:
         ifname: str,
         platform: Platform,
         *,
-        max_queues: int = 0,
+        settings: NetSettings | None = None,
+        budget: Budget | None = None,
         stolen: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`ifname`: the TAP's name; `max_queues`: 0, one for each processor."""
+        """`ifname`: the TAP's name; `settings`: None, the defaults; `budget`: that of all vifs of
+        this service.
+        """
         self.name = name
         self.devid = devid
         self.link = Link(name, ifname, platform.run_dir)
         self.platform = platform
         self.run_dir = platform.run_dir
-        self.max_queues = min(max_queues or os.cpu_count() or 1, features.MAX_QUEUES)
+        settings = settings or NetSettings()
+        self.max_queues = min(settings.max_queues or os.cpu_count() or 1, features.MAX_QUEUES)
+        self.multicast_filter = bool(settings.multicast_filter)
+        self.budget = budget or Budget(platform.grant_limit)
         self.offer: Offer | None = None
+        self.shape: Shape | None = None  # of the present generation
+        self.control = ControlSide(name, hashes=bool(settings.hash))
+        self.trusted = True
         self.mac = b""
         self.mtu = 0  # as the toolstack says
         self.queues = 0
@@ -90,6 +113,8 @@ class NetFrontend:
         self._poke: Callable[[], None] = lambda: None
         self._note: Note = nothing
         self._stolen = stolen
+        self._said: set[str] = set()
+        self.budget.join(name)
 
     @property
     def ifname(self) -> str:
@@ -174,9 +199,27 @@ class NetFrontend:
             "carrier": self.connected and self.link.state.up,
             "no_carrier_because": self.link.state.why,
             "speed_mbits": self.link.state.speed,
+            "trusted": self.trusted,
+            "rings": self._rings(),
+            "control": self.control.details(),
             "offer": None
             if offer is None
             else {name: getattr(offer, name) for name in offer.__dataclass_fields__},
+        }
+
+    def _rings(self) -> dict[str, Any] | None:
+        """Queues and pools, and why they are not larger."""
+        if self.shape is None:
+            return None
+        grant = self.budget.grant(self.name)
+        return {
+            "queues": self.shape.queues,
+            "tx_pages": self.shape.tx,
+            "rx_pages": self.shape.rx,
+            "split_event_channels": self.shape.split,
+            "granted": None
+            if grant is None
+            else {"asked": grant.asked, "got": grant.got, "why": grant.why},
         }
 
     # -- the walk ----------------------------------------------------------------------------
@@ -209,6 +252,7 @@ class NetFrontend:
             await self.detach(keep_target=False)
             return False
         self.queues = hello.attached
+        self._adopt_shape(worker)
         self.connected = True
         self.link.most = features.MTU_LARGEST if offer.sg else features.MTU_ONE_PAGE
         await self._show_state()
@@ -216,22 +260,43 @@ class NetFrontend:
         log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
         return True
 
+    def _adopt_shape(self, worker: Worker) -> None:
+        """What an earlier supervisor had negotiated, as far as the worker tells."""
+        found = Shape(self.queues)
+        with contextlib.suppress(OSError, StatsUnreadable):
+            first = read_all_net_stats(worker.stats_fd)[0]
+            found = Shape(self.queues, first["tx_pool_pages"], first["rx_pool_pages"])
+        self.shape = found
+        self.budget.hold(self.name, Grant(found.pages, found.pages, "as it was adopted"))
+        self.control.lost()
+
     async def _read(self, device: XenbusDevice) -> Offer:
         """The keys of both ends. Raises NetError."""
-        backend = await device.backend_keys()
+        backend = await device.backend_keys((*features.BACKEND_KEYS, *STATE_KEYS[:1]))
         offer, problems = features.parse_offer(backend)
         ours = {
             key: value
-            for key in ("mac", "mtu", "trusted", *STATE_KEYS)
+            for key in (*features.FRONTEND_KEYS, *STATE_KEYS[1:])
             if (value := await device.store.read_opt(f"{device.path}/{key}")) is not None
         }
         self.mac = features.parse_mac(ours.get("mac", backend.get("mac")))
-        self.mtu, more = features.parse_mtu(ours, sg=offer.sg)
-        self._state, still_more = link_state(backend, ours)
-        for problem in (*problems, *more, *still_more):
-            log.warning("%s: %s", self.name, problem)
-        self.offer = offer
+        self.mtu, of_mtu = features.parse_mtu(ours, backend, sg=offer.sg)
+        self.trusted, of_trust = features.trusted(ours)
+        self._state, of_link = link_state(backend, ours)
+        for problem in (*problems, *of_mtu, *of_trust, *of_link):
+            self._say(str(problem))
+        before, self.offer = self.offer, offer
+        for what in features.lost(before, offer) if before is not None else ():
+            text = f"the backend came back with less: {what}"
+            log.warning("%s: %s", self.name, text)
+            self._note(Kind.NODES, text)
         return offer
+
+    def _say(self, text: str) -> None:
+        """A warning, once: keys are read twice in each connection."""
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s: key %s", self.name, text)
 
     async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
         self._trouble = None
@@ -239,51 +304,73 @@ class NetFrontend:
         self._generation += 1
         worker = await self._living_worker()
         offer = await self._read(device)
-        queues = max(1, min(self.max_queues, offer.max_queues))
-        scrub = (await device.store.read_opt(f"{device.path}/trusted") or "1").strip() != "1"
-        keys = []
-        with contextlib.ExitStack() as stack:
+        assert worker.hello is not None
+        asked = shape.wanted(offer, min(self.max_queues, worker.hello.queues))
+        share, why = self.budget.share(self.name)
+        first = asked if share is None else shape.fit(asked, share)
+        with opened(self.platform, device.backend_id, asked, first) as made:
             self._attached = True  # so it is also if the answer never comes
-            for number in range(queues):
-                channels = stack.enter_context(self.platform.event_channels())
-                port = channels.bind_unbound(device.backend_id)
-                grants = stack.enter_context(self.platform.grant_allocator())
-                ring = grants.alloc(device.backend_id, RING_PAGES)
-                tx = grants.alloc(device.backend_id, TX_PAGES, writable=False)
-                rx = grants.alloc(device.backend_id, RX_PAGES)
+            for number, queue in enumerate(made.queues):
                 try:
                     await worker.attach(
                         self._generation,
                         queue=number,
-                        queues=queues,
+                        queues=made.shape.queues,
                         device_class=lib.PVF_CLASS_NET,
-                        port=port,
-                        ring_pages=RING_PAGES,
-                        ring_offset=ring.offset,
-                        pool_offset=tx.offset,
-                        pool_grefs=(*tx.grefs, *rx.grefs),
-                        tx_pages=TX_PAGES,
-                        scrub=scrub,
-                        fds=(channels.hand_over(port), grants.hand_over()),
+                        port=queue.port,
+                        rx_port=queue.rx_port,
+                        ring_pages=shape.RING_PAGES,
+                        ring_offset=queue.ring.offset,
+                        pool_offset=queue.tx.offset,
+                        pool_grefs=queue.pool_refs,
+                        tx_pages=made.shape.tx,
+                        scrub=not self.trusted,
+                        fds=queue.hand_over(),
                     )
                 except WorkerError:
                     self._attached = number > 0
                     raise
-                keys.append(QueueKeys(ring.grefs[0], ring.grefs[1], port))
-        self.queues = queues
-        ports = [queue.port for queue in keys]
+            # The worker holds all of it now. Ours are closed without unbinding or freeing anything.
+        control = self.control.open(self.platform, device.backend_id, offered=offer.ctrl_ring)
+        self.control.has_pools([(queue.tx.grefs, queue.rx.grefs) for queue in made.queues])
+        self.queues = made.shape.queues
+        self._note_shape(asked, made, why)
+        ports = [port for queue in made.queues for port in queue.ports] + self.control.ports
         self._note(
             Kind.ATTACHED,
-            f"{queues} queue{'s' * (queues > 1)}, event channels {', '.join(map(str, ports))}",
+            f"{made.shape}, event channels {', '.join(map(str, ports))}",
             ports=ports,
-            pages=queues * (RING_PAGES + TX_PAGES + RX_PAGES),
+            pages=made.shape.pages + self.control.pages,
             pid=worker.pid,
         )
-        return features.frontend_keys(keys, offer=offer)
+        return features.frontend_keys(
+            [queue.keys for queue in made.queues],
+            offer=offer,
+            control=control,
+            multicast_filter=self.multicast_filter,
+        )
+
+    def _note_shape(self, asked: Shape, made: Opened, why: str) -> None:
+        self.shape = made.shape
+        if made.refused:
+            why = str(made.refused[-1])
+        elif made.shape == asked:
+            why = ""
+        pages = made.shape.pages + self.control.pages
+        self.budget.hold(self.name, Grant(asked.pages + self.control.pages, pages, why))
+        if why:
+            level = logging.WARNING if made.refused else logging.INFO
+            log.log(level, "%s: %s instead of %s: %s", self.name, made.shape, asked, why)
 
     async def start(self, device: XenbusDevice) -> None:
         offer = await self._read(device)
         tap = await asyncio.to_thread(self._set_up, offer)
+        try:
+            await self.control.set_up()
+        except BaseException:
+            tap.close()
+            raise
+        groups = await asyncio.to_thread(joined, self.ifname) if offer.multicast_control else ()
         fds = tap.give()
         try:
             await self._need_worker().start_net(
@@ -291,10 +378,13 @@ class NetFrontend:
                 features=_bits(offer),
                 stall_seconds=STALL_SECONDS,
                 target_fds=fds,
+                groups=groups,
             )
         finally:
             for fd in fds:
                 os.close(fd)
+        if features.multicast_later(offer, multicast_filter=self.multicast_filter):
+            await device.store.write(f"{device.path}/{features.REQUEST_MULTICAST}", "1")
         self.connected = True
         await self._show_state()
         self.link.announce()
@@ -377,13 +467,20 @@ class NetFrontend:
             return False
         if not self._attached:
             return True
+        until = asyncio.get_running_loop().time() + timeout
         try:
-            return await worker.quiesce(self._generation, timeout)
+            drained = await worker.quiesce(self._generation, timeout)
         except PvfrontError as error:
             log.warning("%s", error)
             return False
+        if drained:
+            left = until - asyncio.get_running_loop().time()
+            await self.control.take_back(max(0.1, min(left, DRAIN_MAPPINGS)))
+        return drained
 
     async def detach(self, *, keep_target: bool) -> None:
+        self.control.close()
+        self.budget.release(self.name)
         worker = self._worker
         if worker is not None and not self._attached:
             return
@@ -400,6 +497,7 @@ class NetFrontend:
             self._note(Kind.DETACHED, "event channels and granted pages are let go of")
         self._attached = False
         self.connected = False
+        self.shape = None
         self.link.silence()
 
     async def fail_after(self, seconds: float) -> None:
@@ -417,6 +515,8 @@ class NetFrontend:
             self._look.cancel()
         self._upgrade.drop("it is served no more")
         self._packets.close()
+        self.control.close()
+        self.budget.leave(self.name)
         if self._worker is not None:
             self._worker.on_event = lambda event: None
             await self._worker.exit()
@@ -429,6 +529,8 @@ class NetFrontend:
         self.connected = False
         self.link.silence()
         self._trouble = "the domain was suspended while connected"
+        self.budget.release(self.name)
+        await self.control.poisoned()
         if worker is None:
             return
         worker.on_event = lambda event: None
@@ -517,5 +619,6 @@ def _bits(offer: Offer) -> int:
         lib.PVF_NET_CSUM6: offer.csum_ipv6,
         lib.PVF_NET_GSO4: offer.gso_tcpv4,
         lib.PVF_NET_GSO6: offer.gso_tcpv6,
+        lib.PVF_NET_MULTICAST: offer.multicast_control,
     }
     return sum(bit for bit, has in bits.items() if has)

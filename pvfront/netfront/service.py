@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..budget import Budget
 from ..claim import load_module
 from ..errors import PvfrontError
 from ..inventory import NoSuchDevice
@@ -39,8 +40,12 @@ class Networks:
     klass = "vif"
     kept_over_restart = True
 
-    def __init__(self, on: Platform, settings: NetSettings | None = None) -> None:
+    def __init__(
+        self, on: Platform, settings: NetSettings | None = None, *, expected: int = 0
+    ) -> None:
+        """`expected`: how many vifs there will be, as far as that is known at the start."""
         self.platform = on
+        self.budget = Budget(on.grant_limit, expected=expected)
         self.settings = settings or NetSettings()
         self.claims = on.claims()
         self._frontends: dict[str, NetFrontend] = {}
@@ -102,7 +107,8 @@ class Networks:
             device.devid,
             self._names[device.name],
             self.platform,
-            max_queues=self.settings.max_queues,
+            settings=self.settings,
+            budget=self.budget,
             stolen=lambda: self._stolen(device.name),
         )
         return made
@@ -240,7 +246,11 @@ async def serve(
         wanted: Callable[[int], bool] = (
             (lambda devid: True) if everything else (lambda devid: devid in named)
         )
-        networks = Networks(on, NetSettings(**(options or {})))
+        networks = Networks(
+            on,
+            NetSettings(**(options or {})),
+            expected=len(present) if everything else len(named),
+        )
         supervisor = Supervisor(
             store,
             networks,

@@ -10,12 +10,14 @@ from pvfront.netfront.features import (
     NetError,
     Offer,
     QueueKeys,
-    carrier,
     frontend_keys,
+    lost,
+    multicast_later,
     parse_mac,
     parse_mtu,
     parse_offer,
     stale_key,
+    trusted,
 )
 
 NETBACK = {
@@ -37,7 +39,7 @@ NETBACK = {
 
 def test_all_that_netback_offers_is_taken() -> None:
     offer, problems = parse_offer(NETBACK)
-    assert offer == Offer(True, True, True, True, True, True, True, True, True, 2)
+    assert offer == Offer(True, True, True, True, True, True, True, True, True, True, 2)
     assert problems == []
 
 
@@ -99,23 +101,17 @@ def test_a_missing_mac_is_named() -> None:
      ("nine thousand", 1500), ("-1", 1500)],
 )  # fmt: skip
 def test_an_mtu_is_clamped_to_what_netif_carries(text: str, mtu: int) -> None:
-    found, problems = parse_mtu({"mtu": text}, sg=True)
+    found, problems = parse_mtu({"mtu": text}, {"mtu": "2000"}, sg=True)
     assert found == mtu
     assert bool(problems) == (str(mtu) != text)
 
 
 def test_a_large_mtu_wants_packets_of_several_slots() -> None:
-    mtu, problems = parse_mtu({"mtu": "9000"}, sg=False)
+    mtu, problems = parse_mtu({"mtu": "9000"}, {}, sg=False)
     assert mtu == 1500
     assert "feature-sg" in str(problems[0])
-    assert parse_mtu({}, sg=False) == (1500, [])
-
-
-def test_the_link_is_down_when_either_end_says_so() -> None:
-    assert carrier({}, {})
-    assert carrier({"carrier": "1"}, {"disconnect": "0"})
-    assert not carrier({"carrier": "0"}, {})
-    assert not carrier({}, {"disconnect": "1"})
+    assert parse_mtu({}, {}, sg=False) == (1500, [])
+    assert parse_mtu({}, {"mtu": "9000"}, sg=True) == (9000, [])
 
 
 def test_one_queue_stands_in_the_directory_itself() -> None:
@@ -141,3 +137,61 @@ def test_every_key_that_is_written_is_removed_again_and_none_of_the_toolstacks()
         assert all(stale_key(key) for key in frontend_keys(queues, offer=offer))
     toolstacks = ("mac", "mtu", "trusted", "backend", "backend-id", "state", "handle", "disconnect")
     assert not any(stale_key(key) for key in toolstacks)
+
+
+def test_the_control_ring_and_a_zero_of_xdp_are_published_where_they_are_offered() -> None:
+    offer, _ = parse_offer(NETBACK)
+    keys = frontend_keys([QueueKeys(8, 9, 20)], offer=offer, control=(77, 30))
+    assert (keys["ctrl-ring-ref"], keys["event-channel-ctrl"]) == ("77", "30")
+    assert keys["xdp-headroom"] == "0"
+    assert all(stale_key(key) for key in keys)
+    assert not frontend_keys([QueueKeys(8, 9, 20)], offer=Offer()).keys() & {
+        "ctrl-ring-ref", "event-channel-ctrl", "xdp-headroom",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("static", "dynamic", "wanted", "now", "later"),
+    [
+        ("1", "0", False, "0", False),
+        ("1", "0", True, "1", False),
+        ("1", "1", True, "0", True),
+        ("1", "1", False, "0", False),
+        ("0", "0", True, None, False),
+        ("0", "1", True, None, False),
+    ],
+)
+def test_a_multicast_filter_is_asked_for_at_once_or_when_joins_are_told(
+    static: str, dynamic: str, wanted: bool, now: str | None, later: bool
+) -> None:
+    offer, problems = parse_offer(
+        {
+            **NETBACK,
+            "feature-multicast-control": static,
+            "feature-dynamic-multicast-control": dynamic,
+        }
+    )
+    keys = frontend_keys([QueueKeys(8, 9, 20)], offer=offer, multicast_filter=wanted)
+    assert keys.get("request-multicast-control") == now
+    assert multicast_later(offer, multicast_filter=wanted) is later
+    assert bool(problems) == (static < dynamic)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_trusted", "problems"),
+    [("1", True, 0), ("0", False, 0), ("", False, 1), ("yes", False, 1), ("2", False, 1)],
+)
+def test_a_backend_is_trusted_unless_the_toolstack_says_anything_but_1(
+    text: str, is_trusted: bool, problems: int
+) -> None:
+    found, named = trusted({"trusted": text})
+    assert (found, len(named)) == (is_trusted, problems)
+    assert trusted({}) == (True, [])
+
+
+def test_what_a_backend_has_lost_is_named_and_what_it_gained_is_not() -> None:
+    rich, _ = parse_offer(NETBACK)
+    poor, _ = parse_offer({"feature-rx-copy": "1"})
+    assert len(lost(rich, poor)) == 8
+    assert lost(rich, poor)[-1] == "1 queues at most, not 2"
+    assert lost(poor, rich) == lost(rich, rich) == []
