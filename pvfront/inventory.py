@@ -226,9 +226,7 @@ def read_state(bus_name: str, run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def statistics(
-    pid: object, file: object = None, klass: str = "vbd"
-) -> list[dict[str, Any]] | None:
+def statistics(pid: object, file: object = None, klass: str = "vbd") -> list[dict[str, Any]] | None:
     """The counters of a worker, a dictionary for each queue; None if there is no such worker.
 
     `file`: the pages as the supervisor has it open. Where that has ended, only root finds the page.

@@ -405,9 +405,7 @@ class Supervisor:
             except HandshakeTimeout:
                 if loop.goal is not Goal.PARKED:
                     break
-        why = f"not connected within {patience:g} s"
-        if loop.reason:
-            why += f": {loop.reason}"
+        why = f"not connected within {patience:g} s: {loop.reason or loop.device.view}"
         log.warning("%s: %s: the kernel gets it back", self.klass.label(devid), why)
         await self._finish(devid)
         self.served.pop(devid, None)

@@ -204,7 +204,7 @@ def find(name: str, present: Collection[int], on: Platform) -> int:
     claims = on.claims()
     for devid in present:
         ours = tap.find(f"vif-{devid}")
-        if name in (claims.os_device(f"vif-{devid}"), ours[1] if ours is not None else ""):
+        if name and name in (claims.os_device(f"vif-{devid}"), ours[1] if ours is not None else ""):
             return devid
     number = name
     for prefix in ("vif-", "vif/", "vif", "enX"):
@@ -217,7 +217,9 @@ def find(name: str, present: Collection[int], on: Platform) -> int:
     return int(number)
 
 
-def _need_tun() -> None:
+def _prepare() -> None:
+    import pyroute2  # noqa: F401 - now, which takes seconds: later an interface waits for it
+
     if not Path(tap.TUN).exists() and (problem := load_module("tun")) is not None:
         raise PvfrontError(f"{tap.TUN} is missing, and its module cannot be loaded: {problem}")
 
@@ -236,7 +238,7 @@ async def serve(
     on = platform()
     on.require()
     in_guest = on.name == "xen"
-    await in_daemon_thread("modprobe tun", _need_tun)
+    await in_daemon_thread("modprobe tun", _prepare)
     # Its debug messages are of every packet of netlink.
     logging.getLogger("pyroute2").setLevel(logging.INFO)
     store = await on.store()

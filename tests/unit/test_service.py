@@ -211,3 +211,38 @@ async def test_whether_the_machine_stops_is_systemds_to_say(
     assert await service.system_is_stopping() is stopping
     monkeypatch.setattr(service, "_SYSTEMD", tmp_path / "none")
     assert not await service.system_is_stopping(), "systemd is not the init"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "found"),
+    [
+        ("", False),
+        ("812 pvfront-vif.service restart running\n", True),
+        ("812 pvfront-vif.service stop running\n", False),
+        ("812 pvfront-vbd.service restart running\n813 pvfront-vif.service stop running\n", False),
+        ("nonsense\n\n", False),
+    ],
+)
+def test_a_restart_of_the_unit_is_told_from_its_stop(jobs: str, found: bool) -> None:
+    assert service.restarted("pvfront-vif.service", jobs) is found
+
+
+async def test_outside_of_a_unit_nobody_restarts_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    async def systemctl(*words: str) -> str:
+        asked.append(words)
+        return "7 pvfront-vif.service restart running\n"
+
+    monkeypatch.setattr(service, "_systemctl", systemctl)
+    cgroup = tmp_path / "cgroup"
+    for text in ("0::/user.slice/session-1.scope\n", "0::/\n"):
+        cgroup.write_text(text)
+        assert not await service.service_restarts(cgroup)
+    assert not await service.service_restarts(tmp_path / "none")
+    assert asked == []
+    cgroup.write_text("0::/system.slice/pvfront-vif.service\n")
+    assert await service.service_restarts(cgroup)
+    assert asked == [("list-jobs", "--plain", "--no-legend")]

@@ -362,3 +362,77 @@ async def test_the_socket_of_a_dead_supervisor_is_no_hindrance(world: World) -> 
     await world.connected(B)
     assert (world.run_dir / "supervisor-vbd.sock").stat().st_mode & 0o777 == 0o600
     assert (await world.ask({"verb": "list"}))["ok"] is True
+
+
+async def test_a_restart_leaves_devices_of_a_class_that_is_kept_to_their_workers(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    world.klass.kept_over_restart = world.restarts = True
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    assert await world.stopped() == 0
+    assert world.klass.count("give back", B) == 0
+    assert not {"close", "detach"} & set(world.klass.disks["vbd-51728"].calls)
+    assert "xvdb: its worker goes on serving it until the service is back" in caplog.text
+
+
+async def test_a_stop_gives_back_the_devices_of_a_class_that_is_kept_over_restarts(
+    world: World,
+) -> None:
+    world.klass.kept_over_restart = True
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    assert await world.stopped() == 0
+    assert world.klass.count("give back", B) == 1
+
+
+async def test_a_restart_closes_idle_devices_of_any_other_class(world: World) -> None:
+    world.restarts = True
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    assert await world.stopped() == 0
+    assert world.klass.count("give back", B) == 1
+
+
+async def test_a_device_that_is_not_connected_in_time_is_given_back_and_says_why(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.klass.first_within = 20.0
+    world.plug(B, C)
+    world.backends.pop(B).cancel()  # which answers nothing
+    world.serve()
+    await world.connected(C)
+    await world.eventually("its way back", lambda: world.klass.count("give back", B))
+    await world.eventually("the reason", lambda: B in world.supervisor.refused)
+    why = world.supervisor.refused[B]
+    assert why.startswith("not connected within 20 s: ")
+    assert f"xvdb: {why}: the kernel gets it back" in caplog.text
+    shown = json.loads((world.run_dir / "refused-vbd.json").read_text())
+    assert shown == {str(B): why}
+    assert B not in world.supervisor.served
+    assert world.klass.count("give back", C) == 0
+
+
+async def test_a_device_that_is_connected_in_time_stays(world: World) -> None:
+    world.klass.first_within = 20.0
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    await asyncio.sleep(100)
+    assert world.supervisor.served[B].loop.phase is Phase.CONNECTED
+    assert world.klass.count("give back", B) == 0
+
+
+async def test_packets_are_asked_of_a_connected_device(world: World) -> None:
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    assert await world.ask({"verb": "packets", "id": B}) == {
+        "ok": True, "file": "/proc/1/fd/9", "renew": 5,
+    }  # fmt: skip
+    assert "it is not connected" in (await world.ask({"verb": "packets", "id": C}))["error"]
+    assert "a number" in (await world.ask({"verb": "packets", "id": "x"}))["error"]
