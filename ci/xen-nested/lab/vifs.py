@@ -225,8 +225,8 @@ class Networks:
         """The worker's counters of each queue, as struct pvf_net_stats has them."""
         file = self.state(vif)["statistics_file"]
         program = (
-            "import json; from pvfront.abi import read_all_net_stats; "
-            f"print(json.dumps(read_all_net_stats(open({file!r}, 'rb').fileno())))"
+            "import json, os; from pvfront.abi import read_all_net_stats as read; "
+            f"print(json.dumps(read(os.open({file!r}, os.O_RDONLY))))"
         )
         answer: list[dict[str, Any]] = json.loads(
             self.guest.output(["/opt/pvfront/bin/python", "-W", "ignore", "-c", program])
