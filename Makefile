@@ -55,12 +55,12 @@ demo: build ## the main job at once: a disk and a vif from an xl config, served,
 demo-xen: build setup-lab ## the same in a guest of a real Xen, nested under QEMU
 	@$(LAB).demo
 
-bench: build build/null_server ## the disk's socket beside nbdkit: build/bench.json and build/bench.svg
+bench: build build/null_server build/tap_pair ## the disk's socket beside nbdkit, a vif beside its TAP: build/bench.json, .svg
 	@$(BIN)/python bench/host.py
 
-build/null_server: bench/null_server.c
+build/null_server build/tap_pair: build/%: bench/%.c
 	@mkdir -p build
-	@$(CC) -O2 -std=gnu11 -Wall -Wextra -Werror -o $@ $<
+	@$(CC) -O2 -std=gnu11 -Wall -Wextra -Werror -pthread -o $@ $<
 
 test: ## everything: lint, unit and native tests, sanitizers, the lab in all guests
 	@$(MAKE) --no-print-directory build setup-lab

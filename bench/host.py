@@ -6,6 +6,8 @@ bench`), the worker, the ring, and a block backend in memory as a process of its
 the same run, `nbdkit memory`, which has the disk in its own process, and two servers that have no
 disk at all: `nbdkit null`, and null_server.c, the roof of what one thread behind a socket can do.
 
+Networks are host_net.py's: a vif beside two TAPs alone.
+
 Beside the socket stands the library for one program (docs/direct.md), with its example as the
 client: no socket, and no process between the program and the ring.
 
@@ -34,6 +36,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import host_net
 import plot
 
 from pvfront.blkfront.vdev import vdev_name
@@ -46,6 +49,7 @@ from pvfront.host.service import DiskService
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 NULL_SERVER = BUILD / "null_server"
+TAP_PAIR = BUILD / "tap_pair"
 OURS, PEER, PEER_NULL, ROOF = "pvfront", "nbdkit memory", "nbdkit null", "empty server"
 MIB = 1 << 20
 DISK = 256 * MIB
@@ -376,6 +380,16 @@ async def bench(
     return figures
 
 
+async def networks(
+    jobs: Sequence[host_net.Job], rounds: int, seconds: float, tap_pair: Path
+) -> list[Figure]:
+    figures = []
+    async for job, ours, taps in host_net.rates(jobs, rounds, seconds, tap_pair):
+        figures.append(more(job.title, job.unit, ours, taps, host_net.PEER))
+        show(figures[-1])
+    return figures
+
+
 def show(f: Figure) -> None:
     print(
         f"{f.figure:36} {f.ours:11.1f} {f.unit:10} {f.peer_name:18} {f.peer:11.1f}  "
@@ -391,18 +405,24 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one short round: does it work?")
     parser.add_argument("--match", default="", help="only jobs whose name contains this")
     parser.add_argument("--null-server", type=Path, default=NULL_SERVER, help="the program")
+    parser.add_argument("--tap-pair", type=Path, default=TAP_PAIR, help="the program")
     parser.add_argument("--output", type=Path, default=BUILD, help="directory")
     options = parser.parse_args()
     every = [("fio", job, d) for job in JOBS for d in ("read", "write")]
     every += [("qemu-img", job, d) for job in QEMU_JOBS for d in ("read", "write")]
     jobs = [j for j in every if options.match in f"{j[2]} {j[1].title} {j[0]}"]
+    nets = [job for job in host_net.JOBS if options.match in job.title]
     counts = DISKS if not options.match else []
     rounds, seconds = options.rounds, options.seconds
     if options.quick:
         rounds, seconds, counts = 1, 0.1, counts[:2]
     try:
-        figures = asyncio.run(bench(rounds, seconds, counts, jobs, options.null_server))
-    except (Failed, PvfrontError) as error:
+        figures = []
+        if jobs or counts:
+            figures = asyncio.run(bench(rounds, seconds, counts, jobs, options.null_server))
+        if nets:
+            figures += asyncio.run(networks(nets, rounds, seconds, options.tap_pair))
+    except (Failed, host_net.Failed, PvfrontError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     options.output.mkdir(exist_ok=True)

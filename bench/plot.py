@@ -58,7 +58,7 @@ def svg(figures: Sequence[Mapping[str, Any]], ours: str, where: str) -> str:
                 f"{value:,.{0 if value >= 100 else 2}f} {escape(units[name])}</text>"
             )
         y += BAR * len(row) + GAP
-    heading = f"Disks {escape(where)}; each row on its own scale"
+    heading = f"pvfront {escape(where)}; each row on its own scale"
     out.insert(0, f'<text x="10" y="20" class="title">{heading}</text>')
     return page(LEFT + WIDTH + RIGHT, y, out)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,3 +38,27 @@ def test_a_short_round_gives_figures_for_every_peer_and_a_picture(tmp_path: Path
     assert direct == ["pvfront socket"] * 2  # polling, and asleep between events
     assert all(f["ours"] > 0 and f["ratio"] == f["ours"] / f["peer"] for f in figures)
     ET.parse(tmp_path / "bench.svg")
+
+
+def test_a_short_round_of_a_network_is_beside_what_two_taps_alone_can_do(tmp_path: Path) -> None:
+    missing = [t for t in ("cc", "ip", "iperf3", "ping") if shutil.which(t) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed (tools/apt-demo.txt)")
+    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
+        pytest.skip("two TAPs in namespaces of their own want root and /dev/net/tun")
+    tap_pair = tmp_path / "tap_pair"
+    subprocess.run(
+        ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", tap_pair,
+         BENCH / "tap_pair.c"],
+        check=True,
+    )  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, BENCH / "host.py", "--quick", "--match=net TCP out",
+         f"--tap-pair={tap_pair}", f"--output={tmp_path}"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (figure,) = json.loads((tmp_path / "bench.json").read_text())
+    assert (figure["figure"], figure["peer_name"]) == ("net TCP out", "two TAPs alone")
+    assert figure["ours"] > 0
+    assert figure["ratio"] == figure["ours"] / figure["peer"]
