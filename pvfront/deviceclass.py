@@ -28,6 +28,10 @@ class DeviceClass(Protocol):
         """Takes the device from the kernel; raises PvfrontError with the reason if it cannot."""
         ...
 
+    def has(self, name: str) -> bool:
+        """Whether the device was taken, by this supervisor or an earlier one. For a thread."""
+        ...
+
     def patience(self, name: str) -> float | None:
         """Seconds until a device that was just taken is connected, or else is given back; None: as
         long as it takes.

@@ -315,8 +315,21 @@ class Supervisor:
             return
         if self.wanted(devid):
             await self._begin(devid, strict=False)
-        else:
+        elif not await self._no_more(devid):
             await self._pass_on(devid)
+
+    async def _no_more(self, devid: int) -> bool:
+        """Gives back what an earlier supervisor has left to its worker, and nobody wants now."""
+        if not self.klass.kept_over_restart or not await asyncio.to_thread(
+            self.klass.has, f"{self.klass.klass}-{devid}"
+        ):
+            return False
+        log.info("%s: not to be served any more", self.klass.label(devid))
+        await self._begin(devid, strict=False)
+        if devid in self.served:
+            await self._finish(devid)
+            self.served.pop(devid, None)
+        return True
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """A task that lives no longer than we do."""

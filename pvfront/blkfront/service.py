@@ -76,6 +76,9 @@ class Disks:
             f"take {device.name}", lambda: self.claims.take(device.name, force=force)
         )
 
+    def has(self, name: str) -> bool:
+        return self.claims.taken(name) is not None
+
     def patience(self, name: str) -> float | None:
         return None  # the kernel cannot have it again
 

@@ -95,6 +95,9 @@ class Networks:
             note.unlink(missing_ok=True)
             raise
 
+    def has(self, name: str) -> bool:
+        return self.claims.taken(name) is not None
+
     def patience(self, name: str) -> float | None:
         # The note goes when our interface is there.
         was_used = link.note_path(name, self.platform.run_dir).exists()

@@ -66,6 +66,7 @@ class Class:
 
     def __init__(self) -> None:
         self.first_within: float | None = None
+        self.left: set[str] = set()  # taken by an earlier supervisor
         self.calls: list[tuple[str, str]] = []
         self.refuses: dict[str, Exception] = {}
         self.disks: dict[str, Disk] = {}
@@ -84,6 +85,9 @@ class Class:
             await self.taking.wait()
         if device.name in self.refuses:
             raise self.refuses[device.name]
+
+    def has(self, name: str) -> bool:
+        return name in self.left
 
     def patience(self, name: str) -> float | None:
         return self.first_within

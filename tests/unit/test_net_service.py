@@ -97,6 +97,7 @@ async def networks(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
         name="xen",
         roots=kernel.roots,
         run_dir=kernel.roots.run,
+        grant_limit=lambda: None,
         claims=lambda: Claims(kernel.roots, load=lambda module: None),
     )
     made = Networks(on)
@@ -281,3 +282,10 @@ async def test_a_vif_is_found_by_its_number_and_by_its_interface(
             await in_thread(lambda name=name: find(name, [0, 3], on))  # type: ignore[misc]
         assert str(refused.value.hint) == "there are: vif0, vif3"
     tap.close()
+
+
+def test_a_kernel_without_tun_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pvfront.netfront.tap.TUN", "/dev/net/none")
+    monkeypatch.setattr(service, "load_module", lambda module: f"Module {module} not found")
+    with pytest.raises(PvfrontError, match="/dev/net/none is missing, and its module cannot be"):
+        service._prepare()

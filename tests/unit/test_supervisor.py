@@ -436,3 +436,17 @@ async def test_packets_are_asked_of_a_connected_device(world: World) -> None:
     }  # fmt: skip
     assert "it is not connected" in (await world.ask({"verb": "packets", "id": C}))["error"]
     assert "a number" in (await world.ask({"verb": "packets", "id": "x"}))["error"]
+
+
+async def test_what_a_restarted_service_is_not_to_serve_any_more_is_given_back(
+    world: World,
+) -> None:
+    world.klass.kept_over_restart = True
+    world.klass.left = {"vbd-51744"}
+    world.plug(B, C, D)
+    world.serve([B])
+    await world.connected(B)
+    await world.eventually("its way back", lambda: world.klass.count("give back", C))
+    await world.eventually("its end", lambda: C not in world.supervisor.served)
+    assert world.klass.count("take", D) == 0
+    assert world.supervisor.served[B].loop.phase is Phase.CONNECTED
