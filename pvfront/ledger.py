@@ -2,9 +2,10 @@
 """The ledger: which device holds which event channels and granted pages, since when, and who.
 
 What a device holds its worker tells: a page of counters that is there as long as the worker is
-(abi.py). Since when, and which ports, stands in the device's timeline (trace.py); of a connection
-that is older than its record the ports are those in the store. What processes hold, and what the
-other domains still have mapped, is the platform's to know (holdings.py).
+(abi.py). The control ring of a network is its supervisor's, and gone with that. Since when, and
+which ports, stands in the device's timeline (trace.py); of a connection that is older than its
+record the ports are those in the store. What processes hold, and what the other domains still have
+mapped, is the platform's to know (holdings.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from . import gntalloc, inventory
 from .blkfront.rings import SLOTS
 from .holdings import Holder, Holdings
+from .netfront.shape import RING_PAGES
 from .platform import Platform, platform
 from .trace import Kind, read
 from .workermessage import State
@@ -42,6 +44,7 @@ class Entry:
     pages: int
     ring_pages: int
     pool_pages: int
+    control_pages: int
     asked: int | None
     since: float | None
     pid: int | None
@@ -110,21 +113,24 @@ async def _entry(
     on: Platform,
 ) -> Entry:
     pid = state.get("worker_pid")
-    queues = inventory.statistics(pid, state.get("statistics_file")) or []
-    held = [queue for queue in queues if queue["state"] != State.IDLE and queue["pool_pages"]]
+    queues = inventory.statistics(pid, state.get("statistics_file"), device.klass) or []
+    held = [queue for queue in queues if queue["state"] != State.IDLE and _pages(queue)[1]]
     generation = held[0]["generation"] if held else int(state.get("generation") or 0)
-    ring = sum(max(1, queue["ring_slots"] // SLOTS) for queue in held)
-    pool = sum(queue["pool_pages"] for queue in held)
-    since, ports = None, list[int]()
+    ring, pool = (sum(_pages(queue)[which] for queue in held) for which in (0, 1))
+    since, ports, refs = None, list[int](), list[int]()
     for event in read(on.run_dir, [device.bus_name]):
         if event.kind == Kind.ATTACHED and event.generation == generation:
-            since, ports = event.time, list(event.facts.get("ports", ()))
+            since = event.time
+            ports, refs = (list(event.facts.get(what, ())) for what in ("ports", "refs"))
     path = f"device/{device.klass}/{device.id}"
     if held and not ports:
-        ports = await _published(store, path, len(held), "event-channel")
+        ports = await _published(store, path, len(held), *_PORT_KEYS)
+    control_ports, control = _control(state, on) if held else ([], 0)
     mapped = None
     if held and holdings.mapped is not None:
-        refs = await _published(store, path, len(held), "ring-ref", "ring-ref0")
+        refs = refs or await _published(store, path, len(held), *_RING_KEYS)
+        if control:
+            refs += await _published(store, path, 0, "ctrl-ring-ref")
         mapped = sum(holdings.mapped.get(ref, 0) for ref in refs)
     connected = device.backend_state == "Connected (4)"
     rings = state.get("rings")
@@ -134,16 +140,40 @@ async def _entry(
         name=device.name,
         generation=generation,
         queues=len(held),
-        event_channels=ports if held else [],
-        pages=ring + pool,
+        event_channels=[*ports, *control_ports] if held else [],
+        pages=ring + pool + control,
         ring_pages=ring,
         pool_pages=pool,
+        control_pages=control,
         asked=granted.get("asked") if isinstance(granted, Mapping) and held else None,
         since=since if held else None,
         pid=pid if isinstance(pid, int) and held else None,
         mapped=mapped,
-        mapped_at_least=ring if connected else 0,
+        mapped_at_least=ring + bool(control) if connected else 0,
     )
+
+
+_PORT_KEYS = ("event-channel", "event-channel-tx", "event-channel-rx")
+_RING_KEYS = ("ring-ref", "ring-ref0", "tx-ring-ref")
+"""Of each queue: each reference is the first of what was granted at once."""
+
+
+def _pages(queue: Mapping[str, Any]) -> tuple[int, int]:
+    """The pages of a queue's rings, and of its pools."""
+    if "tx_pool_pages" in queue:
+        return RING_PAGES, queue["tx_pool_pages"] + queue["rx_pool_pages"]
+    return max(1, queue["ring_slots"] // SLOTS), queue["pool_pages"]
+
+
+def _control(state: Mapping[str, Any], on: Platform) -> tuple[list[int], int]:
+    """Port and pages of a network's control ring, while its supervisor lives."""
+    control = state.get("control")
+    supervisor = str(state.get("statistics_file") or "").split("/")
+    if not isinstance(control, Mapping) or len(supervisor) < 3:
+        return [], 0
+    if not (on.roots.proc / supervisor[2]).exists():
+        return [], 0
+    return list(control.get("ports", ())), int(control.get("pages", 0))
 
 
 async def _published(store: Xenstore, path: str, queues: int, *names: str) -> list[int]:

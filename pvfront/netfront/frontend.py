@@ -335,11 +335,13 @@ class NetFrontend:
         self.control.has_pools([(queue.tx.grefs, queue.rx.grefs) for queue in made.queues])
         self.queues = made.shape.queues
         self._note_shape(asked, made, why)
-        ports = [port for queue in made.queues for port in queue.ports] + self.control.ports
+        ports = [port for queue in made.queues for port in queue.ports]
+        of_control = "".join(f"; control ring {port}" for port in self.control.ports)
         self._note(
             Kind.ATTACHED,
-            f"{made.shape}, event channels {', '.join(map(str, ports))}",
+            f"{made.shape}, event channels {', '.join(map(str, ports))}{of_control}",
             ports=ports,
+            refs=[ref for queue in made.queues for ref in queue.first_refs],
             pages=made.shape.pages + self.control.pages,
             pid=worker.pid,
         )

@@ -62,6 +62,11 @@ class Queue:
         return QueueKeys(self.ring.grefs[0], self.ring.grefs[1], self.port, self.rx_port or None)
 
     @property
+    def first_refs(self) -> list[int]:
+        """The first reference of what was granted at once, each time."""
+        return [pool.grefs[0] for pool in (self.ring, self.tx, self.rx)]
+
+    @property
     def ports(self) -> list[int]:
         return [self.port] if self.rx_channels is None else [self.port, self.rx_port]
 
