@@ -274,7 +274,7 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 void pvf_queue_park(struct pvf_queue *q)
 {
 	q->port.parked = true;
-	if (q->net)
+	if (q->net && q->net->split)
 		q->net->rx_port.parked = true;
 }
 
@@ -327,6 +327,8 @@ void pvf_queue_start_net(struct pvf_queue *q, uint32_t features, uint32_t stall_
 	q->blk.geo.stall_seconds = stall_seconds;
 	/* The backend may have sent something before we were told that it is connected. */
 	q->masked = true;
+	q->watching = true;
+	pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
 }
 
 uint32_t pvf_queue_in_flight(const struct pvf_queue *q)

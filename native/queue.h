@@ -16,7 +16,8 @@
  *   two quiet seconds, forgive.
  *
  *   Events can be lost (rule 24): while requests are outstanding, and only then, a timer looks at
- *   the ring. A response that lay there for a whole tick without an event counts as a hit.
+ *   the ring. A response that lay there for a whole tick without an event counts as a hit. A network's
+ *   RX ring has requests always: while it is quiet it is looked at every two seconds.
  *
  *   A network's queue may have a port for each ring. They are served together: either's event means that
  *   both rings have our attention, and what was delivered is unmasked at the end.

@@ -218,5 +218,9 @@ int pvf_queue_take_over(struct pvf_queue *q, const struct pvf_image_queue *from,
 	/* Whether the port is masked, an event taken, or a response looked for: all of it is settled by
 	 * a turn that begins as if an event had come, and ends with an unmask. */
 	q->masked = q->owed = q->again = true;
+	if (q->net) {
+		q->watching = true;
+		pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
+	}
 	return 0;
 }

@@ -57,6 +57,7 @@ int pvf_queue_watch_port(struct pvf_queue *q, const struct pvf_port *port, uint3
 int pvf_netq_target(struct pvf_queue *q, int fd, const char **why);
 void pvf_netq_drop_target(struct pvf_queue *q);
 void pvf_netq_serve(struct pvf_queue *q);
+uint32_t pvf_netq_taken(const struct pvf_queue *q);
 uint32_t pvf_netq_waiting(struct pvf_queue *q, struct pvf_fault *fault);
 void pvf_netq_publish(struct pvf_queue *q);
 

@@ -306,6 +306,12 @@ void pvf_netq_serve(struct pvf_queue *q)
 		pvf_queue_finish_event(q);
 }
 
+/* For the watchdog: changes with every response that is taken. */
+uint32_t pvf_netq_taken(const struct pvf_queue *q)
+{
+	return q->net->tx.ring.rsp_cons + q->net->rx.ring.rsp_cons;
+}
+
 /* For the watchdog: what lies in the rings. */
 uint32_t pvf_netq_waiting(struct pvf_queue *q, struct pvf_fault *fault)
 {

@@ -9,6 +9,7 @@
 #define SPURIOUS_FREE 4           /* in a row, before the unmask is delayed */
 #define SPURIOUS_FORGET (2 * PVF_SECOND)
 #define UNMASK_CAP PVF_SECOND
+#define QUIET (2 * PVF_SECOND)
 
 void pvf_queue_broken(struct pvf_queue *q)
 {
@@ -181,7 +182,7 @@ static void watchdog(struct pvf_queue *q)
 	uint64_t now = pvf_now_ns(), silent = now - q->progress_at;
 
 	blk->now = now;
-	if (!pvf_queue_in_flight(q)) {
+	if (!pvf_queue_in_flight(q) && !q->net) {
 		if (now < q->patience) {
 			q->watching = true;
 			pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
@@ -191,7 +192,7 @@ static void watchdog(struct pvf_queue *q)
 	if (!q->net && (q->delayed || q->polling)) {
 		drain(q);
 	} else if (!q->masked && waiting(q, &fault) && !fault.rule) {
-		uint32_t at = q->net ? q->net->tx.ring.rsp_cons : blk->ring.rsp_cons;
+		uint32_t at = q->net ? pvf_netq_taken(q) : blk->ring.rsp_cons;
 
 		if (q->unseen && q->unseen_at == at) {
 			blk->stats.watchdog_hits++;
@@ -220,7 +221,10 @@ static void watchdog(struct pvf_queue *q)
 		q->notes |= PVF_NOTE_STALL;
 	}
 	q->watching = true;
-	pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
+	/* A network's ring is never without requests: it is looked at for ever, but seldom while it is quiet. */
+	bool quiet = q->net && !pvf_queue_in_flight(q) && !q->unseen && silent > QUIET && now >= q->patience;
+
+	pvf_arm(q->watchdog_timer, quiet ? QUIET : PVF_WATCHDOG_TICK);
 }
 
 static bool timer_fired(int timer)

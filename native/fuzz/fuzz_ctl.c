@@ -317,12 +317,11 @@ static void forget_worker(void)
 {
 	for (uint32_t i = 0; i < QUEUES; i++) {
 		struct pvf_queue *q = &worker.queue[i];
-		bool split = net && q->net->split;
 
 		pvf_queue_detach(q, false);
 		if (q->port.parked) /* the worker would hold it until it dies */
 			CHECK(!close(q->port.event_source));
-		if (split && q->net->rx_port.parked)
+		if (net && q->net->rx_port.parked)
 			CHECK(!close(q->net->rx_port.event_source));
 		CHECK_EQ(q->blk.free_requests, PVF_REQUESTS);
 		CHECK_EQ(q->blk.free_pieces, PVF_PIECES);

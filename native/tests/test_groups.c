@@ -230,7 +230,7 @@ static void noise(void)
 	struct frame f;
 
 	fresh();
-	for (uint32_t i = 0; i < 200000; i++) {
+	for (uint32_t i = 0; i < 50000; i++) {
 		f = below(&seed, 2) ? igmp3((uint8_t)below(&seed, 8), (uint8_t)below(&seed, 99), 3)
 				    : mld2((uint8_t)below(&seed, 8), 2);
 		for (uint32_t n = below(&seed, 4); n; n--)

@@ -20,6 +20,7 @@
 #define ALL_PAGES (2 + POOL_PAGES)
 #define GREF(queue, page) (30u + (queue) * 1000u + (page))
 #define ARENA(queue) (3u + (queue))
+#define HANDED 800u /* packets each way while workers take over */
 #define WINDOW 24u /* packets under way: what every socket has room for */
 #define ALL (PVF_NET_SG | PVF_NET_CSUM4 | PVF_NET_CSUM6 | PVF_NET_GSO4 | PVF_NET_GSO6)
 
@@ -55,6 +56,7 @@ static struct pvf_nb *nb;
 static struct pvf_grant *table;
 static int table_fd, track_fd, control, status;
 static uint32_t queues, ends, generation, features;
+static struct frame largest; /* of which each packet is the beginning */
 static pthread_t worker_thread, next_thread;
 
 static void *run(void *arg)
@@ -212,6 +214,7 @@ static void begin(uint32_t n, uint32_t ports, uint32_t what)
 	socklen_t length = sizeof(name);
 	const char *why;
 
+	largest = tcp(4, 0, 60010);
 	queues = n;
 	ends = ports;
 	features = what;
@@ -262,12 +265,13 @@ static void draw_packet(struct packet *p, uint32_t *size, uint64_t *seed, uint32
 {
 	struct virtio_net_hdr *v = &p->vnet;
 	uint32_t payload = below(seed, 4) ? 4 + below(seed, 1400) : 4 + below(seed, 60000);
-	struct frame *f = malloc(sizeof(*f));
+	const struct frame *f = &largest;
 
-	CHECK(f);
 	*v = (struct virtio_net_hdr){0};
-	*f = tcp(4, 0, payload);
-	memcpy(f->bytes + f->l4 + 20, &number, 4);
+	*size = f->l4 + 20 + payload;
+	memcpy(p->bytes, f->bytes, *size);
+	put16(p->bytes + f->l3 + 2, *size - f->l3);
+	memcpy(p->bytes + f->l4 + 20, &number, 4);
 	if (payload > 1400) {
 		v->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
 		v->csum_start = (uint16_t)f->l4;
@@ -276,9 +280,6 @@ static void draw_packet(struct packet *p, uint32_t *size, uint64_t *seed, uint32
 		v->gso_size = 1400;
 		v->hdr_len = (uint16_t)(f->l4 + 20);
 	}
-	memcpy(p->bytes, f->bytes, f->size);
-	*size = f->size;
-	free(f);
 }
 
 static void *send_lane(void *arg)
@@ -398,7 +399,7 @@ static void asked(void)
 	struct pvf_ctl_start_net m = {.features = ALL, .stall_seconds = 5};
 
 	begin(2, 2, ALL);
-	start_traffic(1500);
+	start_traffic(600);
 	for (int round = 0; round < 40; round++) {
 		tell_of(control, &simple, PVF_CTL_QUIESCE, generation, sizeof(simple), NULL, 0);
 		hear_from(control, PVF_CTL_DRAINED);
@@ -474,7 +475,7 @@ static void handed_over(uint32_t n, uint32_t ports)
 	begin(n, ports, ALL | PVF_NET_MULTICAST);
 	report_group(0, 0x16, 9);
 	until_backend_has(3, 0);
-	start_traffic(3000);
+	start_traffic(HANDED);
 	move(&worker, &next, &next_thread);
 	move(&next, &third, &thread);
 	end_traffic();
@@ -484,10 +485,10 @@ static void handed_over(uint32_t n, uint32_t ports)
 		struct pvf_net_stats s = shown(&third, i);
 
 		sent += s.tx.packets;
-		CHECK_EQ(s.rx.packets, 3000);
+		CHECK_EQ(s.rx.packets, HANDED);
 		CHECK(s.events && s.notifies);
 	}
-	CHECK_EQ(sent, 3000 * n + 1);
+	CHECK_EQ(sent, HANDED * n + 1);
 	until_backend_has(3, 0); /* nothing is told twice */
 	report_group(0, 0x17, 9);
 	until_backend_has(3, 1);
@@ -551,6 +552,31 @@ static void groups(void)
 	until_backend_has(4 + 3, 1); /* all that is joined, again */
 	CHECK_EQ(shown(&worker, 0).groups, 3);
 	end(&worker);
+}
+
+/* An event is lost, and nothing is sent that would bring another. */
+static void lost_event(uint32_t ports)
+{
+	const struct pvf_nb_rule silent = {.kind = PVF_NB_SILENT, .count = 1};
+	static struct packet p;
+	uint32_t size;
+	uint64_t seed = 7;
+
+	begin(1, ports, ALL);
+	CHECK_EQ(pvf_nb_set_rules(nb, &silent, 1), 0);
+	draw_packet(&p, &size, &seed, 0);
+	CHECK_EQ(write(sides[0].network[1], &p, sizeof(p.vnet) + size), sizeof(p.vnet) + size);
+	struct pollfd polled = {.fd = sides[0].guest[1], .events = POLLIN};
+
+	CHECK_EQ(poll(&polled, 1, PATIENCE), 1);
+	CHECK_EQ(read(sides[0].guest[1], &p, sizeof(p)), sizeof(p.vnet) + size);
+	end(&worker);
+}
+
+static void lost_events(void)
+{
+	lost_event(1);
+	lost_event(2);
 }
 
 static void broken(void)
@@ -617,6 +643,7 @@ int main(void)
 		{"so does one of several queues with two ports each", two_move},
 		{"a disk's worker takes over no network, which goes on", refused},
 		{"joins are told to the backend whoever sees them, and again to the next", groups},
+		{"rule 24: a received packet whose event was lost is found", lost_events},
 		{"a rule broken in one queue stops both", broken},
 		{"packets are traced as long as somebody wants it", traced},
 	};
