@@ -17,8 +17,8 @@ class DeviceClass(Protocol):
 
     klass: str
     kept_over_restart: bool
-    """Whether a service that is restarted, or stops with the machine, leaves its devices to their
-    workers, used or not: users of one that goes and comes back would notice."""
+    """Whether a service that is restarted leaves its devices to their workers, used or not: users
+    of one that goes and comes back would notice."""
 
     def label(self, devid: int) -> str:
         """The name users give it: 'xvdb' for 51728."""

@@ -106,7 +106,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._failure: PvfrontError | None = None
         self._power_off = False  # the machine stops, not only we
-        self._kept = ""  # until when devices are left to their workers, used or not
+        self._kept = False  # devices are left to their workers, used or not
         self._suspend = suspend(self._participants) if suspend is not None else None
         self._said = ""
         self._seen_ids: set[int] = set()
@@ -233,10 +233,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*background, *self._later, return_exceptions=True)
         self._power_off = await system_is_stopping()
-        if self.klass.kept_over_restart:
-            self._kept = "with the machine" if self._power_off else ""
-            if await service_restarts():
-                self._kept = "until the service is back"
+        self._kept = self.klass.kept_over_restart and await service_restarts()
         # What the toolstack took away long ago is at its end, and nobody's news any more.
         there = [d for d, s in self.served.items() if not (s.task.done() and _is_gone(s.loop))]
         await asyncio.gather(*(self._finish(devid) for devid in there))
@@ -253,7 +250,7 @@ class Supervisor:
         if self._kept and loop.goal is not Goal.CLOSED:
             served.task.cancel()
             await asyncio.gather(served.task, return_exceptions=True)
-            text = f"{name}: its worker goes on serving it {self._kept}"
+            text = f"{name}: its worker goes on serving it until the service is back"
             log.info("%s", text)
             return text
         why = await asyncio.to_thread(loop.frontend.busy)
@@ -278,7 +275,10 @@ class Supervisor:
             log.error("%s", text)
             self._failure = PvfrontError(text)
             return text
-        text = await self._given_back(devid)
+        if self._power_off and self.klass.kept_over_restart:
+            text = f"{name}: closed, with the machine"  # the kernel has no use for it
+        else:
+            text = await self._given_back(devid)
         log.info("%s", text)
         return text
 

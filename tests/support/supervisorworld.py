@@ -151,6 +151,7 @@ class World:
         self.dom0 = dom0
         self.run_dir = run_dir
         self.klass = Class()
+        self.powers_off = False
         self.restarts = False  # whether systemd is to start the service again
         self.supervisor: Supervisor
         self.run: asyncio.Task[int]
@@ -272,7 +273,7 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     """In virtual time: the module sets LOOP_FACTORY."""
 
     async def running() -> bool:
-        return False
+        return made.powers_off
 
     async def restarts() -> bool:
         return made.restarts

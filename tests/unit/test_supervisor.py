@@ -450,3 +450,17 @@ async def test_what_a_restarted_service_is_not_to_serve_any_more_is_given_back(
     await world.eventually("its end", lambda: C not in world.supervisor.served)
     assert world.klass.count("take", D) == 0
     assert world.supervisor.served[B].loop.phase is Phase.CONNECTED
+
+
+async def test_at_a_power_off_a_class_that_is_kept_over_restarts_ends_without_a_way_back(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    world.klass.kept_over_restart = world.powers_off = True
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    assert await world.stopped() == 0
+    assert {"close", "end"} <= set(world.klass.disks["vbd-51728"].calls)
+    assert world.klass.count("give back", B) == 0
+    assert "xvdb: closed, with the machine" in caplog.text
