@@ -51,6 +51,15 @@ class Frontend(Protocol):
         """Requests of the OS device's users that are not answered."""
         ...
 
+    def unfenced(self) -> str | None:
+        """Why the domain must not have another backend yet; None if it may.
+
+        A request that a backend has not answered may be done after this domain has gone on with
+        the next one, which knows nothing of it: only Connected, of the same backend, says that it
+        was not left behind.
+        """
+        ...
+
     def on_poke(self, poke: Callable[[], None]) -> None:
         """`poke` is to be called whenever `trouble` or something else here has changed."""
 

@@ -30,6 +30,7 @@ class FakeFrontend:
         self.adopts = False
         self.old_program = False
         self.stays: PvfrontError | None = None
+        self.left_behind: str | None = None
         self.poke: Callable[[], None] = lambda: None
 
     @property
@@ -47,6 +48,9 @@ class FakeFrontend:
 
     def in_flight(self) -> int:
         return 0
+
+    def unfenced(self) -> str | None:
+        return self.left_behind
 
     def stale_key(self, key: str) -> bool:
         return key in ("ring-ref", "event-channel")
