@@ -119,6 +119,7 @@ int main(int argc, char **argv)
 
 	pvf_confine_start(&confine);
 	rc = pvf_worker_init(&worker, LISTEN_FD, name, queues, &why);
+	worker.obey = pvf_confine_obey;
 	snprintf(worker.build, sizeof(worker.build), "%s", build);
 	if (!rc && confine.uring)
 		rc = pvf_worker_uring(&worker, &why);

@@ -116,8 +116,8 @@ class Frontend(Protocol):
         ...
 
     async def fail_after(self, seconds: float) -> None:
-        """The machine is switched off: once the worker has ended, users' requests fail after so
-        long, instead of waiting for another. Never raises.
+        """The machine is switched off: SIGTERM ends the worker now, and once it has ended, users'
+        requests fail after so long, instead of waiting for another. Never raises.
         """
         ...
 

@@ -312,6 +312,10 @@ class Worker(WorkerLink):
         other.close()
         raise refusal or WorkerGone(f"{self.name}: the worker that took over ended at once")
 
+    async def last(self, generation: int) -> None:
+        """LAST: the machine stops, and from now on SIGTERM ends the worker, a little later."""
+        await self._command(lib.PVF_CTL_LAST, generation, ffi.new("struct pvf_ctl_simple *"))
+
     async def exit(self) -> None:
         """EXIT, and wait for the end; SIGKILL if it does not come."""
         if self._gone is None:

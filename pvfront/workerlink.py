@@ -75,6 +75,7 @@ _ANSWERS = {
     lib.PVF_CTL_DETACH: lib.PVF_CTL_DETACHED,
     lib.PVF_CTL_HAND_OVER: lib.PVF_CTL_HANDED_OVER,
     lib.PVF_CTL_TAKE_OVER: lib.PVF_CTL_TAKEN_OVER,
+    lib.PVF_CTL_LAST: lib.PVF_CTL_NOTED,
 }
 _COMMANDS = {
     lib.PVF_CTL_ATTACH: "ATTACH",
@@ -83,6 +84,7 @@ _COMMANDS = {
     lib.PVF_CTL_DETACH: "DETACH",
     lib.PVF_CTL_HAND_OVER: "HAND_OVER",
     lib.PVF_CTL_TAKE_OVER: "TAKE_OVER",
+    lib.PVF_CTL_LAST: "LAST",
 }
 _SYSLOG = {3: logging.ERROR, 4: logging.WARNING, 6: logging.INFO}
 

@@ -543,6 +543,12 @@ class DiskFrontend(WorkerSide):
             await self.target.fail_after(seconds)
         except PvfrontError as error:
             log.warning("%s", error)
+        if self._worker is None:
+            return
+        try:
+            await self._worker.last(self._generation)
+        except PvfrontError as error:
+            log.warning("%s; the power-off may wait for it", error)
 
     async def close(self, *, drain: float = 10.0) -> None:
         try:

@@ -180,6 +180,9 @@ class OsDevice:
     async def feature_off(self, feature: str) -> None:
         self.calls.append(f"{feature} off")
 
+    async def fail_after(self, seconds: float) -> None:
+        self.calls.append(f"fail after {seconds:g}")
+
     def busy(self) -> str | None:
         return "mounted at /srv"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -368,6 +369,15 @@ async def test_a_ring_that_did_not_drain_is_remembered_where_nobody_counts_reque
     assert disk.unfenced() is not None
     await world.running()
     assert disk.unfenced() is None
+
+
+async def test_when_the_machine_stops_sigterm_ends_the_worker(world: World) -> None:
+    disk = await world.running()
+    await disk.fail_after(10.0)
+    assert world.target.calls[-1] == "fail after 10"
+    os.kill(world.pid(), signal.SIGTERM)
+    await eventually("its end", lambda: disk.trouble)
+    assert f"signal {signal.SIGALRM.value}" in str(disk.trouble)
 
 
 async def test_the_end_of_the_socket_is_trouble_and_the_worker_is_kept(world: World) -> None:
