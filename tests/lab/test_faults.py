@@ -147,13 +147,14 @@ def another_version() -> Path:
 
 def upgrade(pvf: Pvfront) -> None:
     """What pip does with another version's wheel, then a restart."""
-    before = pvf.guest.output("pvfront --version")
+    before, worker = pvf.guest.output("pvfront --version"), pvf.worker()
     pvf.guest.dirty = True  # later tests want the version that is tested
     wheel = another_version()
     payload.install(pvf.guest, wheel)
     wheel.unlink()
     assert pvf.guest.output("pvfront --version") != before
     restart(pvf)
+    new_worker(pvf, worker)
 
 
 @pytest.mark.parametrize(
