@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GUEST ?= hvm
 K ?=
+TESTS ?=
 FUZZ ?=
 FUZZ_SECONDS ?= 600
 SOURCES := $(shell git ls-files -co --exclude-standard pvfront native examples meson.build meson_options.txt pyproject.toml 2>/dev/null)
@@ -84,11 +85,11 @@ native-tsan: setup ## the C tests under ThreadSanitizer
 test-xen: build setup-lab ## the lab: GUEST=hvm|pvh|pv|pvh612, K=marker (disk, survive, services, ...)
 	@$(LAB) test --guest $(GUEST) $(if $(K),-k '$(K)')
 
-soak: build setup-lab ## the long tests and counts; the lab's are resumable, results in build/soak/
-	@PVFRONT_REPEATS=10 $(BIN)/pytest tests/functional
-	@$(if $(K),true,$(BIN)/python tests/hostile/soak.py faults $${PVFRONT_FAULT_SECONDS:-3600})
-	@$(if $(K),true,$(BIN)/python tests/hostile/soak.py absences $${PVFRONT_ABSENCES:-10000})
-	@$(LAB) soak --guest $(GUEST) $(if $(K),-k '$(K)')
+soak: build setup-lab ## the long tests and counts; the lab's resume (build/soak/): GUEST=pv K=marker TESTS='FILE -k NAME'
+	@$(if $(K)$(TESTS),true,PVFRONT_REPEATS=10 $(BIN)/pytest tests/functional)
+	@$(if $(K)$(TESTS),true,$(BIN)/python tests/hostile/soak.py faults $${PVFRONT_FAULT_SECONDS:-3600})
+	@$(if $(K)$(TESTS),true,$(BIN)/python tests/hostile/soak.py absences $${PVFRONT_ABSENCES:-10000})
+	@$(LAB) soak --guest $(GUEST) $(if $(K),-k '$(K)') $(if $(TESTS),-- $(TESTS))
 
 xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
 	@$(LAB) shell --guest $(GUEST)

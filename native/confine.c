@@ -61,6 +61,17 @@ void pvf_confine_start(struct pvf_confine *c)
 		note(c, "namespaces");
 }
 
+static void end_soon(int number)
+{
+	(void)number;
+	alarm(PVF_LAST_SECONDS);
+}
+
+void pvf_confine_obey(void)
+{
+	signal(SIGTERM, end_soon);
+}
+
 int pvf_confine_user(struct pvf_confine *c, const char **why)
 {
 	*why = "chroot";
@@ -120,6 +131,7 @@ static const int plain_calls[] = {
 	SCMP_SYS(sched_yield),                                       /* queue, polling */
 	SCMP_SYS(poll), SCMP_SYS(ppoll), SCMP_SYS(shutdown),         /* hand_over */
 	SCMP_SYS(timerfd_settime), SCMP_SYS(clock_gettime), SCMP_SYS(restart_syscall),
+	SCMP_SYS(alarm), SCMP_SYS(setitimer),                        /* confine */
 	SCMP_SYS(rt_sigreturn), SCMP_SYS(exit), SCMP_SYS(exit_group),
 };
 
@@ -176,6 +188,9 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 	for (size_t i = 0; !rc && i < sizeof(fcntl_commands) / sizeof(*fcntl_commands); i++)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(fcntl), 1,
 				      SCMP_A1(SCMP_CMP_EQ, fcntl_commands[i], 0));
+	if (!rc)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(rt_sigaction), 1,
+				      SCMP_A0(SCMP_CMP_EQ, SIGTERM, 0));
 	if (!rc && c->uring)
 		rc = allow_uring(filter);
 	/* The queues' threads are there already. */

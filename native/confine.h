@@ -13,7 +13,9 @@
  *      supervisor.
  *
  * SIGTERM, SIGINT and SIGHUP are ignored because a worker that ends under a mounted disk is a
- * failure: only its supervisor (EXIT) or SIGKILL ends it.
+ * failure: only its supervisor (EXIT) or SIGKILL ends it. When the machine stops nobody would: once the
+ * supervisor has said so (LAST), SIGTERM, which is what a service manager ends the last processes with,
+ * ends the worker too. Not at once: others have got it as well, and write their last.
  */
 #ifndef PVF_CONFINE_H
 #define PVF_CONFINE_H
@@ -30,6 +32,9 @@ struct pvf_confine {
 };
 
 void pvf_confine_start(struct pvf_confine *confine);
+
+/* From now on SIGTERM ends the process, PVF_LAST_SECONDS later. */
+void pvf_confine_obey(void);
 
 /* 0, or -errno with `*why`: going on with privileges is not an option. */
 int pvf_confine_user(struct pvf_confine *confine, const char **why);

@@ -159,8 +159,9 @@ const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nf
 			       "TRACE has a wrong length, or more than one descriptor" : NULL;
 	case PVF_CTL_QUIESCE:
 	case PVF_CTL_EXIT:
+	case PVF_CTL_LAST:
 		return bytes != sizeof(m->simple) || nfds ?
-			       "QUIESCE or EXIT has a wrong length, or descriptors" : NULL;
+			       "QUIESCE, EXIT or LAST has a wrong length, or descriptors" : NULL;
 	default:
 		return "a type that no supervisor sends";
 	}

@@ -123,6 +123,7 @@ int main(int argc, char **argv)
 
 	pvf_confine_start(&confine);
 	rc = pvf_worker_init(&worker, LISTEN_FD, name, queues, &why);
+	worker.obey = pvf_confine_obey;
 	snprintf(worker.build, sizeof(worker.build), "%s", build);
 	if (!rc && net)
 		rc = pvf_worker_net(&worker, &why);

@@ -447,6 +447,13 @@ static void handle(struct pvf_worker *w)
 		return pvf_handle_hand_over(w);
 	case PVF_CTL_TAKE_OVER:
 		return pvf_handle_take_over(w);
+	case PVF_CTL_LAST:
+		if (w->parked || !w->obey)
+			return pvf_tell_error(w, PVF_CTL_LAST, EBUSY,
+					      w->parked ? "parked: must not end" :
+							  "a program decides for itself when it ends");
+		w->obey();
+		return pvf_tell_simple(w, PVF_CTL_NOTED);
 	case PVF_CTL_EXIT:
 		if (w->parked)
 			return pvf_tell_error(w, PVF_CTL_EXIT, EBUSY,

@@ -30,6 +30,7 @@ struct pvf_worker {
 	bool quiesce_asked; /* a DRAINED is owed */
 	bool parked;        /* event channels must stay open for ever */
 	bool exiting;
+	void (*obey)(void); /* makes SIGTERM end this process; NULL: that is not ours to say */
 	char start_notes[PVF_TEXT_MAX]; /* what the kernel refused at start; logged once */
 	int epoll_fd, listen_fd;
 	int notes_fd;           /* an eventfd: a queue has noted something */

@@ -20,6 +20,10 @@ Theory of operation
     frozen. A child process (`thawguard.py`), locked in memory, thaws the list when its pipe
     from us ends, which is when we die, and when the list has stood for longer than any suspend
     takes. Whoever starts next thaws what is listed. What somebody else has frozen stays frozen.
+
+    *File systems.* Threads of the kernel's own write to disks too (ext4 initialises its tables for
+    hours), and cannot be frozen while they wait for one. `hold` freezes file systems, which
+    such threads respect; they stand in the same list, and are thawed with the rest.
 """
 
 from __future__ import annotations
@@ -30,11 +34,15 @@ import errno
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 
+from . import fssync
 from .errors import PvfrontError
+from .threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 
@@ -158,15 +166,27 @@ def awake_tasks(group: Path, proc: Path = Path("/proc"), most: int = 5) -> list[
 
 
 def thaw_listed(record: Path) -> list[Path]:
-    """Thaws what `record` lists and removes it; returns what was listed, [] if there is none."""
+    """Thaws what `record` lists and removes it; returns what was listed, [] if there is none.
+
+    File systems are thawed in threads: that takes as long as their disks do.
+    """
     try:
         listed = [Path(line) for line in record.read_text().splitlines() if line]
     except FileNotFoundError:
         return []
-    for group in listed:
-        _ask(group, False)
+    for entry in listed:
+        if (entry / "cgroup.freeze").exists():
+            _ask(entry, False)
+        elif entry.is_mount():
+            _let_go(str(entry))
     record.unlink(missing_ok=True)
     return listed
+
+
+def _let_go(where: str) -> threading.Thread:
+    thread = threading.Thread(target=fssync.let_go, args=(where,), name="FITHAW", daemon=True)
+    thread.start()
+    return thread
 
 
 class Freezer:
@@ -192,6 +212,8 @@ class Freezer:
         self.others: Collection[str] = ()
         """Cgroups of other services that serve devices, as `own`."""
         self._frozen: list[Path] = []
+        self._held: list[str] = []
+        self._letting_go: list[threading.Thread] = []
         self._guard: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -284,15 +306,52 @@ class Freezer:
         """Lists `groups` as frozen before they are: a crash in between thaws too much, not less."""
         if not groups:
             return
-        if not self._frozen:
-            self._tell_guard(b"F")
         self._frozen += [group for group in groups if group not in self._frozen]
+        self._write_list()
+
+    def _write_list(self) -> None:
+        self._tell_guard(b"F")
+        self._record.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         draft = self._record.with_suffix(".new")
-        draft.write_text("".join(f"{group}\n" for group in self._frozen))
+        draft.write_text("".join(f"{entry}\n" for entry in (*self._frozen, *self._held)))
         draft.rename(self._record)
 
+    async def hold(self, mounts: Collection[str], timeout: float) -> None:
+        """Freezes the file systems at these mount points, side by side, until `thaw`.
+
+        One that cannot be frozen goes on. Raises FreezeFailed naming those that took too long.
+        """
+        self._ensure_guard()
+        self._held += [where for where in mounts if where not in self._held]
+        self._write_list()
+        given_up = threading.Event()
+
+        def hold(where: str) -> bool:
+            held = fssync.hold(where)
+            if held and given_up.is_set():  # by who cannot be called back
+                fssync.let_go(where)
+            return held
+
+        tasks = {
+            asyncio.create_task(in_daemon_thread("FIFREEZE", partial(hold, where))): where
+            for where in mounts
+        }
+        done, pending = await asyncio.wait(tasks, timeout=timeout)
+        for task in done:
+            if not task.result():
+                self._held.remove(tasks[task])
+        for task in pending:
+            given_up.set()
+            task.cancel()
+        if pending:
+            late = ", ".join(sorted(tasks[task] for task in pending))
+            raise FreezeFailed(f"file systems not frozen after {timeout:g} s: {late}")
+
     def thaw(self) -> None:
-        """Thaws what `freeze` froze. Harmless if nothing is frozen."""
+        """Thaws what `freeze` and `hold` froze. Harmless if nothing is frozen."""
+        self._letting_go = [thread for thread in self._letting_go if thread.is_alive()]
+        self._letting_go += map(_let_go, self._held)
+        self._held.clear()
         for group in self._frozen:
             try:
                 _ask(group, False)
@@ -305,6 +364,8 @@ class Freezer:
     def close(self) -> None:
         """Thaws, and ends the guard."""
         self.thaw()
+        for thread in self._letting_go:
+            thread.join(2)  # the end of this process must not come before its system call
         self._forget_guard()
         if self._guard is not None:
             try:

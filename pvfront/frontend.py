@@ -58,6 +58,15 @@ class Frontend(Protocol):
         """Requests of the OS device's users that are not answered."""
         ...
 
+    def unfenced(self) -> str | None:
+        """Why the domain must not have another backend yet; None if it may.
+
+        A request that a backend has not answered may be done after this domain has gone on with
+        the next one, which knows nothing of it: only Connected, of the same backend, says that it
+        was not left behind.
+        """
+        ...
+
     def on_poke(self, poke: Callable[[], None]) -> None:
         """`poke` is to be called whenever `trouble` or something else here has changed."""
 
@@ -121,8 +130,8 @@ class Frontend(Protocol):
         ...
 
     async def fail_after(self, seconds: float) -> None:
-        """The machine is switched off: once the worker has ended, users' requests fail after so
-        long, instead of waiting for another. Never raises.
+        """The machine is switched off: SIGTERM ends the worker now, and once it has ended, users'
+        requests fail after so long, instead of waiting for another. Never raises.
         """
         ...
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
+import fcntl
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -21,6 +23,7 @@ from .threads import in_daemon_thread
 log = logging.getLogger(__name__)
 
 SYS = Path("/sys")
+FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # linux/fs.h
 
 
 def _unescape(field: str) -> str:
@@ -91,6 +94,43 @@ def syncfs(where: str) -> None:
             raise OSError(number, os.strerror(number), where)
     finally:
         os.close(fd)
+
+
+def hold(where: str) -> bool:
+    """Freezes the file system at `where` (FIFREEZE): whoever begins to write to it waits, and so do
+    the kernel's own threads, without being in the middle of a request.
+
+    False: it cannot be frozen, or somebody else has. Blocks as long as the disk takes.
+    """
+    return _control(where, FIFREEZE)
+
+
+def let_go(where: str) -> bool:
+    """Undoes `hold`. Writes to the disk, and blocks until that has answered."""
+    return _control(where, FITHAW)
+
+
+def _control(where: str, request: int) -> bool:
+    try:
+        fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        log.error("%s: %s", where, error.strerror)
+        return False
+    try:
+        fcntl.ioctl(fd, request, 0)
+    except OSError as error:
+        known = (errno.EBUSY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
+        log.log(
+            logging.DEBUG if error.errno in known else logging.ERROR,
+            "%s: %s: %s",
+            where,
+            "FIFREEZE" if request == FIFREEZE else "FITHAW",
+            error.strerror,
+        )
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 async def sync_devices(devices: Collection[str], timeout: float) -> list[str]:

@@ -74,6 +74,7 @@ from .veto import CannotVeto, KernelLog, Line, LogEvent, Veto
 
 log = logging.getLogger(__name__)
 
+SOON = 1.0  # seconds in which what is written back by quick disks is
 SHUTDOWN = "control/shutdown"
 SENTINEL = "domid"  # never changes, so its watch fires only when a resume has set it anew
 RUN_DIR = Path("/run/pvfront")
@@ -100,6 +101,7 @@ class Effects(Protocol):
     async def arm(self) -> None: ...
     def disarm(self) -> None: ...
     async def freeze(self, timeout: float) -> int: ...
+    async def hold(self, mounts: Collection[str], timeout: float) -> None: ...
     def thaw(self) -> None: ...
     def spare(self, cgroups: Collection[str]) -> None: ...
     async def sync(self, devices: Collection[str], timeout: float) -> list[str]: ...
@@ -136,6 +138,9 @@ class SystemEffects:
 
     async def freeze(self, timeout: float) -> int:
         return await self._freezer.freeze(timeout)
+
+    async def hold(self, mounts: Collection[str], timeout: float) -> None:
+        await self._freezer.hold(mounts, timeout)
 
     def thaw(self) -> None:
         self._freezer.thaw()
@@ -463,8 +468,14 @@ class Suspend(Watched):
         def settle(group: Group) -> Awaitable[list[str]]:
             return group.settle(limits.settle - limits.drain, limits.drain)
 
+        began = self._clock()
         if synced := await self._each(self._groups(), settle):
             log.info("suspend: written back: %s", ", ".join(synced))
+        # Freezing them writes several times, one after the other. Disks that are too slow for that
+        # have it only if it turned out to be needed: a thread that is still at it cannot be frozen.
+        if synced and (self._clock() - began < SOON or self.machine.threads_awake):
+            await self._effects.hold(synced, limits.settle - limits.drain)
+            log.info("suspend: file systems frozen")
 
     async def _close(self) -> None:
         try:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .device import DeviceLoop, Goal, Phase
+from .errors import PvfrontError
 
 
 class SuspendedLoop:
@@ -19,6 +20,8 @@ class SuspendedLoop:
         await self.loop.until_phase(
             Phase.PARKED, Phase.CLOSED, timeout=wait.drain + 2 * wait.closing
         )
+        if self.loop.phase is Phase.PARKED and (why := self.loop.frontend.unfenced()) is not None:
+            raise PvfrontError(why)
 
     async def resumed(self, cancelled: bool | None) -> None:
         if self.loop.goal is Goal.PARKED:

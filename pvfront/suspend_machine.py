@@ -127,6 +127,7 @@ class Machine:
     why_unarmed: str = UNTRIED
     counts: Counts = field(default_factory=Counts)
     last_refusal: str = ""
+    threads_awake: bool = False  # the kernel gave this request up for threads of its own
     # Of the sequence that is going on:
     requested_at: float = 0.0
     suspended: bool = False  # the kernel got past the freeze after our write
@@ -197,6 +198,7 @@ class Machine:
         """do_suspend gave up: our veto, or the kernel could not freeze."""
         if self.stage is Stage.SUSPENDING:
             self._failure = f"the kernel gave up: {event.text}"
+            self.threads_awake = "kernel threads" in event.text
             self._expected += 2  # events of our own write
             self.stage = Stage.REARMING
             return [Action.ARM]
@@ -204,6 +206,7 @@ class Machine:
         self.requested_at = now - self._elapsed
         self._elapsed = 0.0
         if self.stage is Stage.WATCHING:
+            self.threads_awake = False
             return self._begin()
         if self.stage in _BEFORE_WRITE:
             self._expected += 2

@@ -4,7 +4,7 @@
 Run as a program of its own: ``python3 -I -S thawguard.py LIST SECONDS``, standard input a pipe
 from the supervisor. ``F`` on it: from now on something is frozen; ``T``: nothing is. The end of
 the pipe, or SECONDS after an ``F`` without ``T``: everything that the file LIST names, one cgroup
-directory a line, is thawed and LIST removed.
+directory or mount point a line, is thawed and LIST removed.
 
 Imports nothing of the package, and is locked in memory: while it is needed the disk that its code
 came from may be unable to answer.
@@ -13,6 +13,7 @@ came from may be unable to answer.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import select
 import signal
@@ -20,6 +21,17 @@ import sys
 import time
 
 MCL_CURRENT, MCL_FUTURE = 1, 2  # <sys/mman.h>
+FITHAW = 0xC0045878  # <linux/fs.h>
+
+
+def let_go(where: str) -> None:
+    """In a process of its own: it writes to a disk, which may not answer for long."""
+    if os.fork():
+        return
+    try:
+        fcntl.ioctl(os.open(where, os.O_RDONLY | os.O_DIRECTORY), FITHAW, 0)
+    finally:
+        os._exit(0)
 
 
 def thaw(path: str) -> None:
@@ -28,17 +40,25 @@ def thaw(path: str) -> None:
             groups = listed.read().splitlines()
     except FileNotFoundError:
         return
+    mounts = []
     for group in groups:
+        switch = group + "/cgroup.freeze"
+        # To open for writing waits where a file system is frozen, whether the file is there or not.
+        if not os.access(switch, os.F_OK):
+            mounts.append(group)  # or a cgroup that is gone
+            continue
         try:
-            fd = os.open(group + "/cgroup.freeze", os.O_WRONLY)
+            fd = os.open(switch, os.O_WRONLY)
         except OSError:
-            continue  # gone
+            continue  # gone just now
         try:
             os.write(fd, b"0")
         except OSError:
             pass  # gone just now
         finally:
             os.close(fd)
+    for where in mounts:
+        let_go(where)
     try:
         os.unlink(path)  # noqa: PTH108
     except FileNotFoundError:

@@ -30,6 +30,7 @@ from .workerlink import (
     WorkerError,
     WorkerGone,
     WorkerLink,
+    drop,
     peer_pid,
 )
 from .workermessage import State, Taken
@@ -138,21 +139,35 @@ class Worker(WorkerLink):
     async def over(cls, name: str, sock: socket.socket) -> Self:
         """Whoever says HELLO at the other end of `sock`, whenever: a program that has a disk lent.
 
+        Several programs may have the other end, one after another: what one says is not taken for
+        another's, whichever of its end and the next one's beginning is noticed first.
+
         `sock` is ours from here on, and has SO_PASSCRED set before anybody could speak. Raises
         WorkerGone if the other end is closed.
         """
-        sock.setblocking(False)
-        try:
-            worker = cls(name, sock, await peer_pid(sock, None), child=False)
-        except BaseException:
-            sock.close()
-            raise
-        try:
-            await worker._greeted
-        except BaseException:
-            worker.close()
-            raise
-        return worker
+        with sock:
+            sock.setblocking(False)
+            while True:
+                pid = await peer_pid(sock, None)
+                end = sock.dup()
+                try:
+                    worker = cls(name, end, pid, child=False)
+                except ProcessLookupError:
+                    end.close()
+                    drop(sock)  # of one that has ended since
+                    continue
+                except BaseException:
+                    end.close()
+                    raise
+                worker._one_of_several = True
+                try:
+                    await worker._greeted
+                except BaseException as error:
+                    worker.close()
+                    if isinstance(error, WorkerGone) and worker._exit_seen:
+                        continue  # the next may still come
+                    raise
+                return worker
 
     # -- commands ------------------------------------------------------------------------------
 
@@ -334,6 +349,10 @@ class Worker(WorkerLink):
         await other.ended(ANSWER_DEADLINE)
         other.close()
         raise refusal or WorkerGone(f"{self.name}: the worker that took over ended at once")
+
+    async def last(self, generation: int) -> None:
+        """LAST: the machine stops, and from now on SIGTERM ends the worker, a little later."""
+        await self._command(lib.PVF_CTL_LAST, generation, ffi.new("struct pvf_ctl_simple *"))
 
     async def exit(self) -> None:
         """EXIT, and wait for the end; SIGKILL if it does not come."""

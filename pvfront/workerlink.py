@@ -77,6 +77,7 @@ _ANSWERS = {
     lib.PVF_CTL_HAND_OVER: lib.PVF_CTL_HANDED_OVER,
     lib.PVF_CTL_TAKE_OVER: lib.PVF_CTL_TAKEN_OVER,
     lib.PVF_CTL_TRACE: lib.PVF_CTL_TRACING,
+    lib.PVF_CTL_LAST: lib.PVF_CTL_NOTED,
 }
 _COMMANDS = {
     lib.PVF_CTL_ATTACH: "ATTACH",
@@ -87,6 +88,7 @@ _COMMANDS = {
     lib.PVF_CTL_HAND_OVER: "HAND_OVER",
     lib.PVF_CTL_TAKE_OVER: "TAKE_OVER",
     lib.PVF_CTL_TRACE: "TRACE",
+    lib.PVF_CTL_LAST: "LAST",
 }
 _SYSLOG = {3: logging.ERROR, 4: logging.WARNING, 6: logging.INFO}
 
@@ -106,6 +108,8 @@ class WorkerLink:
         self.on_event: Callable[[Event], None] = lambda event: None
         self._sock = sock
         self._child = child
+        self._one_of_several = False  # programs, one after another, at the other end
+        self._exit_seen = False
         self._pidfd = os.pidfd_open(pid)
         self._lock = asyncio.Lock()
         self._answer: asyncio.Future[Any] | None = None
@@ -210,11 +214,15 @@ class WorkerLink:
     def _receive(self) -> str | None:
         """Takes the next message: None. "": there is none now; a reason: none comes any more."""
         try:
+            if self._one_of_several and _sender(self._sock) not in (0, self.pid):
+                return "another program has taken its place"  # whose message stays
             data, fds, flags, _ = socket.recv_fds(
                 self._sock, lib.PVF_CTL_MAX, lib.PVF_CTL_MAX_FDS, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return ""
+        except WorkerGone as error:
+            return str(error)
         except OSError as error:
             return f"the control connection failed: {error.strerror}"
         try:
@@ -297,6 +305,7 @@ class WorkerLink:
             log.warning("%s", error)
 
     def _exited(self) -> None:
+        self._exit_seen = True
         for _ in range(_LAST_WORDS):
             if self._gone is not None or self._receive() is not None:
                 break
@@ -351,11 +360,24 @@ async def peer_pid(sock: socket.socket, deadline: float | None = HELLO_DEADLINE)
         raise WorkerGone("the worker does not answer on its control socket") from None
     finally:
         loop.remove_reader(sock)
+    if (pid := _sender(sock)) == 0:
+        raise WorkerGone("the worker closed its control connection")
+    return pid
+
+
+def _sender(sock: socket.socket) -> int:
+    """Whose message waits, by peeking; 0: none, the other end is closed. Raises WorkerGone."""
     size = struct.calcsize("3i")  # struct ucred of unix(7): pid, uid, gid
     data, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(size), socket.MSG_PEEK)
     if not data:
-        raise WorkerGone("the worker closed its control connection")
+        return 0
     for level, kind, found in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and len(found) >= size:
             return int(struct.unpack("3i", found[:size])[0])
     raise WorkerGone("the worker cannot be told by its credentials")
+
+
+def drop(sock: socket.socket) -> None:
+    """Throws the next message away."""
+    for fd in socket.recv_fds(sock, 1, lib.PVF_CTL_MAX_FDS, socket.MSG_CMSG_CLOEXEC)[1]:
+        os.close(fd)

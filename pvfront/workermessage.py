@@ -120,6 +120,7 @@ BODIES = {
     lib.PVF_CTL_DETACHED: "pvf_ctl_simple",
     lib.PVF_CTL_HANDED_OVER: "pvf_ctl_simple",
     lib.PVF_CTL_TRACING: "pvf_ctl_simple",
+    lib.PVF_CTL_NOTED: "pvf_ctl_simple",
     lib.PVF_CTL_TAKEN_OVER: "pvf_ctl_taken_over",
     lib.PVF_CTL_ERROR: "pvf_ctl_error",
     lib.PVF_CTL_HELLO: "pvf_ctl_hello",

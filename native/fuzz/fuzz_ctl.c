@@ -174,7 +174,8 @@ static uint32_t hear(uint16_t type)
 					[PVF_CTL_QUIESCE] = PVF_CTL_DRAINED,
 					[PVF_CTL_DETACH] = PVF_CTL_DETACHED,
 					[PVF_CTL_HAND_OVER] = PVF_CTL_HANDED_OVER,
-					[PVF_CTL_TAKE_OVER] = PVF_CTL_TAKEN_OVER};
+					[PVF_CTL_TAKE_OVER] = PVF_CTL_TAKEN_OVER,
+					[PVF_CTL_LAST] = PVF_CTL_NOTED};
 	uint32_t answers = 0;
 
 	while (control >= 0) {
@@ -469,11 +470,11 @@ static void command(struct input *in)
 	uint32_t how = upto(in, 256), bend = upto(in, 256), queue = 0, count = 0;
 	static const uint16_t types[] = {PVF_CTL_ATTACH, PVF_CTL_START, PVF_CTL_QUIESCE,
 					 PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START,
-					 PVF_CTL_HAND_OVER, 99};
+					 PVF_CTL_HAND_OVER, PVF_CTL_LAST, 99};
 	static const uint16_t net_types[] = {PVF_CTL_ATTACH, PVF_CTL_START_NET, PVF_CTL_QUIESCE,
 					     PVF_CTL_DETACH, PVF_CTL_ATTACH, PVF_CTL_START_NET,
-					     PVF_CTL_HAND_OVER, PVF_CTL_TRACE};
-	uint16_t type = net ? net_types[how % 8] : types[how % 8];
+					     PVF_CTL_HAND_OVER, PVF_CTL_LAST, PVF_CTL_TRACE};
+	uint16_t type = net ? net_types[how % 9] : types[how % 9];
 	size_t size = sizeof(m.hdr);
 	int fds[MANY];
 

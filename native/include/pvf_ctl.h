@@ -30,6 +30,7 @@
 #define PVF_PAGE_SIZE 4096u
 #define PVF_HAND_OVER_BYTES 8388608u /* of the memfd between two workers: room for any table */
 #define PVF_HAND_OVER_SECONDS 5 /* that the old one waits for the new one, while nobody serves */
+#define PVF_LAST_SECONDS 2 /* that a worker goes on after SIGTERM, once it obeys that */
 #define PVF_TAKE_OVER_SECONDS 30 /* that the new one waits for the old one, while that serves */
 
 enum pvf_class {
@@ -50,6 +51,7 @@ enum pvf_ctl_type {
 	PVF_CTL_TAKE_OVER = 7, /* to the next worker; fds: the pair's other end, the same memfd */
 	PVF_CTL_START_NET = 8, /* fds: queues of the TAP, or none: those that are there stay */
 	PVF_CTL_TRACE = 9, /* net; fds: a memfd for struct pvf_trace, or none: not any more */
+	PVF_CTL_LAST = 10, /* the machine stops, no supervisor will come: from now on SIGTERM is obeyed */
 	/* worker to supervisor: answers */
 	PVF_CTL_ATTACHED = 64,
 	PVF_CTL_STARTED = 65,
@@ -59,6 +61,7 @@ enum pvf_ctl_type {
 	PVF_CTL_HANDED_OVER = 70, /* nothing is held any more; the worker ends */
 	PVF_CTL_TAKEN_OVER = 71,  /* behind a second HELLO */
 	PVF_CTL_TRACING = 72,
+	PVF_CTL_NOTED = 73,       /* of LAST */
 	/* worker to supervisor: unasked */
 	PVF_CTL_HELLO = 96,  /* fds: statistics memfd, read-only */
 	PVF_CTL_BROKEN = 97,
@@ -150,8 +153,8 @@ struct pvf_ctl_start_net {
 #define PVF_BLK_DISCARD 4u
 #define PVF_BLK_BARRIER 8u /* flushes are empty barriers; where FLUSH is set too, it is used */
 
-struct pvf_ctl_simple { /* QUIESCE, EXIT, HAND_OVER, TAKE_OVER, TRACE; ATTACHED, STARTED, DRAINED, DETACHED,
-			 * HANDED_OVER, TRACING */
+struct pvf_ctl_simple { /* QUIESCE, EXIT, HAND_OVER, TAKE_OVER, TRACE, LAST; ATTACHED, STARTED, DRAINED,
+			 * DETACHED, HANDED_OVER, TRACING, NOTED */
 	struct pvf_ctl_hdr hdr;
 };
 

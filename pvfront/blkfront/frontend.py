@@ -92,6 +92,8 @@ class DiskFrontend(WorkerSide):
         self.shape: Shape | None = None  # of the present generation
         self._held = (0, 0)  # the generation, and the number of queues, that the worker has
         self._look_again: asyncio.TimerHandle | None = None
+        self._used = 0  # the latest generation that was given requests
+        self._drained: bool | None = None  # that one's ring; None: it ended unasked, or goes on
         self._stolen = stolen
         self._tell_event = on_event
         self.budget.join(name)
@@ -133,6 +135,12 @@ class DiskFrontend(WorkerSide):
             with contextlib.suppress(OSError, StatsUnreadable):
                 taken = sum(queue.nbd_pending for queue in read_all_stats(self._worker.stats_fd))
         return max(self.target.in_flight(), taken)
+
+    def unfenced(self) -> str | None:
+        # A ring that ended unasked: all that is known is what the kernel's device still waits for.
+        if self._drained or (self._drained is None and not self.target.in_flight()):
+            return None
+        return f"{self.label}: its backend has not answered all requests, and may do them late"
 
     def busy(self) -> str | None:
         return self.target.busy()
@@ -228,6 +236,7 @@ class DiskFrontend(WorkerSide):
                     await self.detach(keep_target=False)
             return False
         await self._read(device)
+        self._used = hello.generation
         self._adopt_shape(worker)
         self._hold(hello.has_target)
         await self._publish()
@@ -334,6 +343,7 @@ class DiskFrontend(WorkerSide):
         assert self.geometry is not None
         self.shape = rings.started(self.shape, self.limits, self.settings)
         self.off.clear()
+        self._used, self._drained = self._generation, None
         if before is not None:
             for what in report.lost(before, self.geometry):
                 log.warning("%s: the backend came back with less: %s", self.name, what)
@@ -496,11 +506,14 @@ class DiskFrontend(WorkerSide):
             return False
         if not self._attached:
             return True
+        drained = False
         try:
-            return await worker.quiesce(self._generation, timeout)
+            drained = await worker.quiesce(self._generation, timeout)
         except PvfrontError as error:
             log.warning("%s", error)
-            return False
+        if self._used == self._generation:
+            self._drained = drained
+        return drained
 
     async def detach(self, *, keep_target: bool) -> None:
         worker = self._worker
@@ -534,6 +547,12 @@ class DiskFrontend(WorkerSide):
             await self.target.fail_after(seconds)
         except PvfrontError as error:
             log.warning("%s", error)
+        if self._worker is None:
+            return
+        try:
+            await self._worker.last(self._generation)
+        except PvfrontError as error:
+            log.warning("%s; the power-off may wait for it", error)
 
     async def close(self, *, drain: float = 10.0) -> None:
         try:

@@ -122,6 +122,9 @@ class LentFrontend(DiskFrontend):
     async def adopt(self, device: XenbusDevice) -> bool:
         return False
 
+    async def fail_after(self, seconds: float) -> None:
+        """The borrower is a program like others, and ends as they do."""
+
     async def _spawn(self) -> Worker:
         worker = await self._borrower.worker(self.name, self.label)
         assert worker.hello is not None

@@ -80,10 +80,22 @@ class Absences:
         await self.disk.release()
 
     async def is_bound_again(self) -> None:
-        """As the driver's unbind and bind in the backend's domain: it closes, and waits anew."""
+        """As the driver's unbind and bind in the backend's domain: it closes, and waits anew.
+
+        One that is on its own way to Connected, after the absence before this, says Connected
+        over its Closing: then it has not gone, and is told to once more.
+        """
         generation = (await self.disk.shown())["generation"]
-        await self.disk.state(5)
-        await self.disk.connected(after=generation)
+
+        async def anew() -> bool:
+            shown = await self.disk.shown()
+            if shown.get("phase") != "connected":
+                return False
+            if shown["generation"] == generation:
+                await self.disk.state(5)
+            return bool(shown["generation"] > generation)
+
+        await eventually("another connection", anew, seconds=DEADLINE, why=lambda: self.disk.log)
 
     async def is_killed(self) -> None:
         await self.world.backend.kill()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Our processes are ended and killed under load, also where memory or the log waits for
+"""Our processes are ended, killed and upgraded under load, also where memory or the log waits for
 them, and backends let go of a disk or stop answering: applications notice a pause, and how long.
 """
 
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import paths, payload
 from lab.guest import Guest
 from lab.pvf import VDEV, Pvfront, end_fio, fio
 from lab.scenario import Lab, wait_until
@@ -127,12 +129,41 @@ def kill_worker(pvf: Pvfront) -> None:
     new_worker(pvf, worker)
 
 
+def another_version() -> Path:
+    """The wheel under test, but for its version."""
+    wheel = payload.find_wheel()
+    name, version, rest = wheel.name.split("-", 2)
+    other = f"{version}.post1"
+    made = paths.BUILD / f"{name}-{other}-{rest}"
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(made, "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith(("/RECORD", "/METADATA", "pvfront/__init__.py")):
+                content = content.replace(version.encode(), other.encode())
+            entry.filename = entry.filename.replace(f"{name}-{version}.", f"{name}-{other}.", 1)
+            target.writestr(entry, content)
+    return made
+
+
+def upgrade(pvf: Pvfront) -> None:
+    """What pip does with another version's wheel, then a restart."""
+    before, worker = pvf.guest.output("pvfront --version"), pvf.worker()
+    pvf.guest.dirty = True  # later tests want the version that is tested
+    wheel = another_version()
+    payload.install(pvf.guest, wheel)
+    wheel.unlink()
+    assert pvf.guest.output("pvfront --version") != before
+    restart(pvf)
+    new_worker(pvf, worker)
+
+
 @pytest.mark.parametrize(
     "end",
     [
         pytest.param(restart, marks=pytest.mark.long),
         pytest.param(kill_supervisor, marks=pytest.mark.long),
         pytest.param(kill_worker, marks=pytest.mark.long),
+        pytest.param(upgrade, marks=pytest.mark.long),
     ],
 )
 def test_a_busy_file_system_notices_a_pause_when_our_processes_are_ended_and_begun_again(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lab.guest import FILES, Guest
-from lab.pvf import Pvfront, end_fio, fio
+from lab.pvf import VDEV, Pvfront, end_fio, fio
 from lab.scenario import Lab, wait_until
 
 pytestmark = pytest.mark.survive
@@ -21,6 +21,8 @@ BUFFERED = (
     "--verify_backlog=64 --output-format=terse"
 )
 DISKS = ("xvdb", "xvdc")
+NEVER_MS = 600_000
+"""A delay that no test waits for."""
 
 
 def suspend(guest: Guest) -> dict[str, Any]:
@@ -132,3 +134,117 @@ def test_a_guest_that_migrates_to_its_own_host_goes_on_with_its_disk(
         goes_on(pvf, "xvdb")
         end_fio(guest, load)
         nothing_was_noticed(guest)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_suspend_waits_for_a_disk_that_answers_after_five_seconds(
+    pvf: Pvfront, guest: Guest, lab: Lab
+) -> None:
+    backing = lab.delayed_disk(64)
+    with pvf.disk(backing):
+        load = guest.start(DIRECT, unit="direct")
+        goes_on(pvf, "xvdb")
+        backing.set_delay(5_000)
+        wait_until("requests held", lambda: backing.in_flight() >= 16)
+        guest.save()
+        backing.clear_delay()
+        guest.restore()
+        pvf.wait_served()
+        assert load.running
+        goes_on(pvf, "xvdb")
+        end_fio(guest, load)
+        nothing_was_noticed(guest)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_suspend_is_refused_with_the_reason_while_a_backend_stalls_and_the_next_succeeds(
+    pvf: Pvfront, guest: Guest, lab: Lab
+) -> None:
+    backing = lab.delayed_disk(64)
+    with pvf.disk(backing):
+        boot = guest.boot_id()
+        load = guest.start(DIRECT, unit="direct")
+        goes_on(pvf, "xvdb")
+        backing.set_delay(NEVER_MS)
+        wait_until("requests held", lambda: backing.in_flight() >= 16)
+        image = f"{FILES}/{guest.kind}.refused"
+        refused = lab.xl("save", guest.kind, image, check=False, timeout=300)
+        assert not refused.ok
+        lab.dom0.run(["rm", "-f", image])
+        wait_until("the refusal", lambda: suspend(guest).get("refused"))
+        assert "xvdb: its backend has not answered" in suspend(guest)["last_refusal"]
+        assert guest.boot_id() == boot
+        backing.clear_delay()
+        pvf.wait_served()
+        goes_on(pvf, "xvdb")
+        watched(guest)
+        guest.save()
+        guest.restore()
+        pvf.wait_served()
+        goes_on(pvf, "xvdb")
+        end_fio(guest, load)
+        nothing_was_noticed(guest)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_guest_that_slept_without_asking_gets_its_disk_back_and_can_be_switched_off(
+    pvf: Pvfront, guest: Guest, lab: Lab
+) -> None:
+    """The ports that were bound meanwhile are parked: closing one would be a bug of the kernel's,
+    and a process that could not end."""
+    with pvf.disk():
+        load = guest.start(DIRECT, unit="direct")
+        goes_on(pvf, "xvdb")
+        worker = pvf.worker()
+        # A wrong number is refused, and turns the veto off without anybody's knowing.
+        guest.run("echo 1 >/sys/power/wakeup_count", check=False)
+        guest.save()
+        guest.restore()
+        wait_until("its being seen", lambda: suspend(guest).get("unprepared"))
+        wait_until("another worker", lambda: pvf.state().get("worker_pid") not in (None, worker))
+        pvf.wait_served()
+        assert load.running
+        goes_on(pvf, "xvdb")
+        end_fio(guest, load)
+        nothing_was_noticed(guest)
+    guest.shutdown()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_a_program_that_a_disk_is_lent_to_notices_a_pause_when_the_guest_is_saved_and_restored(
+    pvf: Pvfront, guest: Guest, lab: Lab
+) -> None:
+    """The lender owns suspend, and the program's library closes the port whatever it is doing."""
+    pvf.stop()
+    guest.run("rm -f /run/pvfront/suspend.json")  # so that what is read there is the lender's
+    lent = lab.loop_disk(16)
+    guest.block_attach(lent.spec("xvdb"))
+    program = guest.start(
+        "pvfront vbd lend xvdb -- pvfront-disk-bench --rw randwrite --bs 4k --iodepth 8 "
+        "--runtime 100000",
+        unit="lent",
+    )
+
+    def connected() -> bool:
+        return lab.vbd_state(guest, VDEV["xvdb"]) == ("4", "4")
+
+    def completed() -> int:
+        return int(pvf.status()["statistics"]["write"]["requests"])
+
+    wait_until("the lent disk connected", connected)
+    watched(guest)
+    guest.save()
+    guest.restore()
+    wait_until("the lent disk connected again", connected)
+    before = completed()
+    wait_until("I/O of the program", lambda: completed() > before + 50)
+    assert program.running, "the program must not have noticed"
+    program.kill(15)
+    program.wait()
+    nothing_was_noticed(guest)
+    guest.block_detach("xvdb")
+    lent.remove()

@@ -157,6 +157,7 @@ class OsDevice:
         self.refuses_close: TargetError | None = None
         self.max_queues = self.usual_queues = 1
         self.server_pid = 0
+        self.waiting = 7
 
     async def adopt(self) -> bool:
         return self.exists
@@ -179,11 +180,14 @@ class OsDevice:
     async def feature_off(self, feature: str) -> None:
         self.calls.append(f"{feature} off")
 
+    async def fail_after(self, seconds: float) -> None:
+        self.calls.append(f"fail after {seconds:g}")
+
     def busy(self) -> str | None:
         return "mounted at /srv"
 
     def in_flight(self) -> int:
-        return 7
+        return self.waiting
 
     async def close(self, *, drain: float = 10.0) -> None:
         self.calls.append(f"close {drain:g}")

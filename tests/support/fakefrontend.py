@@ -32,6 +32,7 @@ class FakeFrontend:
         self.adopts = False
         self.old_program = False
         self.stays: PvfrontError | None = None
+        self.left_behind: str | None = None
         self.poke: Callable[[], None] = lambda: None
 
     @property
@@ -49,6 +50,9 @@ class FakeFrontend:
 
     def in_flight(self) -> int:
         return 0
+
+    def unfenced(self) -> str | None:
+        return self.left_behind
 
     def stale_key(self, key: str) -> bool:
         return key in ("ring-ref", "event-channel")

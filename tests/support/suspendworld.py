@@ -119,6 +119,9 @@ class FakeKernel:
         self.story.append("freeze")
         return 1
 
+    async def hold(self, mounts: Collection[str], timeout: float) -> None:
+        self.story.append(f"hold {','.join(mounts)}")
+
     def thaw(self) -> None:
         self.frozen = False
         self.story.append("thaw")

@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE, wait_for
+from waiting import PATIENCE, eventually, wait_for
 
 from pvfront.cgroup import (
     GUARD,
@@ -167,6 +168,50 @@ async def test_freezing_returns_when_all_are_frozen_and_thawing_undoes_it(
     assert (tree / "system.slice/cgroup.freeze").read_text() == "0\n"
     under_test.thaw()
     assert (tree / "user.slice/cgroup.freeze").read_text() == "0"
+    under_test.close()
+
+
+async def test_file_systems_are_listed_before_they_are_frozen_and_thawed_with_the_programs(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, story = tmp_path / "run" / "suspend.frozen", []
+
+    def hold(where: str) -> bool:
+        story.append(f"hold {where}")
+        assert where in record.read_text().splitlines()
+        return where != "/fat"  # which cannot be frozen
+
+    monkeypatch.setattr("pvfront.fssync.hold", hold)
+    monkeypatch.setattr("pvfront.fssync.let_go", lambda where: story.append(f"let go {where}"))
+    under_test = freezer(tree, tmp_path)
+    under_test.start()
+    async with living(tree):
+        await under_test.freeze(PATIENCE)
+    await under_test.hold(["/srv", "/fat"], PATIENCE)
+    under_test.close()
+    assert sorted(story) == ["hold /fat", "hold /srv", "let go /srv"]
+    assert not record.exists()
+
+
+async def test_a_file_system_that_freezes_too_late_is_thawed_again(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story: list[str] = []
+    answers = threading.Event()
+
+    def hold(where: str) -> bool:
+        answers.wait(PATIENCE)
+        story.append("frozen")
+        return True
+
+    monkeypatch.setattr("pvfront.fssync.hold", hold)
+    monkeypatch.setattr("pvfront.fssync.let_go", lambda where: story.append("thawed"))
+    under_test = freezer(tree, tmp_path)
+    with pytest.raises(FreezeFailed, match=r"file systems not frozen after 0\.05 s: /srv"):
+        await under_test.hold(["/srv"], 0.05)
+    under_test.thaw()  # too early: there is nothing to thaw yet
+    answers.set()
+    await eventually("the end", lambda: story[-2:] == ["frozen", "thawed"])
     under_test.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -333,6 +334,50 @@ async def test_the_death_of_the_worker_is_trouble_and_the_next_attach_starts_ano
     assert disk.generation == 2
     assert world.target.calls == ["attach", "publish"] * 2
     await world.write(0, b"2" * 512)
+
+
+async def test_requests_that_a_ring_ended_with_are_with_the_backend_until_it_is_connected_again(
+    world: World,
+) -> None:
+    disk = await world.running()
+    os.kill(world.pid(), 9)
+    await eventually("trouble", lambda: disk.trouble)
+    await disk.detach(keep_target=False)
+    assert str(disk.unfenced()).startswith("xvdb: its backend has not answered all requests")
+    world.target.waiting = 0
+    assert disk.unfenced() is None, "whoever had asked has all answers"
+    world.target.waiting = 7
+    await world.attach()
+    assert await disk.quiesce(PATIENCE), "nothing was put into this ring"
+    assert disk.unfenced() is not None, "nor did its backend say that it is Connected"
+    await disk.detach(keep_target=True)
+    await world.running()
+    assert await disk.quiesce(PATIENCE)
+    assert disk.unfenced() is None, "what waits now was never sent"
+
+
+async def test_a_ring_that_did_not_drain_is_remembered_where_nobody_counts_requests(
+    world: World,
+) -> None:
+    world.target.waiting = 0  # as of a socket's client, and of a program that has the disk
+    disk = await world.running()
+    world.backend.hold = True
+    world.target.nbd.request(Nbd.WRITE, 0, 512, bytes(512))
+    await eventually("the request with the backend", lambda: world.backend.held)
+    assert not await disk.quiesce(0.1)
+    await disk.detach(keep_target=False)
+    assert disk.unfenced() is not None
+    await world.running()
+    assert disk.unfenced() is None
+
+
+async def test_when_the_machine_stops_sigterm_ends_the_worker(world: World) -> None:
+    disk = await world.running()
+    await disk.fail_after(10.0)
+    assert world.target.calls[-1] == "fail after 10"
+    os.kill(world.pid(), signal.SIGTERM)
+    await eventually("its end", lambda: disk.trouble)
+    assert f"signal {signal.SIGALRM.value}" in str(disk.trouble)
 
 
 async def test_the_end_of_the_socket_is_trouble_and_the_worker_is_kept(world: World) -> None:

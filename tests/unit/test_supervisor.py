@@ -28,6 +28,27 @@ from pvfront.supervisor import Supervisor
 LOOP_FACTORY = VirtualLoop
 
 
+# -- suspend ---------------------------------------------------------------------------------------
+
+
+async def test_a_device_with_requests_left_behind_is_not_ready_for_a_suspend_until_it_reconnects(
+    world: World,
+) -> None:
+    """Another backend would not wait for them, and they could land after what is newer."""
+    world.plug(B)
+    world.serve()
+    await world.connected(B)
+    disk = world.klass.disks[f"vbd-{B}"]
+    disk.left_behind = "xvdb: its backend has not answered"
+    (device,) = world.supervisor._participants()
+    with pytest.raises(PvfrontError, match="its backend has not answered"):
+        await device.prepare()
+    disk.left_behind = None
+    await device.resumed(None)
+    await device.prepare()
+    assert world.supervisor.served[B].loop.phase is Phase.PARKED
+
+
 # -- who is served ---------------------------------------------------------------------------------
 
 

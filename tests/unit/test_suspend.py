@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ async def test_a_suspend_goes_in_order_and_comes_back_in_reverse(tmp_path: Path)
         assert [what for what in world.story if what != "arm"] == [
             "freeze",
             "sync /dev/xvdb",
+            "hold /dev/xvdb",
             "freeze",
             "xvdb closed",
             "disarm",
@@ -107,6 +109,38 @@ async def test_a_device_that_fails_once_is_asked_again(tmp_path: Path) -> None:
         assert world.story.count("thaw") == 2
         assert world.suspend.status()["suspended"] == 1
         assert world.suspend.status()["last_refusal"] == ""
+
+
+async def test_file_systems_of_quick_disks_are_frozen_from_the_first(tmp_path: Path) -> None:
+    async with running(World(tmp_path)) as world:
+        world.toolstack_asks()
+        await world.until_settled()
+        story = world.story
+        assert story.index("hold /dev/xvdb") < story.index("suspend written") < story.index("thaw")
+
+
+async def test_file_systems_of_slow_disks_are_frozen_once_threads_of_the_kernel_were_not(
+    tmp_path: Path,
+) -> None:
+    gave_up = [
+        LogEvent(Line.FREEZE_DONE),
+        LogEvent(Line.FREEZE_GIVEN_UP, elapsed=5.0),
+        LogEvent(Line.REFUSED, "xen:manage: do_suspend: freeze kernel threads failed -16"),
+        LogEvent(Line.THAWED),
+    ]
+    async with running(World(tmp_path, limits=replace(QUICK, settle=3))) as world:
+        world.kernel.sync_takes = 1.5
+        world.answers = [gave_up]
+        world.toolstack_asks()
+        await world.until_settled()
+        assert world.suspend.status()["suspended"] == 1
+        held = [line for line in world.story if line.startswith(("hold", "suspend", "thaw"))]
+        assert held == [
+            "suspend written", "thaw", "hold /dev/xvdb", "suspend written", "thaw",
+        ]  # fmt: skip
+        world.toolstack_asks()
+        await world.until_settled(2)
+        assert world.story.count("hold /dev/xvdb") == 1, "another request begins without"
 
 
 async def test_programs_that_do_not_freeze_are_thawed_and_frozen_again(tmp_path: Path) -> None:

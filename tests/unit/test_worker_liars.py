@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from workerevents import NAME, Events
 
 from pvfront import workerlink as module
 from pvfront.abi import ffi, lib
+from pvfront.blkfront.lend import pair
 from pvfront.worker import Worker, WorkerGone
 from pvfront.workermessage import Broken, Exited, FeatureOff, Stalled, TargetGone
 
@@ -191,6 +193,44 @@ async def test_an_adopted_worker_has_ended_when_its_process_has(
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+
+
+WHO_BORROWS = """
+import socket, sys
+sock = socket.socket(fileno=int(sys.argv[1]))
+sock.send(bytes.fromhex(sys.argv[2]))
+print("said", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("noticed", ["as a worker", "never"])
+async def test_what_the_next_borrower_says_is_not_taken_for_the_last_ones(noticed: str) -> None:
+    """A script's programs have one end, one after another; the loop was busy when they changed."""
+    ours, theirs = pair()
+
+    def borrower() -> subprocess.Popen[bytes]:
+        begun = subprocess.Popen(
+            [sys.executable, "-c", WHO_BORROWS, str(theirs.fileno()), hello().hex()],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[theirs.fileno()],
+        )  # fmt: skip
+        assert begun.stdout is not None
+        assert begun.stdout.readline() == b"said\n"
+        return begun
+
+    with ours, theirs, borrower() as first:
+        if noticed == "as a worker":
+            worker = await asyncio.wait_for(Worker.over(NAME, ours.dup()), PATIENCE)
+            assert worker.pid == first.pid
+            events = Events(worker)
+        first.communicate()
+        with borrower() as second:
+            if noticed == "as a worker":
+                await events.one(Exited)
+            worker = await asyncio.wait_for(Worker.over(NAME, ours.dup()), PATIENCE)
+            assert worker.pid == second.pid
+            worker.close()
+            second.communicate()
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ class Host:
         self._directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pvf-"))
         self.args = args or []
         self.workers = 0
+        self.ends = [0, -signal.SIGKILL]  # statuses that its end may have
         self.path, self.process, self.supervisor = self.start_worker()
 
     def start_worker(
@@ -186,7 +187,7 @@ class Host:
             self._drop_backend()
             if kind is None:
                 assert not errors, f"the worker wrote to stderr:\n{errors}"
-                assert status in (0, -signal.SIGKILL), f"the worker ended by {status}"
+                assert status in self.ends, f"the worker ended by {status}"
             elif errors:
                 print(errors)
         finally:

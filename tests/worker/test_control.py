@@ -545,6 +545,20 @@ def test_signals_of_a_service_manager_do_not_end_a_worker() -> None:
         host.nbd().write(0, bytes(512))
 
 
+def test_once_the_machine_stops_sigterm_ends_a_worker_which_still_answers_for_a_moment() -> None:
+    with serving() as host:
+        host.simple(lib.PVF_CTL_LAST)
+        host.supervisor.wait(lib.PVF_CTL_NOTED)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            host.process.send_signal(number)
+        nbd = host.nbd()
+        nbd.write(0, bytes(512))
+        host.process.send_signal(signal.SIGTERM)
+        nbd.write(512, bytes(512))
+        host.ends = [-signal.SIGALRM]
+        host.process.wait(PATIENCE)
+
+
 def test_a_parked_worker_keeps_its_port_and_does_nothing_else() -> None:
     with serving() as host:
         host.quiesce()
