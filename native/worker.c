@@ -9,8 +9,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "memfd.h"
-#include "scm.h"
 
 #define TAG_LISTEN 16
 #define TAG_CONTROL 17
@@ -192,7 +190,7 @@ static bool stream_socket(int fd)
 	return !getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) && type == SOCK_STREAM;
 }
 
-static bool character_device(int fd)
+bool pvf_character_device(int fd)
 {
 	struct stat st;
 
@@ -223,13 +221,13 @@ static int refuse_sockets(struct pvf_worker *w, uint32_t first, const char **why
 	*why = "the target is neither a stream socket nor a ublk device";
 	for (uint32_t i = 0; i < w->ctl.nfds; i++)
 		if (!stream_socket(w->ctl.fds[i]) &&
-		    !(w->queue->ublk.uring.made && character_device(w->ctl.fds[i])))
+		    !(w->queue->ublk.uring.made && pvf_character_device(w->ctl.fds[i])))
 			return ENOTSOCK;
 	return 0;
 }
 
 /* 0 or errno: then none was taken. */
-static int take_sockets(struct pvf_worker *w, uint32_t first, const char **why)
+int pvf_worker_targets(struct pvf_worker *w, uint32_t first, const char **why)
 {
 	for (uint32_t i = 0; i < w->ctl.nfds; i++) {
 		struct pvf_queue *q = &w->queue[first + i];
@@ -253,7 +251,7 @@ static int take_sockets(struct pvf_worker *w, uint32_t first, const char **why)
 }
 
 /* All queues are set up: they begin. */
-static void run(struct pvf_worker *w)
+void pvf_worker_serve(struct pvf_worker *w)
 {
 	for (uint32_t i = 0; i < w->attached; i++) {
 		pvf_queue_lock(&w->queue[i]);
@@ -263,71 +261,6 @@ static void run(struct pvf_worker *w)
 	}
 	w->quiesce_asked = false;
 	w->state = PVF_RUNNING;
-}
-
-static void handle_start_net(struct pvf_worker *w)
-{
-	const struct pvf_ctl_start_net *m = &w->ctl.in.start_net;
-	const char *why = NULL;
-
-	if (w->device_class != PVF_CLASS_NET)
-		return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL, "this worker serves no network");
-	if (w->state == PVF_IDLE || w->state == PVF_BROKEN)
-		return pvf_tell_error(w, PVF_CTL_START_NET, ENOTCONN,
-				  "no usable connection: DETACH and ATTACH first");
-	if (m->first_queue + w->ctl.nfds > w->attached)
-		return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL,
-				  "a TAP for a queue that is not attached");
-	for (uint32_t i = 0; i < w->ctl.nfds; i++)
-		if (!character_device(w->ctl.fds[i]) && !pvf_scm_packets(w->ctl.fds[i]))
-			return pvf_tell_error(w, PVF_CTL_START_NET, EINVAL,
-					      "the target is neither a TAP nor a socket for packets");
-	int error = take_sockets(w, m->first_queue, &why);
-
-	if (error)
-		return pvf_tell_error(w, PVF_CTL_START_NET, error, why);
-	if (m->groups)
-		pvf_groups_replace(&w->groups, m->group, m->groups);
-	for (uint32_t i = 0; i < w->attached; i++) {
-		pvf_queue_lock(&w->queue[i]);
-		w->queue[i].queues = w->attached;
-		pvf_queue_start_net(&w->queue[i], m->features, m->stall_seconds);
-		pvf_queue_unlock(&w->queue[i]);
-	}
-	run(w);
-	pvf_tell_simple(w, PVF_CTL_STARTED);
-}
-
-static void trace_to(struct pvf_worker *w, struct pvf_trace *trace)
-{
-	struct pvf_trace *old = w->trace;
-
-	w->trace = trace;
-	for (uint32_t i = 0; i < w->queues; i++) {
-		if (trace)
-			pvf_trace_init(&trace[i], i);
-		pvf_queue_lock(&w->queue[i]);
-		pvf_queue_trace(&w->queue[i], trace ? &trace[i] : NULL);
-		pvf_queue_unlock(&w->queue[i]);
-	}
-	if (old)
-		munmap(old, w->queues * sizeof(*old));
-}
-
-static void handle_trace(struct pvf_worker *w)
-{
-	void *where = NULL;
-
-	if (w->device_class != PVF_CLASS_NET)
-		return pvf_tell_error(w, PVF_CTL_TRACE, EINVAL, "this worker serves no network");
-	int rc = w->ctl.nfds ? pvf_memfd_map(w->ctl.fds[0], w->queues * sizeof(struct pvf_trace), true, &where)
-			     : 0;
-
-	if (rc)
-		return pvf_tell_error(w, PVF_CTL_TRACE, -rc,
-				      "the memfd is none, too small, or can be shrunk");
-	trace_to(w, where);
-	pvf_tell_simple(w, PVF_CTL_TRACING);
 }
 
 static void handle_start(struct pvf_worker *w)
@@ -370,7 +303,7 @@ static void handle_start(struct pvf_worker *w)
 	if (missing && !(m->options & PVF_START_CLIENTS))
 		return pvf_tell_error(w, PVF_CTL_START, ENOTCONN,
 				  "there is no NBD socket to keep: pass one");
-	error = take_sockets(w, m->first_queue, &why);
+	error = pvf_worker_targets(w, m->first_queue, &why);
 	if (error)
 		return pvf_tell_error(w, PVF_CTL_START, error, why);
 	for (uint32_t i = 0; i < w->attached; i++) {
@@ -381,7 +314,7 @@ static void handle_start(struct pvf_worker *w)
 	}
 	/* A resize while a former client's requests are still in a ring: DRAINED is owed. */
 	if (w->state != PVF_TARGET_LOST)
-		run(w);
+		pvf_worker_serve(w);
 	pvf_tell_simple(w, PVF_CTL_STARTED);
 }
 
@@ -436,9 +369,9 @@ static void handle(struct pvf_worker *w)
 			return handle_start(w);
 		return pvf_tell_error(w, PVF_CTL_START, EINVAL, "this worker serves no disk");
 	case PVF_CTL_START_NET:
-		return handle_start_net(w);
+		return pvf_handle_start_net(w);
 	case PVF_CTL_TRACE:
-		return handle_trace(w);
+		return pvf_handle_trace(w);
 	case PVF_CTL_QUIESCE:
 		return handle_quiesce(w);
 	case PVF_CTL_DETACH:

@@ -48,7 +48,7 @@ from ..upgrade import Upgrade, outdated
 from ..worker import Worker, WorkerError, WorkerGone
 from ..workermessage import Broken, Event, Exited, Stalled, State
 from ..xenbus import XenbusDevice
-from . import features, shape
+from . import features, report, shape
 from .controlside import ControlSide
 from .features import Offer
 from .generation import Opened, opened
@@ -179,7 +179,6 @@ class NetFrontend:
 
     def details(self) -> dict[str, Any]:
         worker = self._worker
-        offer = self.offer
         return {
             "label": self.ifname,
             "target": "tap",
@@ -203,26 +202,9 @@ class NetFrontend:
             "no_carrier_because": self.link.state.why,
             "speed_mbits": self.link.state.speed,
             "trusted": self.trusted,
-            "rings": self._rings(),
+            "rings": report.rings(self.shape, self.budget.grant(self.name)),
             "control": self.control.details(),
-            "offer": None
-            if offer is None
-            else {name: getattr(offer, name) for name in offer.__dataclass_fields__},
-        }
-
-    def _rings(self) -> dict[str, Any] | None:
-        """Queues and pools, and why they are not larger."""
-        if self.shape is None:
-            return None
-        grant = self.budget.grant(self.name)
-        return {
-            "queues": self.shape.queues,
-            "tx_pages": self.shape.tx,
-            "rx_pages": self.shape.rx,
-            "split_event_channels": self.shape.split,
-            "granted": None
-            if grant is None
-            else {"asked": grant.asked, "got": grant.got, "why": grant.why},
+            "offer": report.offered(self.offer),
         }
 
     # -- the walk ----------------------------------------------------------------------------
@@ -380,7 +362,7 @@ class NetFrontend:
         try:
             await self._need_worker().start_net(
                 self._generation,
-                features=_bits(offer),
+                features=report.bits(offer),
                 stall_seconds=STALL_SECONDS,
                 target_fds=fds,
                 groups=groups,
@@ -615,15 +597,3 @@ class NetFrontend:
                     log.info("%s: %s", self.name, what)
                 self._note(Kind.STALL, what, seconds=event.seconds, in_flight=event.in_flight)
         self._poke()
-
-
-def _bits(offer: Offer) -> int:
-    bits = {
-        lib.PVF_NET_SG: offer.sg,
-        lib.PVF_NET_CSUM4: offer.csum_ipv4,
-        lib.PVF_NET_CSUM6: offer.csum_ipv6,
-        lib.PVF_NET_GSO4: offer.gso_tcpv4,
-        lib.PVF_NET_GSO6: offer.gso_tcpv6,
-        lib.PVF_NET_MULTICAST: offer.multicast_control,
-    }
-    return sum(bit for bit, has in bits.items() if has)
