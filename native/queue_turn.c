@@ -537,7 +537,8 @@ bool pvf_queue_turn(struct pvf_queue *q, int timeout)
 {
 	struct epoll_event events[2 * EVENTS];
 	int n = wait_for(q, events, timeout);
-	bool give_way = timeout < 0 && client_calls(events, n) && pvf_batch_wait(&q->batch);
+	/* Not a network: whoever answers what it received would be waited for. */
+	bool give_way = timeout < 0 && !q->net && client_calls(events, n) && pvf_batch_wait(&q->batch);
 	uint64_t waited = 0;
 
 	if (give_way) {

@@ -9,7 +9,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-
 #define TAG_LISTEN 16
 #define TAG_CONTROL 17
 #define TAG_NOTES 18
