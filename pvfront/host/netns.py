@@ -17,6 +17,8 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,13 @@ from pvfront.host.child import Child
 __all__ = ["NetNamespace", "NetNamespaceError"]
 
 START_SECONDS = 60.0
+
+_OPENS = """
+import socket, sys
+to, family, kind, protocol = map(int, sys.argv[1:])
+with socket.socket(fileno=to) as back, socket.socket(family, kind, protocol) as made:
+    socket.send_fds(back, [b"!"], [made.fileno()])
+"""
 
 
 class NetNamespaceError(PvfrontError):
@@ -122,6 +131,22 @@ class NetNamespace:
                 hint=text,
             )
         return text
+
+    async def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        """A socket of that network, for this process. Raises NetNamespaceError."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            process = await asyncio.create_subprocess_exec(
+                *self.prefix(), sys.executable, "-I", "-c", _OPENS,
+                *(str(int(number)) for number in (theirs.fileno(), family, kind, protocol)),
+                pass_fds=[theirs.fileno()],
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            )  # fmt: skip
+            said, _ = await process.communicate()
+            if process.returncode:
+                raise NetNamespaceError(f"no socket in namespace {self.name}: {said.decode()}")
+            _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
+        return socket.socket(fileno=fd)
 
     def start_command(self, what: str, command: Sequence[str], log: Path) -> Child:
         """Starts a command in there that ends with the caller's process. Raises PvfrontError."""
