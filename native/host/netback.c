@@ -117,7 +117,11 @@ static void *queue_main(void *arg)
 	uint64_t count;
 
 	while (!__atomic_load_n(&q->nb->stop, __ATOMIC_ACQUIRE)) {
-		bool any = nb_tx(q), received = nb_rx(q), woken = false;
+		pthread_mutex_lock(&q->lock);
+		bool any = nb_tx(q), woken = false;
+
+		pthread_mutex_unlock(&q->lock);
+		bool received = nb_rx(q);
 
 		for (uint32_t i = 0; i < q->ends; i++) {
 			if (!q->end[i].delivered)
@@ -127,9 +131,11 @@ static void *queue_main(void *arg)
 			pvf_channel_unmask(q->end[i].channel, q->end[i].side, q->end[i].own_fd);
 		}
 		ADD(q->stats.spurious, woken && !any && !received);
+		pthread_mutex_lock(&q->lock);
 		if (nb_fires(q->nb, PVF_NB_STORM, &count))
 			nb_notify(q, false);
 		watch_tap(q, !LOAD(q->nb->broken) && nb_rx_room(q));
+		pthread_mutex_unlock(&q->lock);
 		int n = epoll_wait(q->epoll_fd, events, 4, received ? 0 : -1);
 
 		for (int i = 0; i < n; i++)
@@ -148,6 +154,8 @@ static void free_queue(struct nb_queue *q)
 {
 	struct pvf_mapper *m = &q->nb->peer.mapper;
 
+	nb_kept_free(q);
+	pthread_mutex_destroy(&q->lock);
 	if (q->tx_shared)
 		pvf_mapper_unmap(m, &q->tx_ref, 1, q->tx_shared);
 	if (q->rx_shared)
@@ -199,13 +207,15 @@ void pvf_nb_get_stats(struct pvf_nb *nb, struct pvf_nb_stats *stats)
 	*stats = nb->ended;
 	for (uint32_t i = 0; i < nb->queues; i++)
 		add_stats(stats, &nb->queue[i]->stats);
+	stats->ctrl_requests += LOAD(nb->ctrl.requests);
+	stats->ctrl_refused += LOAD(nb->ctrl.refused);
 	pthread_mutex_lock(&nb->lock);
 	memcpy(stats->fired, nb->fired, sizeof(stats->fired));
 	pthread_mutex_unlock(&nb->lock);
 }
 
 int pvf_nb_connect(struct pvf_nb *nb, int table_fd, int maptrack_fd, uint16_t own_domid,
-		   uint16_t domid, int hub_fd, uint32_t flags)
+		   uint16_t domid, int hub_fd, uint32_t flags, uint32_t keep)
 {
 	if (nb->connected)
 		return -EBUSY;
@@ -218,6 +228,8 @@ int pvf_nb_connect(struct pvf_nb *nb, int table_fd, int maptrack_fd, uint16_t ow
 	nb->broken = 0;
 	nb->fatal[0] = 0;
 	nb->flags = flags;
+	nb->keep = keep;
+	nb->hash = (struct nb_hash){0};
 	return 0;
 }
 
@@ -292,11 +304,14 @@ int pvf_nb_queue(struct pvf_nb *nb, uint32_t tx_ref, uint32_t rx_ref,
 	q->rx_ref = rx_ref;
 	q->tap_fd = tap_fd;
 	q->tap_watched = true;
+	pthread_mutex_init(&q->lock, NULL);
 	for (uint32_t i = 0; i < 2; i++)
 		q->end[i].own_fd = q->end[i].other_fd = -1;
 	q->ctl_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	q->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	rc = q->ctl_fd < 0 || q->epoll_fd < 0 ? explain(why, -errno, "a queue's descriptors") : 0;
+	if (!rc && nb_kept_new(q))
+		rc = explain(why, -ENOMEM, "memory of the grants that stay mapped");
 	if (!rc)
 		rc = map_rings(q, why);
 	if (!rc)
@@ -319,7 +334,7 @@ int pvf_nb_start(struct pvf_nb *nb)
 		rc = -pthread_create(&nb->queue[i]->thread, NULL, queue_main, nb->queue[i]);
 		nb->queue[i]->started = !rc;
 	}
-	return rc;
+	return rc ? rc : nb_ctrl_start(nb);
 }
 
 void pvf_nb_disconnect(struct pvf_nb *nb)
@@ -329,11 +344,18 @@ void pvf_nb_disconnect(struct pvf_nb *nb)
 	if (!nb->connected)
 		return;
 	__atomic_store_n(&nb->stop, true, __ATOMIC_RELEASE);
+	nb_ctrl_stop(nb);
+	/* All have ended before one is freed: they give packets to each other. */
 	for (uint32_t i = 0; i < nb->queues; i++) {
 		struct nb_queue *q = nb->queue[i];
 
 		if (q->started && write(q->ctl_fd, &one, sizeof(one)) == sizeof(one))
 			pthread_join(q->thread, NULL);
+	}
+	for (uint32_t i = 0; i < nb->queues; i++) {
+		struct nb_queue *q = nb->queue[i];
+
+		q->stats.kept = 0;
 		add_stats(&nb->ended, &q->stats);
 		free_queue(q);
 	}

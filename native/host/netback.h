@@ -69,6 +69,9 @@ struct pvf_nb_stats {
 	uint64_t tx_packets, tx_bytes, tx_slots, tx_gso, tx_blank, tx_rejected;
 	uint64_t rx_packets, rx_bytes, rx_slots, rx_gso, rx_blank, rx_dropped;
 	uint64_t multicast_added, multicast_deleted;
+	uint64_t rx_steered; /* packets that went to another queue than the TAP's, for their hash */
+	uint64_t kept, kept_hits; /* grants that stay mapped; how often one was used */
+	uint64_t ctrl_requests, ctrl_refused;
 	uint64_t tap_errors, map_errors, notifies, wakeups, spurious;
 	uint64_t canaries;
 	uint64_t fatal; /* queues that a frontend's mistake has ended */
@@ -89,9 +92,11 @@ void pvf_nb_get_stats(struct pvf_nb *nb, struct pvf_nb_stats *stats);
 /* The first mistake of a frontend, as text of PVF_NB_TEXT bytes; empty: there was none. */
 void pvf_nb_fatal(struct pvf_nb *nb, char *why);
 
-/* A connection, as pvf_peer_open(); `flags`: enum pvf_nb_flag. 0 or -errno (-EBUSY: there is one). */
+/* A connection, as pvf_peer_open(); `flags`: enum pvf_nb_flag; `keep`: grants that each queue may have mapped for
+ * as long as the frontend likes (ADD_GREF_MAPPING; 0: there is no such request). 0 or -errno (-EBUSY: there is
+ * one). */
 int pvf_nb_connect(struct pvf_nb *nb, int table_fd, int maptrack_fd, uint16_t own_domid,
-		   uint16_t domid, int hub_fd, uint32_t flags);
+		   uint16_t domid, int hub_fd, uint32_t flags, uint32_t keep);
 
 /* Gives an arena that the hub need not be asked for. 0 or -errno. */
 int pvf_nb_arena(struct pvf_nb *nb, uint16_t number, int fd);
@@ -106,6 +111,9 @@ struct pvf_nb_channel {
  * `why` (PVF_NB_TEXT bytes). */
 int pvf_nb_queue(struct pvf_nb *nb, uint32_t tx_ref, uint32_t rx_ref,
 		 const struct pvf_nb_channel *channels, uint32_t count, int tap_fd, char *why);
+
+/* The control ring, before pvf_nb_start(). As pvf_nb_queue(). */
+int pvf_nb_control(struct pvf_nb *nb, uint32_t ref, const struct pvf_nb_channel *channel, char *why);
 
 /* Starts the threads. 0 or -errno. */
 int pvf_nb_start(struct pvf_nb *nb);

@@ -21,6 +21,8 @@
 
 #define NB_PAGE 4096u
 #define NB_FRAME 65536u
+#define NB_KEY 40u       /* bytes of a hash's key: XEN_NETBK_MAX_HASH_KEY_SIZE */
+#define NB_MAPPING 128u  /* hash to queue: XEN_NETBK_MAX_HASH_MAPPING_SIZE */
 #define NB_SLOTS_FATAL 20u /* FATAL_SKB_SLOTS_DEFAULT of Linux's netback */
 
 #define LOAD(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
@@ -35,8 +37,22 @@ struct nb_end { /* of an event channel */
 	bool delivered;
 };
 
+struct nb_kept { /* a grant that stays mapped */
+	unsigned char *page; /* NULL: it does not */
+	bool writable;
+};
+
+struct nb_frame { /* a packet from either side */
+	struct virtio_net_hdr vnet;
+	uint8_t bytes[NB_FRAME + 64];
+};
+
 struct nb_queue {
 	struct pvf_nb *nb;
+	/* Whoever puts packets into its rings, or changes which of its grants stay mapped, holds it: never two. */
+	pthread_mutex_t lock;
+	struct nb_kept *kept; /* by reference; NULL: none may be */
+	uint32_t kept_count;
 	struct netif_tx_back_ring tx;
 	struct netif_rx_back_ring rx;
 	uint32_t tx_ref, rx_ref;
@@ -48,15 +64,31 @@ struct nb_queue {
 	pthread_t thread;
 	bool started;
 	RING_IDX tx_published;
-	struct { /* a packet from either side */
-		struct virtio_net_hdr vnet;
-		uint8_t bytes[NB_FRAME + 64];
-	} frame;
+	struct nb_frame frame;
 	struct pvf_nb_stats stats;
 };
 
+struct nb_hash { /* under the interface's lock */
+	uint32_t algorithm; /* 0: none; read without it, too */
+	uint32_t types;
+	uint8_t key[NB_KEY];
+	uint32_t entries; /* of the mapping; 0: the hash modulo the queues */
+	uint32_t mapping[NB_MAPPING];
+};
+
+struct nb_ctrl { /* the control ring */
+	bool there, started;
+	uint32_t ref;
+	void *shared;
+	struct xen_netif_ctrl_back_ring ring;
+	struct nb_end end;
+	int ctl_fd, epoll_fd;
+	pthread_t thread;
+	uint64_t requests, refused;
+};
+
 struct pvf_nb {
-	pthread_mutex_t lock; /* rules, fatal */
+	pthread_mutex_t lock; /* rules, fatal, hash; taken with a queue's lock held, never before it */
 	struct pvf_nb_rule rule[PVF_NB_RULES];
 	uint32_t rules; /* read without the lock: 0 costs nothing */
 	uint64_t fired[PVF_NB_KINDS];
@@ -64,6 +96,9 @@ struct pvf_nb {
 	uint32_t broken; /* nothing is taken or given any more */
 	bool connected, stop;
 	uint32_t flags;
+	uint32_t keep; /* grants that a queue may keep mapped */
+	struct nb_hash hash;
+	struct nb_ctrl ctrl;
 	struct pvf_peer peer;
 	struct nb_queue *queue[PVF_NB_QUEUES];
 	uint32_t queues;
@@ -84,6 +119,25 @@ bool nb_tx(struct nb_queue *q);
 bool nb_rx(struct nb_queue *q);
 /* Whether there are pages for any packet; if not, the frontend is asked to tell of more. */
 bool nb_rx_room(struct nb_queue *q);
+
+/* The queue that a received frame is for, which is `q` unless the frontend wants a hash, and what is said of that
+ * (no type: nothing). */
+struct nb_queue *nb_steer(struct nb_queue *q, const uint8_t *frame, uint32_t size,
+			  struct netif_extra_info *extra);
+
+int nb_ctrl_start(struct pvf_nb *nb);
+void nb_ctrl_stop(struct pvf_nb *nb);
+int nb_kept_new(struct nb_queue *q);
+void nb_kept_free(struct nb_queue *q);
+
+struct nb_access {
+	unsigned char *page;
+	bool kept;
+};
+
+/* A granted page, for as long as the queue's lock is held: 0, or -errno as pvf_peer_map(). */
+int nb_page(struct nb_queue *q, uint32_t ref, bool writable, struct nb_access *access);
+void nb_page_done(struct nb_queue *q, uint32_t ref, const struct nb_access *access);
 
 /* Where the transport checksum of a frame begins, and its field from there; as skb_checksum_setup() finds
  * them. False: it is none of TCP's or UDP's over IPv4 or IPv6. */

@@ -8,7 +8,7 @@
 
 #include "netback_int.h"
 
-#define MOST_SLOTS 18u /* of a packet: its pages, and what it says of GSO */
+#define MOST_SLOTS 18u /* of a packet: its pages, and what it says of GSO and of its hash */
 
 /* How many requests can be used; more than the ring has slots: the frontend broke the protocol. */
 static uint32_t requests(struct nb_queue *q)
@@ -63,16 +63,16 @@ static void put_extra(struct nb_queue *q, const struct netif_extra_info *extra)
 	memcpy(RING_GET_RESPONSE(&q->rx, q->rx.rsp_prod_pvt++), extra, sizeof(*extra));
 }
 
-static int16_t fill(struct nb_queue *q, const struct netif_rx_request *r, uint32_t at, uint32_t bytes)
+static int16_t fill(struct nb_queue *q, const struct netif_rx_request *r, const uint8_t *from, uint32_t bytes)
 {
-	unsigned char *page;
+	struct nb_access a;
 
-	if (pvf_peer_map(&q->nb->peer, r->gref, true, &page)) {
+	if (nb_page(q, r->gref, true, &a)) {
 		ADD(q->stats.map_errors, 1);
 		return NETIF_RSP_ERROR;
 	}
-	memcpy(page, q->frame.bytes + at, bytes);
-	pvf_peer_unmap(&q->nb->peer, r->gref);
+	memcpy(a.page, from, bytes);
+	nb_page_done(q, r->gref, &a);
 	return (int16_t)bytes;
 }
 
@@ -113,9 +113,9 @@ static uint8_t gso_of(const struct virtio_net_hdr *v)
 }
 
 /* What is said of a packet beside its bytes; `most`: slots that there are for it. */
-static void say_more(struct nb_queue *q, struct extras *e, uint32_t most)
+static void say_more(struct nb_queue *q, const struct virtio_net_hdr *v,
+		     const struct netif_extra_info *hash, struct extras *e, uint32_t most)
 {
-	const struct virtio_net_hdr *v = &q->frame.vnet;
 	uint8_t gso = gso_of(v);
 	uint64_t lie;
 
@@ -126,6 +126,8 @@ static void say_more(struct nb_queue *q, struct extras *e, uint32_t most)
 			.u.gso = {.size = v->gso_size,
 				  .type = gso == VIRTIO_NET_HDR_GSO_TCPV4 ? XEN_NETIF_GSO_TYPE_TCPV4
 									  : XEN_NETIF_GSO_TYPE_TCPV6}};
+	if (hash->type)
+		e->info[e->count++] = *hash;
 	if (nb_fires(q->nb, PVF_NB_RX_EXTRA, &lie)) {
 		uint32_t times = lie >> 32 & 7 ? (uint32_t)(lie >> 32 & 7) : 1;
 
@@ -138,15 +140,16 @@ static void say_more(struct nb_queue *q, struct extras *e, uint32_t most)
 		e->info[i].flags |= XEN_NETIF_EXTRA_FLAG_MORE;
 }
 
-static void give(struct nb_queue *q, uint32_t size)
+static void give(struct nb_queue *q, const struct nb_frame *f, uint32_t size,
+		 const struct netif_extra_info *hash)
 {
-	const struct virtio_net_hdr *v = &q->frame.vnet;
+	const struct virtio_net_hdr *v = &f->vnet;
 	uint32_t pages = (size + NB_PAGE - 1) / NB_PAGE, refs[MOST_SLOTS];
 	RING_IDX old = q->rx.rsp_prod_pvt;
 	struct extras extras;
 	uint64_t unused;
 
-	say_more(q, &extras, MOST_SLOTS - pages);
+	say_more(q, v, hash, &extras, MOST_SLOTS - pages);
 	for (uint32_t i = 0; i < pages; i++) {
 		uint32_t bytes = size - i * NB_PAGE < NB_PAGE ? size - i * NB_PAGE : NB_PAGE;
 		struct netif_rx_request r;
@@ -154,7 +157,7 @@ static void give(struct nb_queue *q, uint32_t size)
 
 		take(q, &r);
 		refs[i] = r.gref;
-		int16_t status = fill(q, &r, i * NB_PAGE, bytes);
+		int16_t status = fill(q, &r, f->bytes + i * NB_PAGE, bytes);
 
 		rsp = RING_GET_RESPONSE(&q->rx, q->rx.rsp_prod_pvt++);
 		*rsp = (struct netif_rx_response){.id = r.id, .status = status};
@@ -183,7 +186,13 @@ bool nb_rx(struct nb_queue *q)
 {
 	bool any = false;
 
-	for (uint32_t n = 0; n < TURN && !LOAD(q->nb->broken) && nb_rx_room(q); n++) {
+	for (uint32_t n = 0; n < TURN && !LOAD(q->nb->broken); n++) {
+		pthread_mutex_lock(&q->lock);
+		bool room = nb_rx_room(q);
+
+		pthread_mutex_unlock(&q->lock);
+		if (!room)
+			break;
 		struct iovec iov[2] = {{&q->frame.vnet, sizeof(q->frame.vnet)},
 				       {q->frame.bytes, NB_FRAME}};
 		ssize_t got = readv(q->tap_fd, iov, 2);
@@ -200,7 +209,16 @@ bool nb_rx(struct nb_queue *q)
 			ADD(q->stats.rx_dropped, 1);
 			continue;
 		}
-		give(q, (uint32_t)size);
+		struct netif_extra_info hash;
+		struct nb_queue *to = nb_steer(q, q->frame.bytes, (uint32_t)size, &hash);
+
+		pthread_mutex_lock(&to->lock);
+		ADD(to->stats.rx_steered, to != q);
+		if (nb_rx_room(to))
+			give(to, &q->frame, (uint32_t)size, &hash);
+		else /* another queue's ring is full: dropped, as by a queue that is too long */
+			ADD(to->stats.rx_dropped, 1);
+		pthread_mutex_unlock(&to->lock);
 	}
 	return any;
 }

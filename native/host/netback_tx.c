@@ -156,16 +156,16 @@ static bool copy(struct nb_queue *q, const struct packet *p, uint32_t size)
 	for (uint32_t i = 0; i < p->slots; i++) {
 		const struct netif_tx_request *r = &p->slot[i];
 		uint32_t bytes = i ? r->size : size - rest;
-		unsigned char *page;
+		struct nb_access a;
 
-		if (pvf_peer_map(&q->nb->peer, r->gref, false, &page)) {
+		if (nb_page(q, r->gref, false, &a)) {
 			ADD(q->stats.map_errors, 1);
 			return false;
 		}
-		memcpy(q->frame.bytes + at, page + r->offset, bytes);
+		memcpy(q->frame.bytes + at, a.page + r->offset, bytes);
 		if (looks)
-			look(q, page, r->offset, r->offset + bytes, canary);
-		pvf_peer_unmap(&q->nb->peer, r->gref);
+			look(q, a.page, r->offset, r->offset + bytes, canary);
+		nb_page_done(q, r->gref, &a);
 		at += bytes;
 	}
 	return true;

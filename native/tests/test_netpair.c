@@ -93,7 +93,9 @@ static void begin(void)
 	pvf_net_rx_fill(&rx);
 	push();
 	CHECK((nb = pvf_nb_new()));
-	CHECK_EQ(pvf_nb_connect(nb, table_fd, track_fd, 0, 7, -1, PVF_NB_SG | PVF_NB_GSO4 | PVF_NB_GSO6), 0);
+	CHECK_EQ(pvf_nb_connect(nb, table_fd, track_fd, 0, 7, -1, PVF_NB_SG | PVF_NB_GSO4 | PVF_NB_GSO6,
+			     0),
+		 0);
 	CHECK_EQ(pvf_nb_arena(nb, ARENA, arena_fd), 0);
 	struct pvf_nb_channel its = {channel_fd, ends[1], ends[0], 1};
 

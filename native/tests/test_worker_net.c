@@ -120,7 +120,9 @@ static void start_backend(void)
 {
 	char why[PVF_NB_TEXT] = "";
 
-	CHECK_EQ(pvf_nb_connect(nb, table_fd, track_fd, 0, 7, -1, PVF_NB_SG | PVF_NB_GSO4 | PVF_NB_GSO6), 0);
+	CHECK_EQ(pvf_nb_connect(nb, table_fd, track_fd, 0, 7, -1, PVF_NB_SG | PVF_NB_GSO4 | PVF_NB_GSO6,
+			     0),
+		 0);
 	for (uint32_t i = 0; i < queues; i++) {
 		struct pvf_nb_channel its[2];
 

@@ -45,11 +45,17 @@ class Features:
     multicast_control: bool = True
     dynamic_multicast_control: bool = True
     split_event_channels: bool = True
+    ctrl_ring: bool = True
     queues: int = min(os.cpu_count() or 1, 16)
+    gref_mapping: int = 1024
+    """Grants that each queue keeps mapped where the frontend asks for it, which Linux's does not."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.queues, bool) or not 1 <= self.queues <= lib.PVF_NB_QUEUES:
-            raise PvfrontError(f"feature queues={self.queues!r} is not in 1..{lib.PVF_NB_QUEUES}")
+        limits = {"queues": (1, lib.PVF_NB_QUEUES), "gref_mapping": (0, 32768)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not low <= value <= high:
+                raise PvfrontError(f"feature {name}={value!r} is not in {low}..{high}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,14 @@ class Queue:
     rx_ref: int
     port: int
     rx_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The control ring as its frontend published it."""
+
+    ref: int
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +149,13 @@ class Engine:
         queues: Sequence[Queue],
         taps: Sequence[int],
         wishes: Wishes,
+        *,
+        control: Control | None = None,
+        gref_mapping: int = 0,
     ) -> None:
         """Binds and maps the rings of domain `domid`'s frontend; `taps`: a descriptor for each
-        queue, the engine's from now on, whatever happens. Raises EngineError (then nothing is
-        connected).
+        queue, the engine's from now on, whatever happens; gref_mapping: grants that each queue may
+        keep mapped. Raises EngineError (then nothing is connected).
         """
         self.disconnect()
         self._taps = list(taps)
@@ -147,8 +164,9 @@ class Engine:
             _, fds = gntdev.ask(do="domain", domid=domid)
             try:
                 code = lib.pvf_nb_connect(
-                    self._nb, *fds, own_domid, domid, gntdev.sock.fileno(), wishes.flags
-                )
+                    self._nb, *fds, own_domid, domid, gntdev.sock.fileno(), wishes.flags,
+                    gref_mapping,
+                )  # fmt: skip
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -158,6 +176,8 @@ class Engine:
             evtchn = self._open(host, "evtchn", own_domid)
             for queue, tap in zip(queues, taps, strict=True):
                 self._queue(evtchn, domid, queue, tap)
+            if control is not None:
+                self._control(evtchn, domid, control)
         except BaseException as exc:
             self.disconnect()
             if isinstance(exc, OSError | ValueError):
@@ -187,6 +207,19 @@ class Engine:
             code = lib.pvf_nb_queue(
                 self._nb, queue.tx_ref, queue.rx_ref, channels, len(ports), tap, why
             )
+        finally:
+            for fd in opened:
+                os.close(fd)
+        if code:
+            raise EngineError(ffi.string(why).decode(), -code)
+
+    def _control(self, evtchn: HubDevice, domid: int, control: Control) -> None:
+        channel = ffi.new("struct pvf_nb_channel *")
+        why = ffi.new("char[]", lib.PVF_NB_TEXT)
+        opened: list[int] = []
+        try:
+            _bind(evtchn, domid, control.port, channel, opened)
+            code = lib.pvf_nb_control(self._nb, control.ref, channel, why)
         finally:
             for fd in opened:
                 os.close(fd)

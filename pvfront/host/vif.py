@@ -42,7 +42,7 @@ from pvfront.host.busdevice import (
     flag,
 )
 from pvfront.host.hubdevice import EngineError
-from pvfront.host.netengine import Engine, Features, Queue, Wishes
+from pvfront.host.netengine import Control, Engine, Features, Queue, Wishes
 from pvfront.netfront.tap import Tap
 from pvfront.xenstore import Xenstore
 
@@ -140,6 +140,7 @@ class Vif(BusDevice[Engine, Features]):
                 "feature-multicast-control": flag(f.multicast_control),
                 "feature-dynamic-multicast-control": flag(f.dynamic_multicast_control),
                 "feature-split-event-channels": flag(f.split_event_channels),
+                "feature-ctrl-ring": flag(f.ctrl_ring),
                 "multi-queue-max-queues": str(f.queues),
             }
         )
@@ -191,8 +192,12 @@ class Vif(BusDevice[Engine, Features]):
         assert self.engine is not None
         try:
             queues, wishes, csum = await self._read_frontend()
+            control = await self._read_control()
             taps = await asyncio.to_thread(self._open_tap, len(queues), wishes, csum)
-            self.engine.connect(self.host, self.own_domid, self.domid, queues, taps, wishes)
+            self.engine.connect(
+                self.host, self.own_domid, self.domid, queues, taps, wishes, control=control,
+                gref_mapping=self.features.gref_mapping if self.features.ctrl_ring else 0,
+            )  # fmt: skip
             self.engine.start()
         except FrontendError as exc:
             await self._failed(errno.EINVAL, str(exc))
@@ -203,8 +208,9 @@ class Vif(BusDevice[Engine, Features]):
         else:
             split = any(queue.rx_port is not None for queue in queues)
             log.info(
-                "%r: connected, %d queues%s, %s, %s",
-                self, len(queues), ", split event channels" * split, wishes, self.tap,
+                "%r: connected, %d queues%s%s, %s, %s",
+                self, len(queues), ", split event channels" * split,
+                ", control ring" * (control is not None), wishes, self.tap,
             )  # fmt: skip
             return True
         return False
@@ -263,6 +269,15 @@ class Vif(BusDevice[Engine, Features]):
             return Queue(tx, rx, await self._required(where, "event-channel"))
         ports = [await self._required(where, f"event-channel-{way}") for way in ("tx", "rx")]
         return Queue(tx, rx, *ports)
+
+    async def _read_control(self) -> Control | None:
+        """As connect_ctrl_ring: a frontend may do without."""
+        if await self.store.read_opt(f"{self.frontend}/ctrl-ring-ref") is None:
+            return None
+        return Control(
+            await self._required(self.frontend, "ctrl-ring-ref"),
+            await self._required(self.frontend, "event-channel-ctrl"),
+        )
 
     def describe(self) -> dict[str, Any]:
         mistake = self.engine.mistake() if self.engine is not None else ""

@@ -98,8 +98,8 @@ class Wire:
             return file.read().decode(errors="replace")
 
     async def counters(self, way: str) -> dict[str, Any]:
-        """Of one queue: there is one."""
-        (queue,) = await self.it.queue_statistics(self.devid)
+        """Of the first queue: the backend has no other."""
+        queue = (await self.it.queue_statistics(self.devid))[0]
         return {**queue, **queue[way]}
 
     async def dropped(self, why: str, times: int = 1) -> None:
