@@ -48,7 +48,7 @@ class Features:
     ctrl_ring: bool = True
     queues: int = min(os.cpu_count() or 1, 16)
     gref_mapping: int = 1024
-    """Grants that each queue keeps mapped where the frontend asks for it, which Linux's does not."""
+    """Grants that each queue keeps mapped if its frontend asks for that; Linux keeps none."""
 
     def __post_init__(self) -> None:
         limits = {"queues": (1, lib.PVF_NB_QUEUES), "gref_mapping": (0, 32768)}
