@@ -43,7 +43,7 @@ def vif() -> None:
     multiple=True,
     callback=lambda _context, _parameter, values: _options(values),
     help="A setting: max_queues=N (0, the default, is one for each processor), hash=0 or 1, "
-    "multicast_filter=0 or 1.",
+    "split_event_channels=0 or 1, multicast_filter=0 or 1.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
 def serve(

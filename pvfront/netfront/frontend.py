@@ -89,6 +89,7 @@ class NetFrontend:
         self.run_dir = platform.run_dir
         settings = settings or NetSettings()
         self.max_queues = min(settings.max_queues or os.cpu_count() or 1, features.MAX_QUEUES)
+        self.split = bool(settings.split_event_channels)
         self.multicast_filter = bool(settings.multicast_filter)
         self.budget = budget or Budget(platform.grant_limit)
         self.offer: Offer | None = None
@@ -290,7 +291,8 @@ class NetFrontend:
         worker = await self._living_worker()
         offer = await self._read(device)
         assert worker.hello is not None
-        asked = shape.wanted(offer, min(self.max_queues, worker.hello.queues))
+        most = min(self.max_queues, worker.hello.queues)
+        asked = shape.wanted(offer, most, split=self.split)
         share, why = self.budget.share(self.name)
         first = asked if share is None else shape.fit(asked, share)
         with opened(self.platform, device.backend_id, asked, first) as made:
@@ -351,13 +353,10 @@ class NetFrontend:
 
     async def start(self, device: XenbusDevice) -> None:
         offer = await self._read(device)
-        tap = await asyncio.to_thread(self._set_up, offer)
-        try:
-            await self.control.set_up()
-        except BaseException:
-            tap.close()
-            raise
-        groups = await asyncio.to_thread(joined, self.ifname) if offer.multicast_control else ()
+        await self.control.set_up()
+        tap = await self._open_tap(offer)
+        # Without an await in between: what is open is given away or closed.
+        groups = joined(self.ifname) if offer.multicast_control else ()
         fds = tap.give()
         try:
             await self._need_worker().start_net(
@@ -375,6 +374,15 @@ class NetFrontend:
         self.connected = True
         await self._show_state()
         self.link.announce()
+
+    async def _open_tap(self, offer: Offer) -> Tap:
+        opening = asyncio.create_task(asyncio.to_thread(self._set_up, offer))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # The thread goes on to its end; a TAP that nobody reads must not keep its carrier.
+            opening.add_done_callback(_close_tap)
+            raise
 
     def _set_up(self, offer: Offer) -> Tap:
         """The TAP with its queues. It has a carrier as soon as somebody has one of them."""
@@ -406,7 +414,7 @@ class NetFrontend:
             }
             self._state, problems = link_state(backend, ours)
             for problem in problems:
-                log.warning("%s: %s", self.name, problem)
+                self._say(str(problem))
         if self._state != before:
             await self._show_state()
         if self._upgrade.ready:
@@ -597,3 +605,8 @@ class NetFrontend:
                     log.info("%s: %s", self.name, what)
                 self._note(Kind.STALL, what, seconds=event.seconds, in_flight=event.in_flight)
         self._poke()
+
+
+def _close_tap(opening: asyncio.Task[Tap]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

@@ -16,11 +16,12 @@ class NetSettings:
 
     max_queues: int = 0  # 0: one for each processor
     hash: int = 1  # 0: the backend spreads packets over the queues as it likes
+    split_event_channels: int = 1  # 0: one event channel for both rings of a queue
     multicast_filter: int = 0  # 1: multicast packets that nobody joined are not wanted
 
 
 NAMES = tuple(field.name for field in fields(NetSettings))
-_LARGEST = {"max_queues": MAX_QUEUES, "hash": 1, "multicast_filter": 1}
+_LARGEST = {"max_queues": MAX_QUEUES, "hash": 1, "split_event_channels": 1, "multicast_filter": 1}
 
 
 def parse_option(text: str) -> tuple[str, Any]:

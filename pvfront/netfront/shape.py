@@ -52,15 +52,16 @@ class Shape:
 LEAST = Shape(1, TX_LEAST, RX_LEAST)
 
 
-def wanted(offer: Offer, most_queues: int) -> Shape:
-    """The shape for a backend with room for everything. `most_queues`: ours and the worker's.
+def wanted(offer: Offer, most_queues: int, *, split: bool = True) -> Shape:
+    """The shape for a backend with room for everything. `most_queues`: ours and the worker's;
+    `split`: whether two event channels for each queue are wanted.
 
     Without scatter/gather a packet has one page.
     """
     return Shape(
         queues=max(1, min(offer.max_queues, most_queues)),
         tx=SLOTS + (TX_SPARE if offer.sg else 1),
-        split=offer.split_event_channels,
+        split=offer.split_event_channels and split,
     )
 
 

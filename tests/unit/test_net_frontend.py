@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,30 @@ async def test_a_start_that_failed_is_tried_again_on_the_same_connection(world: 
     await world.vif.start(world.device)
     assert world.vif.generation == 1
     assert world.vif.details()["control"]["static"]["queues"] == 2
+
+
+async def test_a_goal_that_changes_while_the_tap_is_made_leaves_no_queue_of_it_open(
+    world: World,
+) -> None:
+    made = asyncio.get_running_loop().create_future()
+
+    async def to_thread(do: Any, *args: Any) -> Any:
+        await made
+        return do(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.asyncio, "to_thread", to_thread)
+        await world.attach()
+        starting = asyncio.create_task(world.vif.start(world.device))
+        await asyncio.sleep(1)
+        assert world.taps == []
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        made.set_result(None)
+        await asyncio.sleep(1)
+    assert [tap.open for tap in world.taps] == [False]
+    await world.vif.detach(keep_target=False)
+    assert world.left() == {}
 
 
 # -- what the backend cannot -----------------------------------------------------------------------

@@ -46,6 +46,7 @@ def test_what_is_wanted_is_what_both_ends_can() -> None:
     assert wanted(Offer(sg=True, max_queues=4, split_event_channels=True), 2) == Shape(
         2, 288, 256, split=True
     )
+    assert not wanted(Offer(split_event_channels=True), 2, split=False).split
     assert wanted(Offer(), 16) == Shape(1, 257, 256)
     assert wanted(Offer(max_queues=4), 0).queues == 1
 

@@ -69,6 +69,30 @@ async def test_the_ports_outlive_the_process_that_bound_them(
         os.kill(parker, signal.SIGKILL)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="taking another process's descriptors needs root")
+async def test_a_process_that_goes_on_has_only_the_named_port_parked() -> None:
+    first, second = os.open(NODE, os.O_RDWR), os.open(NODE, os.O_RDWR)
+    try:
+        parker, count = await park(os.getpid(), node=NODE, timeout=PATIENCE, fds=[second])
+        try:
+            assert (count, held(parker)) == (1, 1)
+        finally:
+            os.kill(parker, signal.SIGKILL)
+    finally:
+        os.close(first)
+        os.close(second)
+
+
+async def test_a_named_descriptor_that_is_no_port_is_not_said_to_be_parked() -> None:
+    read, write = os.pipe()
+    try:
+        with pytest.raises(CannotPark, match="0 of 1 ports were taken over"):
+            await park(os.getpid(), node=NODE, timeout=PATIENCE, fds=[read])
+    finally:
+        os.close(read)
+        os.close(write)
+
+
 async def test_a_process_without_ports_leaves_no_parker_behind() -> None:
     assert await park(os.getpid(), node=NODE, timeout=PATIENCE) == (0, 0)
 
