@@ -256,6 +256,9 @@ def liars() -> list[bytes]:
         whole = ethernet(0x86DD, ip6(protocol, payload))
         found += [whole[:cut] for cut in (18, 53, 54, 55, 61, 62, 73)]
         found += [ethernet(0x86DD, ip6(protocol, payload, total=n)) for n in (0, 7, 0xFFFF)]
+        for n in (0, 1, 4, 7, 12, 15, 17, 19):  # honest of lengths, but too short
+            found.append(ethernet(0x800, ip4(protocol, payload[:n])))
+            found.append(ethernet(0x86DD, ip6(protocol, payload[:n])))
         for following in (0, 43, 44, 50, 51, 60, 135):
             found.append(ethernet(0x86DD, ip6(following, bytes([protocol, 0xFF]) + payload)))
             found.append(ethernet(0x86DD, ip6(following, bytes([following, 0]) + chain + payload)))
