@@ -36,6 +36,16 @@ void pvf_net_rx_fill(struct pvf_net_rx *rx)
 	}
 }
 
+bool pvf_net_rx_push(struct pvf_net_rx *rx)
+{
+	uint32_t hidden = rx->ring.req_prod_pvt - rx->ring.req_published;
+
+	/* Whatever is not hidden is with the backend: three quarters, at the least. */
+	if (hidden < pvf_min32(PVF_NET_SHOWN, rx->pool.pages / 4))
+		return false;
+	return pvf_ring_push(&rx->ring);
+}
+
 static void broken(struct pvf_net_rx *rx, uint32_t rule, uint64_t value, const char *field,
 		   const char *text)
 {

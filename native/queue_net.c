@@ -288,7 +288,7 @@ void pvf_netq_serve(struct pvf_queue *q)
 		tell_groups(q);
 	if (q->stopped)
 		return;
-	bool sent = pvf_ring_push(&n->tx.ring), room = pvf_ring_push(&n->rx.ring);
+	bool sent = pvf_ring_push(&n->tx.ring), room = pvf_net_rx_push(&n->rx);
 
 	if (sent || (room && !n->split))
 		pvf_queue_notify(q, &q->port);

@@ -224,6 +224,26 @@ static void nonsense(void)
 }
 
 /* Room before the packet (XDP) and a hash say nothing that a TAP wants to know. */
+static void shown_in_bulk(void)
+{
+	static uint8_t bytes[100];
+	uint32_t packets = 0;
+
+	rx_fresh();
+	for (uint32_t before = rx.ring.req_published; rx.ring.req_published == before; packets++) {
+		put_slot(bytes, sizeof(bytes), 0, 0);
+		CHECK(look());
+		pvf_net_rx_done(&rx, &got, false);
+		pvf_net_rx_fill(&rx);
+		pvf_net_rx_push(&rx);
+	}
+	CHECK_EQ(packets, PVF_NET_SHOWN);
+	pvf_net_rx_init(&rx, rx_page, rx_pool, 20, grefs); /* few pages */
+	pvf_net_rx_fill(&rx);
+	pvf_net_rx_push(&rx);
+	CHECK_EQ(rx.ring.req_published, 20);
+}
+
 static void passed_over(void)
 {
 	struct frame f = tcp(4, 0, 3000);
@@ -392,6 +412,7 @@ int main(void)
 		{"a received checksum that nobody finds is a drop", rx_csum_nowhere},
 		{"a received large packet is told to the TAP as one", rx_large},
 		{"rules 11 and 12: extra info without sense is a drop, and its slots come back", nonsense},
+		{"new pages are shown to the backend when they are many", shown_in_bulk},
 		{"extra info that a TAP has no use for is passed over", passed_over},
 		{"the trace has what came, and why it was dropped", rx_traced},
 		{"rule 10: a packet whose rest is not there is a drop", not_all_there},
