@@ -137,6 +137,7 @@ static uint64_t storm(struct bb_ring *r, uint64_t now)
 			bb_notify(r);
 		else if (write(r->other_fd, &one, sizeof(one)) < 0)
 			pause = pause ? pause : IDLE_US; /* full: it is awake */
+		bb_rules_fired(&r->bb->rules, PVF_BB_STORM);
 	}
 	r->storm_due = now + pause;
 	return r->storm_due;
@@ -188,6 +189,7 @@ static uint64_t rewriting(struct bb_ring *r, uint64_t now, uint32_t kind, uint64
 		 * published stand in the others, and would come to us as garbage. */
 		bb_rewrite_slots(r, r->ring.req_cons - RING_SIZE(&r->ring) / 4, r->ring.req_cons,
 				 &rule);
+	bb_rules_fired(&r->bb->rules, kind); /* who waits for it then uses what was rewritten */
 	return *due;
 }
 

@@ -69,8 +69,9 @@ uint32_t bb_rules_match(struct bb_rules *rules, uint8_t op, uint64_t sector, uin
 			struct pvf_bb_rule *action);
 /* Whether there is a rule of this kind that needs no request; `*rule` is a copy. */
 bool bb_rules_idle(struct bb_rules *rules, uint32_t kind, struct pvf_bb_rule *rule);
-/* Whether it fires now. */
+/* Whether it fires now; if so, `bb_rules_fired` counts it once it is done. */
 bool bb_rules_fire(struct bb_rules *rules, uint32_t kind);
+void bb_rules_fired(struct bb_rules *rules, uint32_t kind);
 uint64_t bb_rules_draw(struct bb_rules *rules);
 
 /* A disk and its connection */

@@ -103,7 +103,6 @@ static bool fires(struct bb_rules *rules, struct pvf_bb_rule *rule)
 		return false;
 	if (rule->count && !--rule->count)
 		rule->chance = 0; /* it was the last time */
-	rules->fired[rule->kind]++;
 	return true;
 }
 
@@ -129,6 +128,7 @@ uint32_t bb_rules_match(struct bb_rules *rules, uint8_t op, uint64_t sector, uin
 		    (rule->ops && (op > 31 || !(rule->ops & 1u << op))) ||
 		    !touches(rule, sector, sectors) || !fires(rules, rule))
 			continue;
+		rules->fired[rule->kind]++;
 		seen |= 1u << rule->kind;
 		action[n++] = *rule;
 	}
@@ -168,6 +168,13 @@ bool bb_rules_fire(struct bb_rules *rules, uint32_t kind)
 	fired = found && fires(rules, found);
 	pthread_mutex_unlock(&rules->lock);
 	return fired;
+}
+
+void bb_rules_fired(struct bb_rules *rules, uint32_t kind)
+{
+	pthread_mutex_lock(&rules->lock);
+	rules->fired[kind]++;
+	pthread_mutex_unlock(&rules->lock);
 }
 
 uint64_t bb_rules_draw(struct bb_rules *rules)
