@@ -54,7 +54,6 @@ async def test_grants_stay_mapped_while_a_connection_lasts() -> None:
         assert stats["kept_hits"] > stats["tx_packets"] + stats["rx_packets"]
         assert not stats["ctrl_refused"]
         await it.detach()
-        assert (await it.backend.stats())["kept"] == 0
         await it.nothing_left()
 
 
