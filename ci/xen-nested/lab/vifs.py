@@ -152,10 +152,14 @@ def _connect(there: str) -> str:
     return f"until exec 3<>{there}; do sleep 0.1; done 2>/dev/null"
 
 
-def checker(machine: Machine, *arguments: object, ready: bool = False) -> Job:
-    """Starts netcheck.py there; `ready`: returns once it has said that it is."""
+def install_checker(machine: Machine) -> None:
     if not machine.has(CHECKER):
         machine.write(CHECKER, (paths.LAB / "scripts" / "netcheck.py").read_bytes())
+
+
+def checker(machine: Machine, *arguments: object, ready: bool = False) -> Job:
+    """Starts netcheck.py there; `ready`: returns once it has said that it is."""
+    install_checker(machine)
     job = machine.start(["python3", CHECKER, *map(str, arguments)])
     if ready:
 
