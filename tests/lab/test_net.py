@@ -24,6 +24,7 @@ SOAK = int(os.environ.get("PVFRONT_REPEATS", "1")) > 1
 CYCLES = 200 if SOAK else 10
 FRAMES = 5000 if SOAK else 250
 LARGEST = 65517  # MTU: netback's
+WIDE = "-o max_queues=2 -o multicast_filter=1 --all"
 HOLES_KIB = 2048
 """By how much the supervisor's memory may grow in the second half of the cycles. What it has in use
 does not, but the heap gets holes, fewer and fewer: in 120 cycles 4 MB of them."""
@@ -82,7 +83,6 @@ def test_a_hot_plugged_interface_answers_and_carries_bulk_both_ways_in_large_pac
         wait_until("the same, in", lambda: in_large_packets("rx", "-R"))
 
 
-@pytest.mark.core
 def test_frames_of_any_size_arrive_with_what_they_were_sent_with(
     net: Networks, lab: Lab, guest: Guest
 ) -> None:
@@ -224,7 +224,7 @@ def neighbour(vif: Vif) -> Iterator[tuple[str, str]]:
 def test_a_group_that_is_joined_is_heard_and_another_does_not_reach_the_guest(
     net: Networks, lab: Lab, guest: Guest
 ) -> None:
-    net.start("-o multicast_filter=1 --all")
+    net.start(WIDE)
     port = 6789
     joined, other = "239.1.2.3", "239.4.5.6"
     with net.vif() as vif, neighbour(vif) as (name, address):
@@ -272,7 +272,7 @@ def both_queues_carry(net: Networks, vif: Vif) -> None:
 
 
 def test_two_queues_carry_flows_side_by_side(net: Networks) -> None:
-    net.start("-o max_queues=2 --all")
+    net.start(WIDE)
     with net.vif() as vif:
         both_queues_carry(net, vif)
 
@@ -348,7 +348,6 @@ def test_an_idle_interface_costs_no_cpu(net: Networks, guest: Guest) -> None:
         wait_until("10 s without a tick", lambda: idle(10), deadline=300)
 
 
-@pytest.mark.kinds("hvm", "pv", "pvh612")
 @pytest.mark.usefixtures("soak_round")
 @pytest.mark.timeout(1800)
 def test_streams_go_on_through_a_dead_worker_a_restart_and_a_suspend(
@@ -390,14 +389,13 @@ def test_streams_go_on_through_a_dead_worker_a_restart_and_a_suspend(
         assert third["worker_pid"] not in (first["worker_pid"], second["worker_pid"]), said
         assert third["generation"] == second["generation"], "both ends stay Connected"
         goes_on()
-        if guest.kind == "hvm" or SOAK:
-            boot, domid = guest.boot_id(), guest.number
-            guest.save()
-            guest.restore()
-            assert guest.boot_id() == boot
-            assert guest.number != domid
-            net.wait_served(vif)
-            goes_on()
+        boot, domid = guest.boot_id(), guest.number
+        guest.save()
+        guest.restore()
+        assert guest.boot_id() == boot
+        assert guest.number != domid
+        net.wait_served(vif)
+        goes_on()
         load.kill(2)
         ended = load.wait()
         assert "interrupt" in ended.stdout + ended.stderr, ended
@@ -407,6 +405,7 @@ def test_streams_go_on_through_a_dead_worker_a_restart_and_a_suspend(
         assert "BUG" not in guest.output("dmesg")
 
 
+@pytest.mark.long
 def test_a_cable_that_the_toolstack_pulls_is_seen_and_so_is_its_return(
     net: Networks, lab: Lab, guest: Guest
 ) -> None:
@@ -421,27 +420,53 @@ def test_a_cable_that_the_toolstack_pulls_is_seen_and_so_is_its_return(
         vif.ping(56, 4000)
 
 
+def is_the_kernels(guest: Guest, vif: Vif) -> bool:
+    """Whether the interface of that name has a driver: a TAP has none."""
+    return guest.has(f"/sys/class/net/{vif.name}/device/driver")
+
+
 @pytest.mark.core
-def test_the_default_routes_interface_is_refused_and_what_is_stopped_is_the_kernels_again(
-    net: Networks, guest: Guest
-) -> None:
+def test_what_is_stopped_is_the_kernels_again(net: Networks, guest: Guest) -> None:
     with net.vif() as vif:
         vif.ping()
-        link = f"/sys/class/net/{vif.name}/device/driver"
-        assert not guest.has(link)
+        assert not is_the_kernels(guest, vif)
         net.stop()
-        wait_until("the kernel's interface", lambda: guest.has(link))
-        assert guest.output(f"readlink {link}").endswith("/vif")
+        wait_until("the kernel's interface", lambda: is_the_kernels(guest, vif))
         vif.configure(vif.name)
         vif.ping(56, 4000)
-        refused = guest.run("timeout 150 pvfront vif serve 0", check=False)
-        assert refused.code != 0
-        assert "--force" in refused.stderr
-        assert "default route" in refused.stderr
-        assert "Traceback" not in refused.stderr
-        assert guest.has("/sys/class/net/eth0/device/driver")
 
 
+@pytest.mark.long
+def test_addresses_go_with_the_interface_to_the_kernel_and_back(
+    net: Networks, guest: Guest
+) -> None:
+    def has_them(kernels: bool) -> bool:
+        said = guest.run(f"ip -o address show dev {vif.name}", check=False).stdout
+        there = vif.address in said and vif.address_v6 in said
+        return there and is_the_kernels(guest, vif) == kernels
+
+    with net.vif() as vif:
+        vif.ping()
+        net.stop()
+        wait_until("the kernel's interface with its addresses", lambda: has_them(True))
+        vif.ping(56, 4000)
+        net.start("--all")
+        net.wait_served(vif)
+        wait_until("ours with its addresses", lambda: has_them(False))
+        vif.ping(56, 4000)
+
+
+def test_the_interface_of_the_default_route_is_refused_without_force(guest: Guest) -> None:
+    guest.run(f"systemctl stop {UNIT}; ip route replace default via 10.0.2.2 dev eth0")
+    refused = guest.run("timeout 150 pvfront vif serve 0", check=False)
+    assert refused.code != 0
+    assert "--force" in refused.stderr
+    assert "default route" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert guest.has("/sys/class/net/eth0/device/driver")
+
+
+@pytest.mark.long
 def test_the_disk_service_beside_it_lets_the_network_service_have_new_vifs(
     net: Networks, guest: Guest
 ) -> None:
