@@ -262,7 +262,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	CHECK_EQ(r->held_count, 0);
 	for (uint32_t i = 0; i < r->kept_count; i++) {
 		CHECK(!r->kept[r->kept_ref[i]].used);
-		bb_unmap(r->conn, r->kept_ref[i]);
+		pvf_peer_unmap(&r->conn->peer, r->kept_ref[i]);
 		r->kept[r->kept_ref[i]] = (struct bb_kept){0};
 	}
 	r->kept_count = 0;
