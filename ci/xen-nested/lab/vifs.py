@@ -160,6 +160,9 @@ def install_checker(machine: Machine) -> None:
 def checker(machine: Machine, *arguments: object, ready: bool = False) -> Job:
     """Starts netcheck.py there; `ready`: returns once it has said that it is."""
     install_checker(machine)
+    # Of a test that is repeated, the first one's may still listen.
+    again = " ".join(map(str, arguments))
+    machine.run(["pkill", "-f", "--", f"[n]etcheck.py {again}$"], check=False)
     job = machine.start(["python3", CHECKER, *map(str, arguments)])
     if ready:
 
