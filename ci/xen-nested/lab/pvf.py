@@ -156,10 +156,14 @@ def fio(
     size: str = "16M",
     extra: str = "",
 ) -> str:
-    """A fio command that writes, reads back and verifies by checksum."""
+    """A fio command that writes, reads back and verifies by checksum.
+
+    With io_uring: fio 3.33's libaio waits for ever if a signal, or the freezer before a suspend,
+    comes while it waits for the last requests of a pass (its libaio engine, io_getevents).
+    """
     return (
         f"fio --name=verify --filename=/dev/pvfront/{name} --rw={rw} --bs={bs} "
-        f"--iodepth={depth} --ioengine=libaio --direct=1 --size={size} --verify=crc32c "
+        f"--iodepth={depth} --ioengine=io_uring --direct=1 --size={size} --verify=crc32c "
         f"--verify_fatal=1 --randrepeat=0 --output-format=terse {extra}"
     )
 
@@ -169,7 +173,8 @@ def end_fio(guest: Guest, *loads: Job, timeout: float = 300.0) -> None:
 
     For loads that must last as long as something else takes, however slow the machine is.
     """
-    guest.run("pkill -INT -x fio")
+    # fio itself tells its job to end: a signal to that one too may come while it waits (see `fio`).
+    guest.run("for p in $(pgrep -x fio); do pgrep -x fio -P $p >/dev/null && kill -INT $p; done; :")
     for load in loads:
         result = load.wait(timeout=timeout)
         assert result.code in (0, 128), result  # 128: ended by a signal, having finished in order
