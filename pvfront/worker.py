@@ -54,8 +54,7 @@ class Worker(WorkerLink):
         *,
         queues: int = 1,
         change_user: bool = True,
-        ublk: bool = False,
-        net: bool = False,
+        options: Sequence[str] = (),
         following: bool = False,
     ) -> Worker:
         """Starts a worker listening at ``run_dir/<name>.sock`` and waits for its HELLO.
@@ -63,11 +62,11 @@ class Worker(WorkerLink):
         `following`: at ``<name>.next``; it is to take over from the one at ``.sock``.
         `queues`: the most that a connection can have, PVF_MAX_QUEUES at most; each is a thread.
         `change_user`: as root, it becomes the user pvfront's and gets an empty root directory.
-        `net`: it serves a network instead of a disk.
-        `ublk`: it can serve a ublk device; it then may use an io_uring.
+        `options`: "--net": it serves a network instead of a disk; "--ublk": it can serve a ublk
+        device, and then may use an io_uring.
         """
         path = run_dir / f"{name}.{'next' if following else 'sock'}"
-        pid = start(name, path, queues=queues, change_user=change_user, ublk=ublk, net=net)
+        pid = start(name, path, queues=queues, change_user=change_user, options=options)
         try:
             return await cls._greet(name, path, pid)
         except ConnectionError:

@@ -11,6 +11,7 @@ import pwd
 import signal
 import socket
 import stat
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -58,22 +59,16 @@ def worker_ids() -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
-def start(
-    name: str, path: Path, *, queues: int, change_user: bool, ublk: bool, net: bool = False
-) -> int:
+def start(name: str, path: Path, *, queues: int, change_user: bool, options: Sequence[str]) -> int:
     """Starts a worker that listens at `path`, and returns its pid; see `Worker.spawn`."""
     program = binary()
     argv = [str(program), "--name", name, "--queues", str(queues)]
-    argv += ["--build", build_of(program)]
+    argv += ["--build", build_of(program), *options]
     if change_user and os.geteuid() == 0:
         uid, gid = worker_ids()
         root = path.parent / "empty"
         root.mkdir(mode=0o555, exist_ok=True)
         argv += ["--uid", str(uid), "--gid", str(gid), "--chroot", str(root)]
-    if ublk:
-        argv.append("--ublk")
-    if net:
-        argv.append("--net")
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))

@@ -12,10 +12,6 @@ Theory of operation
     generation may start without a socket; `update` starts each client's when it waits and the
     ring holds no request of the one before (DRAINED after TARGET_GONE: the fence).
 
-    The worker is a process that may die at any moment, be killed, or be left over from an earlier
-    supervisor. Its death ends the generation; the next `attach` starts another one.
-    `trouble` says why the present generation is over.
-
     How large a generation's rings are is decided when the backend is at InitWait (`rings.py`):
     what both ends can, what the settings want, what the budget of granted pages has (`budget.py`).
     Where gntalloc has less than the budget thought, because other processes hold pages, smaller
@@ -23,8 +19,7 @@ Theory of operation
     them; each generation takes what its backend offers then, be it less than the one before had.
     What users were told cannot always be taken back: see target.py.
 
-    What is known of the worker's process is WorkerSide's (`workerside.py`). `update` has it
-    replaced by another one, between two steps of the loop (docs/upgrade.md): no generation begins.
+    The worker's process is `WorkerSide`'s business (workerside.py).
 """
 
 from __future__ import annotations
@@ -40,27 +35,23 @@ from typing import Any
 from ..abi import StatsUnreadable, lib, read_all_stats
 from ..budget import Budget, Grant
 from ..errors import PvfrontError
-from ..parking import CannotPark, park
 from ..platform import Platform
 from ..startlimit import Limits
 from ..states import XenbusState
 from ..trace import Kind
-from ..worker import Worker, WorkerError, WorkerGone
-from ..workermessage import State
+from ..worker import Worker, WorkerError
+from ..workermessage import Drained, Event, Exited, FeatureOff, Hello, State, TargetGone
+from ..workerside import STALL_SECONDS, WorkerSide
 from ..xenbus import XenbusDevice
 from . import features, report, rings
 from .features import MAX_INDIRECT_SEGMENTS, DiskGeometry, RingLimits
-from .generation import Opened, opened
+from .generation import opened
 from .rings import Shape
 from .settings import DiskSettings
 from .target import Target
-from .workerside import WorkerSide
 
 log = logging.getLogger(__name__)
 
-STALL_SECONDS = 10
-# A quiesce that only collects a worker's last words, not a backend's.
-SETTLE = 2.0
 RESIZE_POLL = 2.0  # seconds between two looks whether a disk that is to be resized is in use
 
 
@@ -84,19 +75,23 @@ class DiskFrontend(WorkerSide):
 
         `on_event` is told "resize", "eject" and "insert" (hooks.py), with the facts.
         """
-        super().__init__(name, label, platform, target, settings or DiskSettings())
+        super().__init__(name, label, platform, budget=budget, stolen=stolen)
         self.vdev = vdev
-        self.budget = budget or Budget(platform.grant_limit)
+        self.target = target
+        self.settings = settings or DiskSettings()
         self.geometry: DiskGeometry | None = None
         self.limits = RingLimits()
         self.shape: Shape | None = None  # of the present generation
+        self.off: set[str] = set()
+        self._wanted_off: list[str] = []
+        self._has_socket = False
+        self._draining = False  # a client has left requests in the ring
+        self._news = False  # a client came or went: status is to show it
         self._held = (0, 0)  # the generation, and the number of queues, that the worker has
         self._look_again: asyncio.TimerHandle | None = None
         self._used = 0  # the latest generation that was given requests
         self._drained: bool | None = None  # that one's ring; None: it ended unasked, or goes on
-        self._stolen = stolen
         self._tell_event = on_event
-        self.budget.join(name)
         if target.clients is not None:
             target.clients.on_waiting(lambda: self._poke())
 
@@ -120,9 +115,6 @@ class DiskFrontend(WorkerSide):
         # to bind a disk that we serve, it would read from a ring that nobody maps, inside the
         # kernel's only watch thread: no watch of this guest would ever fire again.
         return key == features.VIRTUAL_DEVICE or features.stale_key(key)
-
-    def stolen(self) -> bool:
-        return self._stolen()
 
     @property
     def os_path(self) -> str:
@@ -153,12 +145,7 @@ class DiskFrontend(WorkerSide):
             "target": self.target.kind,
             "os_device": self.target.path,
             "link": self.target.link,
-            "worker_pid": self._worker.pid if self._worker is not None else None,
-            "worker_build": self._build,
-            "upgrades": self._upgrade.count,
-            "upgrade_pause_ms": None if (pause := self._upgrade.pause) is None else pause * 1e3,
-            "stalled_seconds": self.stalled,
-            "statistics_file": self._statistics_file(),
+            **self._worker_details(),
         }
         if self.shape is not None:
             found["rings"] = report.rings(
@@ -187,30 +174,81 @@ class DiskFrontend(WorkerSide):
             return False
         return geometry.barrier and not geometry.flush
 
-    def _statistics_file(self) -> str | None:
-        """What only root, or our own user, can open: a worker's own descriptors are root's."""
-        worker = self._worker
-        if worker is None or worker.stats_fd < 0:
-            return None
-        return f"/proc/{os.getpid()}/fd/{worker.stats_fd}"
+    async def packets(self) -> dict[str, Any]:
+        raise PvfrontError(f"{self.label}: it is a disk, which has no packets")
+
+    # -- its worker --------------------------------------------------------------------------
+
+    @property
+    def _most_queues(self) -> int:
+        wanted = self.settings.max_queues or self.target.usual_queues
+        return max(1, min(wanted, self.target.max_queues))
+
+    @property
+    def _options(self) -> Sequence[str]:
+        return ["--ublk"] if self.target.stays else []
+
+    @property
+    def _replaceable(self) -> bool:
+        return not self.target.stays
+
+    async def upgrade(self) -> str:
+        if self._worker is not None and not self._replaceable:
+            raise PvfrontError(
+                f"{self.label}: a ublk device cannot be handed over; its worker stays",
+                hint="end the worker, and a new one takes its place after a pause: "
+                f"kill -9 {self._worker.pid}",
+            )
+        return await super().upgrade()
+
+    async def _living_worker(self) -> Worker:
+        if self._worker is None or not self._worker.alive:
+            self._hold(False)
+        return await super()._living_worker()
+
+    def _use(self, worker: Worker) -> None:
+        super()._use(worker)
+        self.target.server_pid = worker.pid
+        state = worker.hello.state if worker.hello is not None else State.IDLE
+        self._draining = state is State.TARGET_LOST
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._draining = False
+
+    def _hold(self, socket: bool) -> None:
+        """Whether the worker has a socket of the target."""
+        self._has_socket = socket
+        if self.target.clients is not None:
+            self.target.clients.served(socket)
+            self._news = True
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case TargetGone() if self.target.clients is not None:
+                level = logging.WARNING if event.error else logging.INFO
+                log.log(level, "%s: %s", self.name, event)
+                self._note(Kind.TARGET, str(event))
+                self._draining = True
+                self._hold(False)
+            case TargetGone():
+                self._note(Kind.TARGET, str(event))
+                self._hold(False)
+                self._trouble = str(event)
+            case Drained():
+                self._draining = False
+            case Exited():
+                self._hold(False)
+            case FeatureOff():
+                if event.feature not in self.off:  # a worker tells it again after HELLO
+                    self._wanted_off.append(event.feature)
+        super()._on_event(event)
 
     # -- the walk ----------------------------------------------------------------------------
 
-    async def adopt(self, device: XenbusDevice) -> bool:
-        """A worker that lives but does not serve lets go of what it holds and is kept for the next
-        `attach`; its generation is remembered, since it refuses to go back.
-        """
-        worker = await Worker.adopt(self.name, self.run_dir)
-        if worker is None:
-            return False
-        self._use(worker)
-        hello = worker.hello
-        assert hello is not None
-        self._note(Kind.WORKER, f"found, {hello.state.name}: pid {worker.pid}", pid=worker.pid)
-        self._generation = hello.generation
+    async def _serves(self, hello: Hello) -> bool:
         self._held = hello.generation, hello.attached
         has_device = await self.target.adopt()
-        view = device.view
         serves = hello.state is State.RUNNING and hello.has_target
         if self.target.stays:
             self._hold(hello.has_target)
@@ -220,29 +258,15 @@ class DiskFrontend(WorkerSide):
             serves = hello.state is State.RUNNING or (
                 hello.state in (State.TARGET_LOST, State.DRAINED) and not hello.has_target
             )
-        if not (has_device and serves and view.frontend is view.backend is XenbusState.CONNECTED):
-            log.warning(
-                "%s: found a worker (pid %d, %s) that cannot be adopted as it is (%s)",
-                self.name,
-                worker.pid,
-                hello.state.name,
-                view,
-            )
-            if hello.state is not State.IDLE:
-                # Detached as the walk begins at state 1, so there it is a restore's (device.py).
-                if view.moved or view.frontend is XenbusState.INITIALISING:
-                    await self.poisoned()
-                else:
-                    await self.detach(keep_target=False)
-            return False
+        return has_device and serves
+
+    async def _adopted(self, device: XenbusDevice, worker: Worker) -> bool:
+        assert worker.hello is not None
         await self._read(device)
-        self._used = hello.generation
+        self._used = self._generation
         self._adopt_shape(worker)
-        self._hold(hello.has_target)
+        self._hold(worker.hello.has_target)
         await self._publish()
-        log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
-        if not self.target.stays:
-            self._look = asyncio.create_task(self._upgrade_if_outdated(), name=f"{self.name} build")
         return True
 
     def _adopt_shape(self, worker: Worker) -> None:
@@ -261,10 +285,7 @@ class DiskFrontend(WorkerSide):
         self.budget.hold(self.name, Grant(shape.pages, shape.pages, "as it was adopted"))
 
     async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
-        self._trouble = None
-        self._broken = False
-        self._generation += 1
-        worker = await self._living_worker()
+        worker = await self._begin()
         self.limits = self._parse_limits(await device.backend_keys(features.LIMIT_KEYS))
         assert worker.hello is not None
         most = min(self._most_queues, worker.hello.queues) if _is_blkback(device) else 1
@@ -299,7 +320,8 @@ class DiskFrontend(WorkerSide):
                 raise
             self._held = self._generation, len(made.queues)
             # The worker holds all of it now. Ours are closed without unbinding or freeing anything.
-        self._note_shape(asked, made, why)
+        self.shape = made.shape
+        self._hold_pages(asked, made.shape, made.refused, why)
         ports = [queue.port for queue in made.queues]
         self._note(
             Kind.ATTACHED,
@@ -312,17 +334,6 @@ class DiskFrontend(WorkerSide):
             [(queue.port, queue.ring_refs) for queue in made.queues],
             persistent=self.settings.feature_persistent,
         )
-
-    def _note_shape(self, asked: Shape, made: Opened, why: str) -> None:
-        shape = self.shape = made.shape
-        if shape.pages == asked.pages:
-            why = ""
-        elif made.refused:
-            why = str(made.refused[-1])
-        self.budget.hold(self.name, Grant(asked.pages, shape.pages, why))
-        if why:
-            level = logging.WARNING if made.refused else logging.INFO
-            log.log(level, "%s: %s instead of %s: %s", self.name, shape, asked, why)
 
     async def _read(self, device: XenbusDevice) -> None:
         """Reads the backend's keys, and what follows from them."""
@@ -480,8 +491,7 @@ class DiskFrontend(WorkerSide):
         if self._next_client:
             await self._start_socket()
         self._news = False
-        if self._upgrade.ready:
-            await self._do_upgrade()
+        await self._upgrade_if_asked()
 
     @property
     def _next_client(self) -> bool:
@@ -500,47 +510,23 @@ class DiskFrontend(WorkerSide):
         """Without a medium: nothing is started before there is one."""
         return self.geometry is not None and not self.geometry.sectors
 
-    async def quiesce(self, timeout: float) -> bool:
-        worker = self._worker
-        if worker is None or self._broken:
-            return False
-        if not self._attached:
-            return True
-        drained = False
-        try:
-            drained = await worker.quiesce(self._generation, timeout)
-        except PvfrontError as error:
-            log.warning("%s", error)
+    async def _drain(self, worker: Worker, timeout: float) -> bool:
+        drained = await super()._drain(worker, timeout)
         if self._used == self._generation:
             self._drained = drained
         return drained
 
-    async def detach(self, *, keep_target: bool) -> None:
-        worker = self._worker
-        if worker is not None and not self._attached:
-            return  # of a generation whose attach failed, the worker knows nothing
+    async def _let_go(self, *, keep_target: bool) -> bool:
         # Nobody would bring the requests of a client again, but of one that has none under way the
         # worker can keep the socket, and does only then.
         keep = keep_target or (self.target.clients is not None and self._has_socket)
         keep = keep and self._trouble is None
         # A ublk device stays with its worker whatever became of the ring.
-        keep = (keep or (self.target.stays and self._has_socket)) and worker is not None
-        if worker is not None:
-            try:
-                await worker.detach(self._generation, keep_target=keep)
-            except (WorkerGone, WorkerError) as error:
-                # A worker that cannot say that it has let go is ended: the kernel lets go for it.
-                log.warning("%s; ending the worker", error)
-                self._note(Kind.WORKER, f"killed: {error}", pid=worker.pid)
-                worker.kill()
-                await worker.ended(SETTLE)
-                self._forget()
-                keep = False
-        if self._attached:
-            self._note(Kind.DETACHED, "event channels and granted pages are let go of")
-        self._attached = self._draining = False
-        self.budget.release(self.name)
-        self._hold(keep and self._has_socket)
+        keep = keep or (self.target.stays and self._has_socket)
+        kept = await super()._let_go(keep_target=keep)
+        self._draining = False
+        self._hold(kept and self._has_socket)
+        return kept
 
     async def fail_after(self, seconds: float) -> None:
         try:
@@ -567,46 +553,9 @@ class DiskFrontend(WorkerSide):
                     await self.target.close(drain=0.0)
         self._hold(False)
 
-    async def end(self) -> None:
-        """The device is gone or released: the worker, which holds nothing any more, ends."""
-        if self._look is not None:
-            self._look.cancel()
-        self._upgrade.drop("it is served no more")
-        if self._worker is not None:
-            self._worker.on_event = lambda event: None
-            await self._worker.exit()
-            self._note(Kind.WORKER, f"ended: pid {self._worker.pid}", pid=self._worker.pid)
-            self._forget()
-        self.budget.leave(self.name)
-        (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
-
     async def poisoned(self) -> None:
-        """The domain slept with our port bound: it must never be unbound (suspend.py).
-
-        The port's descriptor passes to a process that outlives us all (parking.py), and the worker
-        ends. Where that cannot be, the worker lets go of everything else and lives on unused.
-        """
-        worker = self._worker
         self._hold(False)
-        self._trouble = "the domain was suspended while connected"
-        if worker is None:
-            return
-        worker.on_event = lambda event: None
-        try:
-            parker, ports = await park(worker.pid)
-        except CannotPark as error:
-            log.error("%s: %s", self.name, error)
-            with contextlib.suppress(PvfrontError):
-                await worker.detach(self._generation, keep_target=False, park=True)
-            # Nobody must find it again: a worker that holds a parked port is never to be ended.
-            (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
-        else:
-            log.warning("%s: %d event channel(s) parked in process %d", self.name, ports, parker)
-            what = f"killed: pid {worker.pid}; its {ports} ports are kept by process {parker}"
-            self._note(Kind.WORKER, what, pid=worker.pid, parker=parker, ports=ports)
-            worker.kill()
-            await worker.ended(SETTLE)
-        self._forget()
+        await super().poisoned()
 
 
 def _is_blkback(device: XenbusDevice) -> bool:

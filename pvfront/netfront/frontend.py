@@ -11,8 +11,8 @@ Theory of operation
     sees a cable that is pulled. What was in the rings is lost, as packets may be. Carrier and speed
     follow the keys of both ends also while it is connected (`update`).
 
-    `update` also has the worker replaced by another one, between two steps of the loop
-    (docs/upgrade.md): no generation begins, the TAP's queues pass on.
+    The worker's process is `WorkerSide`'s business (workerside.py). To another one in its place the
+    TAP's queues pass on.
 
     How many queues and pages a generation has is decided when the backend is at InitWait
     (`shape.py`): what both ends can, what the budget of granted pages has (`budget.py`). Where
@@ -31,27 +31,24 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..abi import StatsUnreadable, lib, read_all_net_stats
 from ..budget import Budget, Grant
 from ..errors import PvfrontError
 from ..packettrace import PacketTrace
-from ..parking import CannotPark, park
 from ..platform import Platform
-from ..startlimit import Limits
 from ..states import XenbusState
-from ..threads import in_daemon_thread
-from ..trace import Kind, Note, nothing
-from ..upgrade import Upgrade, outdated
-from ..worker import Worker, WorkerError, WorkerGone
-from ..workermessage import Broken, Event, Exited, Stalled, State
+from ..trace import Kind
+from ..worker import Worker, WorkerError
+from ..workermessage import Hello, State
+from ..workerside import STALL_SECONDS, WorkerSide
 from ..xenbus import XenbusDevice
 from . import features, report, shape
 from .controlside import ControlSide
 from .features import Offer
-from .generation import Opened, opened
+from .generation import opened
 from .link import STATE_KEYS, Link, LinkState, link_state
 from .multicast import joined
 from .settings import NetSettings
@@ -60,13 +57,13 @@ from .tap import Tap, TapError
 
 log = logging.getLogger(__name__)
 
-STALL_SECONDS = 10
-SETTLE = 2.0
 DRAIN_MAPPINGS = 2.0  # for the backend to unmap pages, at the end of a quiesce
 
 
-class NetFrontend:
+class NetFrontend(WorkerSide):
     """One vif. See `frontend.Frontend` for what each method promises."""
+
+    waiting = "packets"
 
     def __init__(
         self,
@@ -82,16 +79,13 @@ class NetFrontend:
         """`ifname`: the TAP's name; `settings`: None, the defaults; `budget`: that of all vifs of
         this service.
         """
-        self.name = name
+        super().__init__(name, ifname, platform, budget=budget, stolen=stolen)
         self.devid = devid
         self.link = Link(name, ifname, platform.run_dir)
-        self.platform = platform
-        self.run_dir = platform.run_dir
         settings = settings or NetSettings()
         self.max_queues = min(settings.max_queues or os.cpu_count() or 1, features.MAX_QUEUES)
         self.split = bool(settings.split_event_channels)
         self.multicast_filter = bool(settings.multicast_filter)
-        self.budget = budget or Budget(platform.grant_limit)
         self.offer: Offer | None = None
         self.shape: Shape | None = None  # of the present generation
         self.control = ControlSide(name, hashes=bool(settings.hash))
@@ -100,26 +94,18 @@ class NetFrontend:
         self.mtu = 0  # as the toolstack says
         self.queues = 0
         self.connected = False  # the worker has the TAP's queues
-        self.stalled = 0
-        self._worker: Worker | None = None
-        self._generation = 0
-        self._attached = False
-        self._broken = False
-        self._trouble: str | None = None
         self._news = False  # the kernel says something of the interface: status is to show it
         self._state = LinkState(True)
-        self._upgrade = Upgrade(name, self.run_dir)
         self._packets = PacketTrace(name)
-        self._look: asyncio.Task[None] | None = None
-        self._poke: Callable[[], None] = lambda: None
-        self._note: Note = nothing
-        self._stolen = stolen
         self._said: set[str] = set()
-        self.budget.join(name)
 
     @property
     def ifname(self) -> str:
         return self.link.name
+
+    @property
+    def label(self) -> str:
+        return self.ifname  # as it is called now
 
     def link_changed(self, index: int, name: str, mtu: int) -> None:
         """The kernel says what an interface is like now. It may be any."""
@@ -130,10 +116,6 @@ class NetFrontend:
     # -- what the loop asks ------------------------------------------------------------------
 
     @property
-    def trouble(self) -> str | None:
-        return self._trouble
-
-    @property
     def pending(self) -> bool:
         return self._news or self._upgrade.ready
 
@@ -142,28 +124,11 @@ class NetFrontend:
         return XenbusState.CONNECTED  # netback's frontend_changed() ignores Initialised
 
     @property
-    def start_limits(self) -> Limits:
-        return Limits()
-
-    @property
-    def generation(self) -> int:
-        return self._generation
-
-    @property
     def os_path(self) -> str:
         return ""  # nothing of a suspend's concern: no file system is here
 
-    def on_poke(self, poke: Callable[[], None]) -> None:
-        self._poke = poke
-
-    def on_note(self, note: Note) -> None:
-        self._note = note
-
     def stale_key(self, key: str) -> bool:
         return features.stale_key(key)
-
-    def stolen(self) -> bool:
-        return self._stolen()
 
     def in_flight(self) -> int:
         if self._worker is not None:
@@ -179,23 +144,11 @@ class NetFrontend:
         return None  # an interface may always be unplugged
 
     def details(self) -> dict[str, Any]:
-        worker = self._worker
         return {
             "label": self.ifname,
             "target": "tap",
             "os_device": self.ifname if self.link.index else "",
-            "worker_pid": worker.pid if worker is not None else None,
-            "worker_build": self._build,
-            "upgrades": self._upgrade.count,
-            "upgrade_pause_ms": (
-                None if self._upgrade.pause is None else round(self._upgrade.pause * 1e3, 3)
-            ),
-            "stalled_seconds": self.stalled,
-            "statistics_file": (
-                f"/proc/{os.getpid()}/fd/{worker.stats_fd}"
-                if worker is not None and worker.stats_fd >= 0
-                else None
-            ),
+            **self._worker_details(),
             "mac": self.mac.hex(":"),
             "mtu": self.link.mtu or self.mtu,
             "queues": self.queues,
@@ -210,40 +163,20 @@ class NetFrontend:
 
     # -- the walk ----------------------------------------------------------------------------
 
-    async def adopt(self, device: XenbusDevice) -> bool:
-        worker = await Worker.adopt(self.name, self.run_dir)
-        if worker is None:
-            return False
-        self._use(worker)
-        hello = worker.hello
-        assert hello is not None
-        self._note(Kind.WORKER, f"found, {hello.state.name}: pid {worker.pid}", pid=worker.pid)
-        self._generation = hello.generation
-        view = device.view
-        serves = hello.state is State.RUNNING and hello.has_target
-        if not (serves and view.frontend is view.backend is XenbusState.CONNECTED):
-            log.warning(
-                "%s: found a worker (pid %d, %s) that cannot be adopted as it is (%s)",
-                self.name, worker.pid, hello.state.name, view,
-            )  # fmt: skip
-            if hello.state is not State.IDLE:
-                if view.moved or view.frontend is XenbusState.INITIALISING:
-                    await self.poisoned()
-                else:
-                    await self.detach(keep_target=False)
-            return False
+    async def _serves(self, hello: Hello) -> bool:
+        return hello.state is State.RUNNING and hello.has_target
+
+    async def _adopted(self, device: XenbusDevice, worker: Worker) -> bool:
+        assert worker.hello is not None
         offer = await self._read(device)
         if not await asyncio.to_thread(self.link.found):
             log.warning("%s: its TAP has gone; connected anew", self.name)
-            await self.detach(keep_target=False)
             return False
-        self.queues = hello.attached
+        self.queues = worker.hello.attached
         self._adopt_shape(worker)
         self.connected = True
         self.link.most = features.MTU_LARGEST if offer.sg else features.MTU_ONE_PAGE
         await self._show_state()
-        self._look = asyncio.create_task(self._upgrade_if_outdated(), name=f"{self.name} build")
-        log.info("%s: adopted worker %d, generation %d", self.name, worker.pid, hello.generation)
         return True
 
     def _adopt_shape(self, worker: Worker) -> None:
@@ -285,10 +218,7 @@ class NetFrontend:
             log.warning("%s: key %s", self.name, text)
 
     async def attach(self, device: XenbusDevice) -> Mapping[str, str]:
-        self._trouble = None
-        self._broken = False
-        self._generation += 1
-        worker = await self._living_worker()
+        worker = await self._begin()
         offer = await self._read(device)
         assert worker.hello is not None
         most = min(self.max_queues, worker.hello.queues)
@@ -321,7 +251,8 @@ class NetFrontend:
         control = self.control.open(self.platform, device.backend_id, offered=offer.ctrl_ring)
         self.control.has_pools([(queue.tx.grefs, queue.rx.grefs) for queue in made.queues])
         self.queues = made.shape.queues
-        self._note_shape(asked, made, why)
+        self.shape = made.shape
+        self._hold_pages(asked, made.shape, made.refused, why, more=self.control.pages)
         ports = [port for queue in made.queues for port in queue.ports]
         of_control = "".join(f"; control ring {port}" for port in self.control.ports)
         self._note(
@@ -338,18 +269,6 @@ class NetFrontend:
             control=control,
             multicast_filter=self.multicast_filter,
         )
-
-    def _note_shape(self, asked: Shape, made: Opened, why: str) -> None:
-        self.shape = made.shape
-        if made.refused:
-            why = str(made.refused[-1])
-        elif made.shape == asked:
-            why = ""
-        pages = made.shape.pages + self.control.pages
-        self.budget.hold(self.name, Grant(asked.pages + self.control.pages, pages, why))
-        if why:
-            level = logging.WARNING if made.refused else logging.INFO
-            log.log(level, "%s: %s instead of %s: %s", self.name, made.shape, asked, why)
 
     async def start(self, device: XenbusDevice) -> None:
         offer = await self._read(device)
@@ -417,80 +336,22 @@ class NetFrontend:
                 self._say(str(problem))
         if self._state != before:
             await self._show_state()
-        if self._upgrade.ready:
-            text = await self._upgrade.perform(self._need_worker(), self._use, self._on_event)
-            if text is not None:
-                self._note(Kind.WORKER, text, pid=self._need_worker().pid)
-
-    # -- another worker ------------------------------------------------------------------------
-
-    @property
-    def _build(self) -> str:
-        hello = self._worker.hello if self._worker is not None else None
-        return hello.build if hello is not None else ""
-
-    def outdated(self) -> bool:
-        return outdated(self._build)
-
-    async def _upgrade_if_outdated(self) -> None:
-        if await in_daemon_thread(f"{self.name} build", self.outdated):
-            with contextlib.suppress(WorkerGone):
-                self._ask_upgrade()
-
-    async def upgrade(self) -> str:
-        if self._worker is None:
-            raise PvfrontError(f"{self.ifname}: there is no worker")
-        if not self._build:
-            raise PvfrontError(f"{self.ifname}: its worker is none of ours")
-        return await asyncio.shield(self._ask_upgrade())
-
-    def _ask_upgrade(self) -> asyncio.Future[str]:
-        old = self._need_worker()
-        queues = max(old.hello.queues if old.hello is not None else 1, self.max_queues)
-        return self._upgrade.ask(
-            lambda: self._new_worker(queues, following=True), lambda: self._poke()
-        )
-
-    async def packets(self) -> dict[str, Any]:
-        return await self._packets.renew(self._need_worker())
+        await self._upgrade_if_asked()
 
     # -- the end of a generation ---------------------------------------------------------------
 
-    async def quiesce(self, timeout: float) -> bool:
-        worker = self._worker
-        if worker is None or self._broken:
-            return False
-        if not self._attached:
-            return True
+    async def _drain(self, worker: Worker, timeout: float) -> bool:
         until = asyncio.get_running_loop().time() + timeout
-        try:
-            drained = await worker.quiesce(self._generation, timeout)
-        except PvfrontError as error:
-            log.warning("%s", error)
-            return False
+        drained = await super()._drain(worker, timeout)
         if drained:
             left = until - asyncio.get_running_loop().time()
             await self.control.take_back(max(0.1, min(left, DRAIN_MAPPINGS)))
         return drained
 
     async def detach(self, *, keep_target: bool) -> None:
+        """Without carrier its queues are of no use: the TAP gives new ones each time."""
         self.control.close()
-        self.budget.release(self.name)
-        worker = self._worker
-        if worker is not None and not self._attached:
-            return
-        if worker is not None:
-            try:
-                await worker.detach(self._generation, keep_target=False)
-            except (WorkerGone, WorkerError) as error:
-                log.warning("%s; ending the worker", error)
-                self._note(Kind.WORKER, f"killed: {error}", pid=worker.pid)
-                worker.kill()
-                await worker.ended(SETTLE)
-                self._forget()
-        if self._attached:
-            self._note(Kind.DETACHED, "event channels and granted pages are let go of")
-        self._attached = False
+        await super().detach(keep_target=False)
         self.connected = False
         self.shape = None
         self.link.silence()
@@ -506,105 +367,28 @@ class NetFrontend:
             log.warning("%s: %s", self.name, error)
 
     async def end(self) -> None:
-        if self._look is not None:
-            self._look.cancel()
-        self._upgrade.drop("it is served no more")
         self._packets.close()
         self.control.close()
-        self.budget.leave(self.name)
-        if self._worker is not None:
-            self._worker.on_event = lambda event: None
-            await self._worker.exit()
-            self._note(Kind.WORKER, f"ended: pid {self._worker.pid}", pid=self._worker.pid)
-            self._forget()
-        (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
+        await super().end()
 
     async def poisoned(self) -> None:
-        worker = self._worker
         self.connected = False
         self.link.silence()
-        self._trouble = "the domain was suspended while connected"
-        self.budget.release(self.name)
         await self.control.poisoned()
-        if worker is None:
-            return
-        worker.on_event = lambda event: None
-        try:
-            parker, ports = await park(worker.pid)
-        except CannotPark as error:
-            log.error("%s: %s", self.name, error)
-            with contextlib.suppress(PvfrontError):
-                await worker.detach(self._generation, keep_target=False, park=True)
-            (self.run_dir / f"{self.name}.sock").unlink(missing_ok=True)
-        else:
-            what = f"killed: pid {worker.pid}; its {ports} ports are kept by process {parker}"
-            self._note(Kind.WORKER, what, pid=worker.pid, parker=parker, ports=ports)
-            worker.kill()
-            await worker.ended(SETTLE)
-        self._forget()
+        await super().poisoned()
 
-    # -- the worker --------------------------------------------------------------------------
+    # -- its worker --------------------------------------------------------------------------
 
-    async def _living_worker(self) -> Worker:
-        if self._worker is None or not self._worker.alive:
-            try:
-                self._use(await self._new_worker(self.max_queues))
-            except WorkerGone as error:
-                self._note(Kind.DIED, str(error).removeprefix(f"{self.name}: "))
-                raise
-            pid = self._need_worker().pid
-            self._note(Kind.WORKER, f"started: pid {pid}", pid=pid)
-        return self._need_worker()
+    @property
+    def _most_queues(self) -> int:
+        return self.max_queues
 
-    async def _new_worker(self, queues: int, *, following: bool = False) -> Worker:
-        return await Worker.spawn(
-            self.name,
-            self.run_dir,
-            queues=queues,
-            following=following,
-            change_user=self.platform.name == "xen",
-            net=True,
-        )
+    @property
+    def _options(self) -> Sequence[str]:
+        return ["--net"]
 
-    def _need_worker(self) -> Worker:
-        if self._worker is None:
-            raise WorkerGone(f"{self.name}: there is no worker")
-        return self._worker
-
-    def _use(self, worker: Worker) -> None:
-        self._worker = worker
-        state = worker.hello.state if worker.hello is not None else State.IDLE
-        self._attached = state is not State.IDLE
-        worker.on_event = self._on_event
-
-    def _forget(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-        self._attached = False
-
-    def _on_event(self, event: Event) -> None:
-        match event:
-            case Broken():
-                self._broken = True
-                self._trouble = str(event)
-                self._note(
-                    Kind.BROKEN, str(event), rule=event.rule, field=event.field, value=event.value
-                )
-            case Exited():
-                self._note(Kind.DIED, event.text)
-                self._trouble = event.text
-                self._forget()
-            case Stalled():
-                self.stalled = event.seconds
-                if event.seconds:
-                    what = f"no answer for {event.seconds} s, {event.in_flight} packets wait"
-                    log.warning("%s: the backend: %s", self.name, what)
-                else:
-                    what = "the backend answers again"
-                    log.info("%s: %s", self.name, what)
-                self._note(Kind.STALL, what, seconds=event.seconds, in_flight=event.in_flight)
-        self._poke()
+    async def packets(self) -> dict[str, Any]:
+        return await self._packets.renew(self._need_worker())
 
 
 def _close_tap(opening: asyncio.Task[Tap]) -> None:

@@ -20,7 +20,7 @@ from pvfront.netfront.frontend import NetFrontend
 from pvfront.netfront.link import LinkState
 from pvfront.netfront.settings import NetSettings
 from pvfront.states import XenbusState
-from pvfront.worker import WorkerError, WorkerGone
+from pvfront.worker import Worker, WorkerError, WorkerGone
 from pvfront.workermessage import Hello, State
 from pvfront.xenbus import View
 
@@ -212,8 +212,8 @@ class World:
         self.fds: set[int] = set()
         self.joined: Sequence[bytes] = ()
         self.vif = self.frontend()
-        patch.setattr(module.Worker, "spawn", self._spawn)
-        patch.setattr(module.Worker, "adopt", self._adopt)
+        patch.setattr(Worker, "spawn", self._spawn)
+        patch.setattr(Worker, "adopt", self._adopt)
         patch.setattr(module, "joined", lambda ifname: self.joined)
         close = module.os.close
         patch.setattr(module.os, "close", lambda fd: self._close(fd, close))

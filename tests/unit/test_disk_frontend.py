@@ -25,7 +25,7 @@ from embedded import Nbd
 from ringbackend import RSP_PROD
 from waiting import PATIENCE, eventually
 
-from pvfront import workerprogram
+from pvfront import workerprogram, workerside
 from pvfront.blkfront import frontend as module
 from pvfront.blkfront.features import GeometryError
 from pvfront.blkfront.rings import Shape
@@ -509,7 +509,7 @@ async def test_a_worker_left_over_from_before_a_restore_is_parked_not_detached(
         parked.append(of)
         return 4711, 1
 
-    monkeypatch.setattr(module, "park", park)
+    monkeypatch.setattr(workerside, "park", park)
     world.disk = world.frontend()
     world.device.view = View(XenbusState.INITIALISING, XenbusState.INIT_WAIT, True, True)
     assert not await world.disk.adopt(world.device)
@@ -531,7 +531,7 @@ async def test_after_a_suspend_the_ports_are_parked_before_the_worker_ends(
         parked.append(of)
         return 4711, 1
 
-    monkeypatch.setattr(module, "park", park)
+    monkeypatch.setattr(workerside, "park", park)
     await disk.poisoned()
     assert parked == [pid]
     assert gone(pid)
@@ -551,7 +551,7 @@ async def test_ports_that_cannot_be_parked_keep_their_worker_for_ever(
     async def park(of: int) -> tuple[int, int]:
         raise CannotPark("no permission")
 
-    monkeypatch.setattr(module, "park", park)
+    monkeypatch.setattr(workerside, "park", park)
     try:
         await disk.poisoned()
         await world.running()

@@ -13,6 +13,7 @@ from controlpeer import Peer
 from vclock import VirtualLoop
 from vifworld import MAC, NETBACK, World
 
+from pvfront import workerside
 from pvfront.abi import lib
 from pvfront.errors import PvfrontError
 from pvfront.gntalloc import GrantsExhausted
@@ -511,7 +512,7 @@ async def test_after_an_unasked_suspend_the_ports_of_both_are_parked_and_not_unb
         return 999, 1
 
     (port,) = world.guest.bound
-    for place in (module, controlside):
+    for place in (workerside, controlside):
         monkeypatch.setattr(place, "park", park)
     world.fds.add(1000 + port)
     await vif.poisoned()
@@ -534,7 +535,7 @@ async def test_a_control_port_that_cannot_be_parked_stays_open_and_the_worker_is
             raise CannotPark("process 1: its ports cannot be taken over: no pidfd")
         return 999, 2
 
-    for place in (module, controlside):
+    for place in (workerside, controlside):
         monkeypatch.setattr(place, "park", park)
     monkeypatch.setattr(controlside, "_never_closed", kept := [])
     await vif.poisoned()
