@@ -8,6 +8,7 @@ See portparker.py for why. A process that holds such a port is *parked*: its des
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ PARKER = Path(__file__).with_name("portparker.py")
 NAME = "@pvfront-parker"
 NODE = "/dev/xen/evtchn"
 HINT = "it must go on running until the guest stops"
+
+
+_never_closed: list[int] = []
+"""Descriptors of ports of ours that slept with the domain and could be given to nobody."""
 
 
 class CannotPark(PvfrontError):
@@ -61,3 +66,18 @@ async def park(
     if fds and count != len(fds):
         raise CannotPark(f"process {pid}: {count} of {len(fds)} ports were taken over", hint=HINT)
     return parker, count
+
+
+async def park_own(fd: int) -> int:
+    """Has a new process hold the port of `fd`, a descriptor of `NODE` in this process, for good.
+
+    Returns that process's pid; `fd` is closed then. Raises CannotPark: it stays open, and the port
+    bound, as long as this process lives.
+    """
+    try:
+        parker, _ = await park(os.getpid(), fds=[fd])
+    except CannotPark:
+        _never_closed.append(fd)
+        raise
+    os.close(fd)
+    return parker

@@ -24,14 +24,22 @@ from .gntalloc import GrantAllocator, grant_limit
 from .holdings import Holdings
 from .xenstore import Xenstore
 
-__all__ = ["HOST_DOMID", "HOST_VARIABLE", "Embedded", "Platform", "Xen", "platform"]
+__all__ = ["HOST_DOMID", "HOST_VARIABLE", "Embedded", "Platform", "Source", "Xen", "platform"]
 
 HOST_VARIABLE = "PVFRONT_HOST"
 HOST_DOMID = 1
 """The domain that commands run in on an embedded host."""
 
 
-class Platform(Protocol):
+class Source(Protocol):
+    """Where a generation's ports and pages are from. Both raise DeviceUnavailable."""
+
+    def event_channels(self) -> EventChannels: ...
+
+    def grant_allocator(self) -> GrantAllocator: ...
+
+
+class Platform(Source, Protocol):
     """Where a service runs. Every method raises PvfrontError with what is missing."""
 
     @property
@@ -58,12 +66,6 @@ class Platform(Protocol):
 
     async def store(self) -> Xenstore:
         """A connection to the store; relative paths are this domain's. Raises XenstoreError."""
-
-    def event_channels(self) -> EventChannels:
-        """Raises DeviceUnavailable."""
-
-    def grant_allocator(self) -> GrantAllocator:
-        """Raises DeviceUnavailable."""
 
     def grant_limit(self) -> int | None:
         """Pages that all processes together may have granted now; None: nobody knows."""

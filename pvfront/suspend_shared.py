@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .fssync import sync_devices
+from .platform import Platform
 from .suspend import RUN_DIR, Store, Suspend
 from .suspend_group import Devices, NotOwner, Participants, Watched
 from .suspend_machine import UNTRIED, Limits
@@ -122,3 +123,12 @@ class SharedSuspend(Watched):
                 log.error("suspend: not connected again: %s", failure)
 
         self._reopening = asyncio.create_task(reopen())
+
+
+def in_guest(
+    on: Platform, store: Store, service: str
+) -> Callable[[Participants], SharedSuspend] | None:
+    """What a supervisor needs to take part in suspends, as `service`; None: there are none here."""
+    if on.name != "xen":
+        return None
+    return lambda devices: SharedSuspend(store, devices, service)

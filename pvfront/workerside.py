@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """A device's worker, as its frontend has it: found, started, told to let go, replaced, ended.
 
-`WorkerSide` is the half of a frontend (`frontend.Frontend`) that is the same for every class of
-devices: it knows the process, what it says and what it holds, and nothing of keys, rings and the OS
-device. A class adds `attach`, `start`, `update` and what it is asked besides, and extends what is
-said here to be extended.
+`WorkerSide` is what is the same in the frontends of all classes that have workers: it knows the
+process, what it says and what it holds, and nothing of keys, rings and the OS device. A class adds
+`attach`, `start`, `update` and what it is asked besides, and extends what is said here to be
+extended.
 
 The worker may die at any moment, be killed, or be left over from an earlier supervisor. Its death
 ends the generation; the next `attach` starts another one. `trouble` says why the present generation
@@ -18,18 +18,18 @@ import asyncio
 import contextlib
 import logging
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .budget import Budget, Grant
 from .errors import PvfrontError
+from .frontend import Frontend
 from .parking import CannotPark, park
 from .platform import Platform
-from .startlimit import Limits
 from .states import XenbusState
 from .threads import in_daemon_thread
-from .trace import Kind, Note, nothing
+from .trace import Kind
 from .upgrade import Upgrade, outdated
 from .worker import Worker, WorkerError, WorkerGone
 from .workermessage import Broken, Event, Exited, Hello, Stalled, State
@@ -48,8 +48,8 @@ class Sized(Protocol):
     def pages(self) -> int: ...
 
 
-class WorkerSide(ABC):
-    """What a frontend knows of its worker. See `frontend.Frontend` for what is public."""
+class WorkerSide(Frontend):
+    """A frontend that has a worker: what it knows of that."""
 
     waiting = "requests"  # what waits for an answer of the backend
 
@@ -62,26 +62,17 @@ class WorkerSide(ABC):
         budget: Budget | None = None,
         stolen: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`name`: "vbd-51728"; `label`: what users call it; `budget`: that of all devices of this
-        service; `stolen`: `Frontend.stolen`.
-        """
-        self.name = name
-        self.platform = platform
-        self.run_dir = platform.run_dir
+        """`budget`: that of all devices of this service."""
+        super().__init__(name, platform, stolen=stolen)
         self.budget = budget or Budget(platform.grant_limit)
         self.stalled = 0
         self._label = label
         self._worker: Worker | None = None
         self._pid = 0  # the latest worker's
-        self._generation = 0
         self._attached = False  # the worker holds what ATTACH gave it
         self._broken = False
-        self._trouble: str | None = None
         self._upgrade = Upgrade(name, self.run_dir)
         self._look: asyncio.Task[None] | None = None
-        self._poke: Callable[[], None] = lambda: None
-        self._note: Note = nothing
-        self._stolen = stolen
         self.budget.join(name)
 
     # -- what a class says of itself ---------------------------------------------------------
@@ -114,27 +105,6 @@ class WorkerSide(ABC):
     @property
     def label(self) -> str:
         return self._label
-
-    @property
-    def trouble(self) -> str | None:
-        return self._trouble
-
-    @property
-    def generation(self) -> int:
-        return self._generation
-
-    @property
-    def start_limits(self) -> Limits:
-        return Limits()
-
-    def on_poke(self, poke: Callable[[], None]) -> None:
-        self._poke = poke
-
-    def on_note(self, note: Note) -> None:
-        self._note = note
-
-    def stolen(self) -> bool:
-        return self._stolen()
 
     def _worker_details(self) -> dict[str, Any]:
         """What status shows of the worker. `statistics_file`: what only root, or our own user, can

@@ -174,9 +174,6 @@ class DiskFrontend(WorkerSide):
             return False
         return geometry.barrier and not geometry.flush
 
-    async def packets(self) -> dict[str, Any]:
-        raise PvfrontError(f"{self.label}: it is a disk, which has no packets")
-
     # -- its worker --------------------------------------------------------------------------
 
     @property

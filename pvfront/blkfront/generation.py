@@ -11,20 +11,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..abi import lib
 from ..evtchn import EventChannels
 from ..gntalloc import GrantAllocator, GrantPool, GrantsExhausted
+from ..platform import Source
 from .rings import Shape
-
-
-class Source(Protocol):
-    """The part of a platform that is used."""
-
-    def event_channels(self) -> EventChannels: ...
-
-    def grant_allocator(self) -> GrantAllocator: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from ..parking import CannotPark, park
 from ..platform import Platform, platform
 from ..startlimit import Limits
 from ..supervisor import Supervisor
-from ..suspend_shared import SharedSuspend
+from ..suspend_shared import in_guest
 from ..worker import Worker, WorkerGone
 from ..workermessage import Event, Exited
 from ..xenbus import Bus, XenbusDevice
@@ -163,7 +163,7 @@ class LentFrontend(DiskFrontend):
 
 
 class LentDisks(Disks):
-    """`deviceclass.DeviceClass` for vbds that are lent."""
+    """Vbds that are lent."""
 
     def __init__(
         self, on: Platform, borrower: Borrower, *, expected: int, settings: Settings | None = None
@@ -196,7 +196,7 @@ class LentDisks(Disks):
             settings=self.settings.of(device.devid),
             budget=self.budget,
             on_event=self.hooks.tell,
-            stolen=lambda: self._stolen(device.name),
+            stolen=lambda: self.stolen(device.name),
             borrower=self.borrower,
         )
 
@@ -212,17 +212,15 @@ def supervisor(
     store: Any, disks: LentDisks, named: Collection[int], *, force: bool = False
 ) -> Supervisor:
     """A supervisor of the disks `named`, and of no other."""
-    in_guest = disks.platform.name == "xen"
+    on = disks.platform
     return Supervisor(
         store,
         disks,
         lambda devid: devid in named,
-        run_dir=disks.platform.run_dir,
+        run_dir=on.run_dir,
         named=named,
         force=force,
-        suspend=(lambda devices: SharedSuspend(store, devices, "pvfront vbd lend"))
-        if in_guest
-        else None,
+        suspend=in_guest(on, store, "pvfront vbd lend"),
     )
 
 

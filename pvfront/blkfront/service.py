@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..budget import Budget
+from ..deviceclass import DeviceClass
 from ..errors import PvfrontError
 from ..hooks import Hooks
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
 from ..states import XenbusState
 from ..supervisor import Supervisor
-from ..suspend_shared import SharedSuspend
+from ..suspend_shared import in_guest
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
 from . import nbd, ublk, ublkcontrol
@@ -33,8 +34,8 @@ GIVE_BACK_DEADLINE = 10.0
 Export = Literal["auto", "nbd", "ublk", "socket"]
 
 
-class Disks:
-    """`deviceclass.DeviceClass` for vbds."""
+class Disks(DeviceClass):
+    """Vbds."""
 
     klass = "vbd"
     kept_over_restart = False  # what is in use is kept in any case
@@ -53,13 +54,12 @@ class Disks:
         "auto" is nbd here: `choose` knows better. `on_ublk`: disks that have a ublk device.
         `expected`: how many disks there will be, as far as that is known.
         """
-        self.platform = on
+        super().__init__(on)
         self.settings = settings or Settings()
         self.budget = Budget(on.grant_limit, expected=expected)
         self.hooks = Hooks(on.config_dir / "hooks.d")
         self.export: Export = export or on.default_target
         self._on_ublk = frozenset(on_ublk)
-        self.claims = on.claims()
 
     def label(self, devid: int) -> str:
         return vdev_name(devid)
@@ -71,16 +71,7 @@ class Disks:
                 f"it is a {kind}, not a disk; pvfront serves disks",
                 hint="leave it to the kernel",
             )
-        # A driver's removal may hang: that must not hang the end of this process too.
-        await in_daemon_thread(
-            f"take {device.name}", lambda: self.claims.take(device.name, force=force)
-        )
-
-    def has(self, name: str) -> bool:
-        return self.claims.taken(name) is not None
-
-    def patience(self, name: str) -> float | None:
-        return None  # the kernel cannot have it again
+        await super().take(device, force=force)
 
     def frontend(self, device: XenbusDevice) -> DiskFrontend:
         label = self.label(device.devid)
@@ -100,7 +91,7 @@ class Disks:
             settings=self.settings.of(device.devid),
             budget=self.budget,
             on_event=self.hooks.tell,
-            stolen=lambda: self._stolen(device.name),
+            stolen=lambda: self.stolen(device.name),
         )
 
     def _has_ublk(self, device: XenbusDevice) -> bool:
@@ -117,18 +108,8 @@ class Disks:
             log.warning("%s: it has a %s device already, and keeps it", device.name, kind)
         return found
 
-    def _stolen(self, name: str) -> bool:
-        if not self.claims.stolen_back(name):
-            return False
-        log.warning("%s: the kernel's frontend has bound it again; undoing that", name)
-        self.claims.undo(name)
-        return True
-
-    async def give_back(self, device: XenbusDevice) -> str:
+    async def _give_back(self, device: XenbusDevice) -> str:
         claim = self.claims.taken(device.name)
-        if not device.view.online:
-            self.forget(device.name)
-            return f"{self.label(device.devid)}: closed; the toolstack is detaching it"
         await device.store.write(f"{device.path}/{VIRTUAL_DEVICE}", str(device.devid))
         if claim is not None and not claim.kernel_had_bound:
             # The kernel can bind a vbd only from a fresh start of both ends. One that it cannot
@@ -139,29 +120,11 @@ class Disks:
                 what="backend InitWait",
                 timeout=GIVE_BACK_DEADLINE,
             )
-        return await in_daemon_thread(
-            f"give {device.name}", lambda: self.claims.give_back(device.name)
-        )
+        return await super()._give_back(device)
 
     def forget(self, name: str) -> None:
+        super().forget(name)
         self.budget.leave(name)
-        self.claims.forget(name)
-
-    def repair(self) -> None:
-        self.claims.repair(self.klass)
-
-    def hold_hot_plug(self) -> None:
-        self.claims.hold_autoprobe(self.klass)
-
-    def release_hot_plug(self) -> None:
-        self.claims.release_autoprobe(self.klass)
-
-    def pass_on(self, name: str) -> None:
-        self.claims.probe(name)
-
-    def pass_on_others(self) -> None:
-        for name in self.claims.probe_others(lambda name: name.startswith(f"{self.klass}-")):
-            log.info("%s: passed on to the kernel", name)
 
 
 def find(name: str, present: Collection[int]) -> int:
@@ -213,7 +176,6 @@ async def serve(
     on.require()
     settings = load(config or on.config_dir / FILE, needed=config is not None)
     settings.override(options or {})
-    in_guest = on.name == "xen"
     on_ublk: frozenset[int] = frozenset()
     export = export or on.default_target
     if export != "socket":
@@ -240,11 +202,9 @@ async def serve(
             named=named,
             hot_plug=everything,
             force=force,
-            suspend=(lambda devices: SharedSuspend(store, devices, "pvfront-vbd"))
-            if in_guest
-            else None,
+            suspend=in_guest(on, store, "pvfront-vbd"),
         )
-        if not in_guest:
+        if on.name != "xen":
             log.info("embedded host: workers keep this user, and nothing takes part in a suspend")
         try:
             return await supervisor.run()

@@ -38,7 +38,7 @@ from ..abi import ffi, lib
 from ..errors import PvfrontError
 from ..evtchn import EventChannels, EventOverflow
 from ..gntalloc import GrantAllocator, GrantPool
-from .generation import Source
+from ..platform import Source
 
 log = logging.getLogger(__name__)
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import PvfrontError
-from ..parking import CannotPark, park
+from ..parking import CannotPark, park_own
+from ..platform import Source
 from .control import PAGES, Control, ControlGone, Refused
-from .generation import Source
 from .hashing import Hashing, set_up
 from .staticgrants import StaticGrants
 
@@ -29,9 +28,6 @@ TAKE_BACK = 1.0  # seconds for each message, while a connection ends
 LOST = "its supervisor has ended; there is none until the next connection"
 
 Pools = tuple[Sequence[int], Sequence[int]]
-
-_never_closed: list[int] = []
-"""Descriptors of ports that slept with the domain and could be given to nobody."""
 
 
 class ControlSide:
@@ -128,15 +124,12 @@ class ControlSide:
         control = self._forget("the domain was suspended while connected")
         if control is None:
             return
-        fd = control.give_port()
         try:
-            parker, _ = await park(os.getpid(), fds=[fd])
+            parker = await park_own(control.give_port())
         except CannotPark as error:
             log.error("%s: %s", self.name, error)
-            _never_closed.append(fd)
         else:
             log.warning("%s: the control ring's port is parked in process %d", self.name, parker)
-            os.close(fd)
 
     def _forget(self, why: str) -> Control | None:
         control, self._control = self._control, None

@@ -123,10 +123,6 @@ class NetFrontend(WorkerSide):
     def publish_state(self) -> XenbusState:
         return XenbusState.CONNECTED  # netback's frontend_changed() ignores Initialised
 
-    @property
-    def os_path(self) -> str:
-        return ""  # nothing of a suspend's concern: no file system is here
-
     def stale_key(self, key: str) -> bool:
         return features.stale_key(key)
 
@@ -136,12 +132,6 @@ class NetFrontend(WorkerSide):
                 stats = read_all_net_stats(self._worker.stats_fd)
                 return sum(queue["tx_in_flight"] for queue in stats)
         return 0
-
-    def unfenced(self) -> str | None:
-        return None  # packets that come late harm nobody
-
-    def busy(self) -> str | None:
-        return None  # an interface may always be unplugged
 
     def details(self) -> dict[str, Any]:
         return {
@@ -355,9 +345,6 @@ class NetFrontend(WorkerSide):
         self.connected = False
         self.shape = None
         self.link.silence()
-
-    async def fail_after(self, seconds: float) -> None:
-        return  # packets wait for nobody
 
     async def close(self, *, drain: float = 10.0) -> None:
         """The interface goes, and its name is free again; what was configured on it is noted."""

@@ -12,21 +12,13 @@ import contextlib
 import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..errors import PvfrontError
 from ..evtchn import EventChannels
 from ..gntalloc import GrantAllocator, GrantPool, GrantsExhausted
+from ..platform import Source
 from .features import QueueKeys
 from .shape import RING_PAGES, Shape, fewer_pages, fewer_ports
-
-
-class Source(Protocol):
-    """The part of a platform that is used."""
-
-    def event_channels(self) -> EventChannels: ...
-
-    def grant_allocator(self) -> GrantAllocator: ...
 
 
 class PortsExhausted(PvfrontError):

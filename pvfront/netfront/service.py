@@ -13,12 +13,13 @@ from typing import Any
 
 from ..budget import Budget
 from ..claim import load_module
+from ..deviceclass import DeviceClass
 from ..errors import PvfrontError
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
 from ..states import XenbusState
 from ..supervisor import Supervisor
-from ..suspend_shared import SharedSuspend
+from ..suspend_shared import in_guest
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
 from . import link, tap
@@ -34,8 +35,8 @@ BACK_WITHIN = 10.0  # the kernel's interface, once it has the vif again
 _NEVER = 1e9
 
 
-class Networks:
-    """`supervisor.DeviceClass` for vifs."""
+class Networks(DeviceClass):
+    """Vifs."""
 
     klass = "vif"
     kept_over_restart = True
@@ -44,10 +45,9 @@ class Networks:
         self, on: Platform, settings: NetSettings | None = None, *, expected: int = 0
     ) -> None:
         """`expected`: how many vifs there will be, as far as that is known at the start."""
-        self.platform = on
+        super().__init__(on)
         self.budget = Budget(on.grant_limit, expected=expected)
         self.settings = settings or NetSettings()
-        self.claims = on.claims()
         self._frontends: dict[str, NetFrontend] = {}
         self._names: dict[str, str] = {}  # interfaces', of what was taken
         self._naming = threading.Lock()
@@ -71,9 +71,6 @@ class Networks:
         others |= {one.ifname for other, one in list(self._frontends.items()) if other != name}
         return link.default_name(devid, self.platform.roots, taken=others)
 
-    async def take(self, device: XenbusDevice, *, force: bool) -> None:
-        await in_daemon_thread(f"take {device.name}", lambda: self._take(device.name, force=force))
-
     def _take(self, name: str, *, force: bool) -> None:
         self._take_from_kernel(name, force=force)
         with self._naming:  # several are taken at a time
@@ -82,7 +79,7 @@ class Networks:
     def _take_from_kernel(self, name: str, *, force: bool) -> None:
         ifname = self.claims.os_device(name)
         if not ifname or self.claims.driver_of(name) is None:
-            self.claims.take(name, force=force)
+            super()._take(name, force=force)
             return
         ifname = link.kernels_name(name, ifname, self.platform.roots)
         if not force:
@@ -90,13 +87,10 @@ class Networks:
         note = link.note_path(name, self.platform.run_dir)
         link.take_over(name, ifname, self.platform.run_dir)
         try:
-            self.claims.take(name, force=force)
+            super()._take(name, force=force)
         except BaseException:
             note.unlink(missing_ok=True)
             raise
-
-    def has(self, name: str) -> bool:
-        return self.claims.taken(name) is not None
 
     def patience(self, name: str) -> float | None:
         # The note goes when our interface is there.
@@ -112,7 +106,7 @@ class Networks:
             self.platform,
             settings=self.settings,
             budget=self.budget,
-            stolen=lambda: self._stolen(device.name),
+            stolen=lambda: self.stolen(device.name),
         )
         return made
 
@@ -121,20 +115,10 @@ class Networks:
         for frontend in self._frontends.values():
             frontend.link_changed(index, name, mtu)
 
-    def _stolen(self, name: str) -> bool:
-        if not self.claims.stolen_back(name):
-            return False
-        log.warning("%s: the kernel's frontend has bound it again; undoing that", name)
-        self.claims.undo(name)
-        return True
-
-    async def give_back(self, device: XenbusDevice) -> str:
-        if not device.view.online:
-            self.forget(device.name)
-            return f"{self.label(device.devid)}: closed; the toolstack is detaching it"
-        await device.write_state(XenbusState.INITIALISING)
+    async def _give_back(self, device: XenbusDevice) -> str:
         name = device.name
-        text = await in_daemon_thread(f"give {name}", lambda: self.claims.give_back(name))
+        await device.write_state(XenbusState.INITIALISING)
+        text = await super()._give_back(device)
         if self.claims.driver_of(name) is None:
             return text  # nobody has it whom an interface would be of
         ifname = await self._handed_back(name, BACK_WITHIN)
@@ -167,26 +151,10 @@ class Networks:
             log.info("%s: the kernel has connected it, as %s", name, ifname)
 
     def forget(self, name: str) -> None:
-        self.claims.forget(name)
+        super().forget(name)
         self._frontends.pop(name, None)
         self._names.pop(name, None)
         link.note_path(name, self.platform.run_dir).unlink(missing_ok=True)
-
-    def repair(self) -> None:
-        self.claims.repair(self.klass)
-
-    def hold_hot_plug(self) -> None:
-        self.claims.hold_autoprobe(self.klass)
-
-    def release_hot_plug(self) -> None:
-        self.claims.release_autoprobe(self.klass)
-
-    def pass_on(self, name: str) -> None:
-        self.claims.probe(name)
-
-    def pass_on_others(self) -> None:
-        for name in self.claims.probe_others(lambda name: name.startswith(f"{self.klass}-")):
-            log.info("%s: passed on to the kernel", name)
 
 
 def _refuse_if_relied_on(ifname: str) -> None:
@@ -240,7 +208,6 @@ async def serve(
     """
     on = platform()
     on.require()
-    in_guest = on.name == "xen"
     await in_daemon_thread("modprobe tun", _prepare)
     # Its debug messages are of every packet of netlink.
     logging.getLogger("pyroute2").setLevel(logging.INFO)
@@ -264,9 +231,7 @@ async def serve(
             named=named,
             hot_plug=everything,
             force=force,
-            suspend=(lambda devices: SharedSuspend(store, devices, "pvfront-vif"))
-            if in_guest
-            else None,
+            suspend=in_guest(on, store, "pvfront-vif"),
         )
         following = asyncio.create_task(link.follow(networks.link_changed), name="links")
         try:

@@ -33,9 +33,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vclock import VirtualLoop
 
+from pvfront import parking
 from pvfront.abi import lib
 from pvfront.gntalloc import GrantsExhausted
-from pvfront.netfront import controlside, hashing
+from pvfront.netfront import hashing
 from pvfront.netfront.control import (
     ANSWER,
     DATA_BYTES,
@@ -504,8 +505,8 @@ async def test_a_port_that_slept_with_the_domain_is_parked_and_only_then_closed(
         steps.append(fds)
         return 4711, 1
 
-    monkeypatch.setattr(controlside, "park", park)
-    monkeypatch.setattr(controlside.os, "close", lambda fd: steps.append(f"closed {fd}"))
+    monkeypatch.setattr(parking, "park", park)
+    monkeypatch.setattr(parking.os, "close", lambda fd: steps.append(f"closed {fd}"))
     await made.poisoned()
     assert steps == [[1000 + port], f"closed {1000 + port}"]
     assert guest.granted == 0
@@ -520,8 +521,8 @@ async def test_a_port_that_cannot_be_parked_is_never_closed(
     async def park(pid: int, *, fds: list[int]) -> tuple[int, int]:
         raise CannotPark("process 1: its ports cannot be taken over: no pidfd")
 
-    monkeypatch.setattr(controlside, "park", park)
-    monkeypatch.setattr(controlside, "_never_closed", kept := [])
+    monkeypatch.setattr(parking, "park", park)
+    monkeypatch.setattr(parking, "_never_closed", kept := [])
     await made.poisoned()
     assert len(kept) == 1
     assert "cannot be taken over" in caplog.text

@@ -13,11 +13,10 @@ from controlpeer import Peer
 from vclock import VirtualLoop
 from vifworld import MAC, NETBACK, World
 
-from pvfront import workerside
+from pvfront import parking, workerside
 from pvfront.abi import lib
 from pvfront.errors import PvfrontError
 from pvfront.gntalloc import GrantsExhausted
-from pvfront.netfront import controlside
 from pvfront.netfront import frontend as module
 from pvfront.netfront.control import ANSWER
 from pvfront.netfront.controlside import LOST
@@ -512,7 +511,7 @@ async def test_after_an_unasked_suspend_the_ports_of_both_are_parked_and_not_unb
         return 999, 1
 
     (port,) = world.guest.bound
-    for place in (workerside, controlside):
+    for place in (workerside, parking):
         monkeypatch.setattr(place, "park", park)
     world.fds.add(1000 + port)
     await vif.poisoned()
@@ -535,9 +534,9 @@ async def test_a_control_port_that_cannot_be_parked_stays_open_and_the_worker_is
             raise CannotPark("process 1: its ports cannot be taken over: no pidfd")
         return 999, 2
 
-    for place in (workerside, controlside):
+    for place in (workerside, parking):
         monkeypatch.setattr(place, "park", park)
-    monkeypatch.setattr(controlside, "_never_closed", kept := [])
+    monkeypatch.setattr(parking, "_never_closed", kept := [])
     await vif.poisoned()
     assert len(kept) == 1
     assert "kill" in world.worker.calls
