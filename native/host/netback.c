@@ -22,6 +22,11 @@ static int explain(char *why, int error, const char *what)
 
 bool nb_fires(struct pvf_nb *nb, enum pvf_nb_kind kind, uint64_t *value)
 {
+	return nb_fires_of(nb, kind, 0, value);
+}
+
+bool nb_fires_of(struct pvf_nb *nb, enum pvf_nb_kind kind, uint32_t type, uint64_t *value)
+{
 	bool fires = false;
 
 	if (!LOAD(nb->rules))
@@ -30,7 +35,7 @@ bool nb_fires(struct pvf_nb *nb, enum pvf_nb_kind kind, uint64_t *value)
 	for (uint32_t i = 0; i < nb->rules && !fires; i++) {
 		struct pvf_nb_rule *r = &nb->rule[i];
 
-		if (r->kind != kind)
+		if (r->kind != kind || (r->only && r->only != type))
 			continue;
 		if (r->skip) {
 			r->skip--;
@@ -57,6 +62,7 @@ int pvf_nb_set_rules(struct pvf_nb *nb, const struct pvf_nb_rule *rules, uint32_
 	memcpy(nb->rule, rules, count * sizeof(*rules));
 	STORE(nb->rules, count);
 	pthread_mutex_unlock(&nb->lock);
+	nb_ctrl_release(nb);
 	return 0;
 }
 
@@ -229,7 +235,9 @@ int pvf_nb_connect(struct pvf_nb *nb, int table_fd, int maptrack_fd, uint16_t ow
 	nb->fatal[0] = 0;
 	nb->flags = flags;
 	nb->keep = keep;
+	nb->headroom = 0;
 	nb->hash = (struct nb_hash){0};
+	nb->groups = (struct nb_groups){0};
 	return 0;
 }
 
@@ -324,6 +332,11 @@ int pvf_nb_queue(struct pvf_nb *nb, uint32_t tx_ref, uint32_t rx_ref,
 	}
 	nb->queue[nb->queues++] = q;
 	return 0;
+}
+
+void pvf_nb_set_headroom(struct pvf_nb *nb, uint32_t bytes)
+{
+	STORE(nb->headroom, bytes < NB_PAGE / 2 ? bytes : NB_PAGE / 2);
 }
 
 int pvf_nb_start(struct pvf_nb *nb)

@@ -46,6 +46,7 @@ enum pvf_nb_kind {
 	PVF_NB_RX_EXTRA,
 	PVF_NB_RX_REWRITE, /* the pages of the packet are overwritten after it was given */
 	PVF_NB_RX_PRODUCER, /* rsp_prod is published `value` (signed) off */
+	PVF_NB_RX_HEADROOM, /* the packet has `value` bytes of room before it, asked for or not */
 	/* sent ones */
 	PVF_NB_TX_ID,
 	PVF_NB_TX_STATUS,
@@ -56,12 +57,24 @@ enum pvf_nb_kind {
 	PVF_NB_PRODUCER, /* TX: rsp_prod is published `value` (signed) off */
 	PVF_NB_SILENT,   /* no event for what is published */
 	PVF_NB_STORM,    /* an event for nothing after each turn */
+	/* the control ring; `only`: of requests of this type (0: of all) */
+	PVF_NB_CTRL_ID,       /* the response's id becomes `value` */
+	PVF_NB_CTRL_TYPE,     /* its type */
+	PVF_NB_CTRL_STATUS,   /* its status */
+	PVF_NB_CTRL_DATA,     /* its data */
+	PVF_NB_CTRL_DROP,     /* no response */
+	PVF_NB_CTRL_DUPLICATE, /* two */
+	PVF_NB_CTRL_HOLD,     /* the response waits until the rules are replaced */
+	PVF_NB_CTRL_SCRIBBLE, /* the page of a list or a key is overwritten before the response */
+	PVF_NB_CTRL_PRODUCER, /* rsp_prod is published `value` (signed) off */
+	PVF_NB_CTRL_SILENT,   /* no event for what is published */
+	PVF_NB_CTRL_STORM,    /* an event for nothing each millisecond */
 	PVF_NB_KINDS,
 };
 
 struct pvf_nb_rule {
 	uint32_t kind; /* enum pvf_nb_kind */
-	uint32_t unused;
+	uint32_t only;
 	uint64_t skip, count, value;
 };
 
@@ -69,6 +82,9 @@ struct pvf_nb_stats {
 	uint64_t tx_packets, tx_bytes, tx_slots, tx_gso, tx_blank, tx_rejected;
 	uint64_t rx_packets, rx_bytes, rx_slots, rx_gso, rx_blank, rx_dropped;
 	uint64_t multicast_added, multicast_deleted;
+	uint64_t multicast_refused; /* the list was full */
+	uint64_t multicast_filtered; /* packets that the frontend does not listen to */
+	uint64_t rx_roomy; /* packets with room before them */
 	uint64_t rx_steered; /* packets that went to another queue than the TAP's, for their hash */
 	uint64_t kept, kept_hits; /* grants that stay mapped; how often one was used */
 	uint64_t ctrl_requests, ctrl_refused;
@@ -114,6 +130,12 @@ int pvf_nb_queue(struct pvf_nb *nb, uint32_t tx_ref, uint32_t rx_ref,
 
 /* The control ring, before pvf_nb_start(). As pvf_nb_queue(). */
 int pvf_nb_control(struct pvf_nb *nb, uint32_t ref, const struct pvf_nb_channel *channel, char *why);
+
+/* Whether only multicast packets of addresses that the frontend has added are passed on. At any time. */
+void pvf_nb_set_filter(struct pvf_nb *nb, bool on);
+
+/* Bytes of room that each received packet has before it in each of its pages; at most half a page. At any time. */
+void pvf_nb_set_headroom(struct pvf_nb *nb, uint32_t bytes);
 
 /* Starts the threads. 0 or -errno. */
 int pvf_nb_start(struct pvf_nb *nb);

@@ -272,15 +272,98 @@ static uint32_t process(struct pvf_nb *nb, const struct xen_netif_ctrl_request *
 
 /* The ring */
 
+static void put(struct nb_ctrl *c, const struct xen_netif_ctrl_response *rsp)
+{
+	*RING_GET_RESPONSE(&c->ring, c->ring.rsp_prod_pvt++) = *rsp;
+}
+
+static void notify(struct nb_ctrl *c)
+{
+	pvf_channel_notify(c->end.channel, c->end.side, c->end.other_fd);
+}
+
+static void publish(struct pvf_nb *nb, RING_IDX old)
+{
+	struct nb_ctrl *c = &nb->ctrl;
+	struct xen_netif_ctrl_sring *shared = c->ring.sring;
+	RING_IDX new = c->ring.rsp_prod_pvt;
+	uint64_t value;
+
+	if (nb_fires(nb, PVF_NB_CTRL_PRODUCER, &value))
+		new += (RING_IDX)value;
+	__atomic_store_n(&shared->rsp_prod, new, __ATOMIC_SEQ_CST);
+	RING_IDX event = __atomic_load_n(&shared->rsp_event, __ATOMIC_SEQ_CST);
+
+	if ((RING_IDX)(new - event) < (RING_IDX)(new - old) && !nb_fires(nb, PVF_NB_CTRL_SILENT, &value))
+		notify(c);
+}
+
+/* The page that a request names, if it does. */
+static void scribble(struct pvf_nb *nb, const struct xen_netif_ctrl_request *r)
+{
+	bool greferences = r->type == XEN_NETIF_CTRL_TYPE_ADD_GREF_MAPPING ||
+			   r->type == XEN_NETIF_CTRL_TYPE_DEL_GREF_MAPPING;
+	uint32_t ref = r->data[greferences];
+	unsigned char *page;
+
+	if (!greferences && r->type != XEN_NETIF_CTRL_TYPE_SET_HASH_KEY &&
+	    r->type != XEN_NETIF_CTRL_TYPE_SET_HASH_MAPPING)
+		return;
+	if (pvf_peer_map(&nb->peer, ref, true, &page))
+		return;
+	memset(page, 0xee, NB_PAGE);
+	pvf_peer_unmap(&nb->peer, ref);
+}
+
+/* The answer, or what the rules make of it. */
+static void answer(struct pvf_nb *nb, const struct xen_netif_ctrl_request *r, uint32_t status, uint32_t data)
+{
+	struct nb_ctrl *c = &nb->ctrl;
+	struct xen_netif_ctrl_response rsp = {.id = r->id, .type = r->type, .status = status, .data = data};
+	RING_IDX old = c->ring.rsp_prod_pvt;
+	uint64_t value;
+
+	if (nb_fires_of(nb, PVF_NB_CTRL_SCRIBBLE, r->type, &value))
+		scribble(nb, r);
+	if (nb_fires_of(nb, PVF_NB_CTRL_DROP, r->type, &value))
+		return;
+	if (nb_fires_of(nb, PVF_NB_CTRL_ID, r->type, &value))
+		rsp.id = (uint16_t)value;
+	if (nb_fires_of(nb, PVF_NB_CTRL_TYPE, r->type, &value))
+		rsp.type = (uint16_t)value;
+	if (nb_fires_of(nb, PVF_NB_CTRL_STATUS, r->type, &value))
+		rsp.status = (uint32_t)value;
+	if (nb_fires_of(nb, PVF_NB_CTRL_DATA, r->type, &value))
+		rsp.data = (uint32_t)value;
+	if (c->holds < sizeof(c->held) / sizeof(*c->held) &&
+	    nb_fires_of(nb, PVF_NB_CTRL_HOLD, r->type, &value)) {
+		c->held[c->holds++] = rsp;
+		return;
+	}
+	put(c, &rsp);
+	if (nb_fires_of(nb, PVF_NB_CTRL_DUPLICATE, r->type, &value))
+		put(c, &rsp);
+	publish(nb, old);
+}
+
 static void serve(struct pvf_nb *nb)
 {
 	struct nb_ctrl *c = &nb->ctrl;
 	struct xen_netif_ctrl_sring *shared = c->ring.sring;
 
+	if (__atomic_exchange_n(&c->release, false, __ATOMIC_ACQ_REL) && c->holds) {
+		RING_IDX old = c->ring.rsp_prod_pvt;
+
+		for (uint32_t i = 0; i < c->holds; i++)
+			put(c, &c->held[i]);
+		c->holds = 0;
+		publish(nb, old);
+	}
 	for (;;) {
 		RING_IDX prod = __atomic_load_n(&shared->req_prod, __ATOMIC_SEQ_CST);
 
-		if (prod - c->ring.rsp_prod_pvt > RING_SIZE(&c->ring))
+		if (prod - c->ring.rsp_prod_pvt > RING_SIZE(&c->ring) ||
+		    prod - c->ring.req_cons > RING_SIZE(&c->ring))
 			return; /* nothing of it can be believed: it is served no more */
 		if (prod == c->ring.req_cons) {
 			__atomic_store_n(&shared->req_event, prod + 1, __ATOMIC_SEQ_CST);
@@ -294,17 +377,10 @@ static void serve(struct pvf_nb *nb)
 		memcpy(&r, RING_GET_REQUEST(&c->ring, c->ring.req_cons++), sizeof(r));
 		__asm__ volatile("" ::: "memory"); /* nothing is read there again */
 		uint32_t status = process(nb, &r, &data);
-		RING_IDX old = c->ring.rsp_prod_pvt++;
 
-		*RING_GET_RESPONSE(&c->ring, old) = (struct xen_netif_ctrl_response){
-			.id = r.id, .type = r.type, .status = status, .data = data};
 		ADD(c->requests, 1);
 		ADD(c->refused, status != XEN_NETIF_CTRL_STATUS_SUCCESS);
-		__atomic_store_n(&shared->rsp_prod, old + 1, __ATOMIC_SEQ_CST);
-		RING_IDX event = __atomic_load_n(&shared->rsp_event, __ATOMIC_SEQ_CST);
-
-		if (old + 1 - event < 1)
-			pvf_channel_notify(c->end.channel, c->end.side, c->end.other_fd);
+		answer(nb, &r, status, data);
 	}
 }
 
@@ -313,6 +389,7 @@ static void *ctrl_main(void *arg)
 	struct pvf_nb *nb = arg;
 	struct nb_ctrl *c = &nb->ctrl;
 	struct epoll_event events[2];
+	uint64_t value;
 
 	for (;;) {
 		serve(nb);
@@ -320,9 +397,29 @@ static void *ctrl_main(void *arg)
 			pvf_channel_unmask(c->end.channel, c->end.side, c->end.own_fd);
 		if (__atomic_load_n(&nb->stop, __ATOMIC_ACQUIRE))
 			return NULL;
-		epoll_wait(c->epoll_fd, events, 2, -1);
+		bool storm = nb_fires(nb, PVF_NB_CTRL_STORM, &value);
+
+		if (storm)
+			notify(c);
+		epoll_wait(c->epoll_fd, events, 2, storm ? 1 : -1);
+		if (read(c->ctl_fd, &value, sizeof(value)) < 0)
+			value = 0; /* nobody has written */
 		c->end.delivered = pvf_channel_take(c->end.channel, c->end.side, -1);
 	}
+}
+
+static void poke(struct nb_ctrl *c)
+{
+	const uint64_t one = 1;
+
+	if (c->started && write(c->ctl_fd, &one, sizeof(one)) < 0)
+		abort(); /* an eventfd of our own */
+}
+
+void nb_ctrl_release(struct pvf_nb *nb)
+{
+	__atomic_store_n(&nb->ctrl.release, true, __ATOMIC_RELEASE);
+	poke(&nb->ctrl);
 }
 
 static int fail(char *why, int error, const char *what)
@@ -377,12 +474,12 @@ int nb_ctrl_start(struct pvf_nb *nb)
 
 void nb_ctrl_stop(struct pvf_nb *nb)
 {
-	const uint64_t one = 1;
 	struct nb_ctrl *c = &nb->ctrl;
 
 	if (!c->there)
 		return;
-	if (c->started && write(c->ctl_fd, &one, sizeof(one)) == sizeof(one))
+	poke(c);
+	if (c->started)
 		pthread_join(c->thread, NULL);
 	nb->ended.ctrl_requests += c->requests;
 	nb->ended.ctrl_refused += c->refused;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
  * What the files of the network backend share: netback.c (a vif and its connection), netback_tx.c and
- * netback_rx.c (a ring each), netback_frame.c (what is in a packet).
+ * netback_rx.c (a ring each), netback_ctrl.c (the control ring), netback_groups.c (multicast addresses),
+ * netback_frame.c (what is in a packet).
  */
 #ifndef PVF_NETBACK_INT_H
 #define PVF_NETBACK_INT_H
@@ -23,7 +24,11 @@
 #define NB_FRAME 65536u
 #define NB_KEY 40u       /* bytes of a hash's key: XEN_NETBK_MAX_HASH_KEY_SIZE */
 #define NB_MAPPING 128u  /* hash to queue: XEN_NETBK_MAX_HASH_MAPPING_SIZE */
+#define NB_GROUPS 64u    /* multicast addresses: XEN_NETBK_MCAST_MAX */
 #define NB_SLOTS_FATAL 20u /* FATAL_SKB_SLOTS_DEFAULT of Linux's netback */
+
+/* Headers before Linux's of 5.9 do not know it: u.xdp, whose first half word is the room before the packet. */
+#define NB_EXTRA_XDP 5u
 
 #define LOAD(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
 #define STORE(x, v) __atomic_store_n(&(x), (v), __ATOMIC_RELAXED)
@@ -85,6 +90,15 @@ struct nb_ctrl { /* the control ring */
 	int ctl_fd, epoll_fd;
 	pthread_t thread;
 	uint64_t requests, refused;
+	struct xen_netif_ctrl_response held[8];
+	uint32_t holds;
+	bool release; /* what is held is to go */
+};
+
+struct nb_groups { /* under the interface's lock */
+	uint32_t filter; /* read without it, too */
+	uint32_t count;
+	uint8_t address[NB_GROUPS][6];
 };
 
 struct pvf_nb {
@@ -97,7 +111,9 @@ struct pvf_nb {
 	bool connected, stop;
 	uint32_t flags;
 	uint32_t keep; /* grants that a queue may keep mapped */
+	uint32_t headroom;
 	struct nb_hash hash;
+	struct nb_groups groups;
 	struct nb_ctrl ctrl;
 	struct pvf_peer peer;
 	struct nb_queue *queue[PVF_NB_QUEUES];
@@ -107,6 +123,8 @@ struct pvf_nb {
 
 /* Whether a rule of this kind fires now, and its value. */
 bool nb_fires(struct pvf_nb *nb, enum pvf_nb_kind kind, uint64_t *value);
+/* The same of an event that has a type: rules that are of another one only do not fire. */
+bool nb_fires_of(struct pvf_nb *nb, enum pvf_nb_kind kind, uint32_t type, uint64_t *value);
 
 /* The frontend has broken the protocol. */
 void nb_fatal(struct nb_queue *q, const char *what, uint32_t value);
@@ -125,7 +143,14 @@ bool nb_rx_room(struct nb_queue *q);
 struct nb_queue *nb_steer(struct nb_queue *q, const uint8_t *frame, uint32_t size,
 			  struct netif_extra_info *extra);
 
+/* Multicast addresses: added (false: there are too many), deleted; whether a received frame is passed on. */
+bool nb_group_add(struct pvf_nb *nb, const uint8_t address[6]);
+void nb_group_delete(struct pvf_nb *nb, const uint8_t address[6]);
+bool nb_group_passes(struct pvf_nb *nb, const uint8_t *frame, uint32_t size);
+
 int nb_ctrl_start(struct pvf_nb *nb);
+/* The rules were replaced: what they held back goes. */
+void nb_ctrl_release(struct pvf_nb *nb);
 void nb_ctrl_stop(struct pvf_nb *nb);
 int nb_kept_new(struct nb_queue *q);
 void nb_kept_free(struct nb_queue *q);

@@ -8,7 +8,15 @@
 
 #include "netback_int.h"
 
-#define MOST_SLOTS 18u /* of a packet: its pages, and what it says of GSO and of its hash */
+/* Of a packet: its pages, and what it says of GSO and of its hash. With room before it, it has more pages, up to
+ * XEN_NETIF_NR_SLOTS_MIN, and says so. */
+#define MOST_SLOTS 18u
+#define MOST_ROOMY (XEN_NETIF_NR_SLOTS_MIN + 3u)
+
+static uint32_t most_slots(struct pvf_nb *nb)
+{
+	return LOAD(nb->headroom) || LOAD(nb->rules) ? MOST_ROOMY : MOST_SLOTS;
+}
 
 /* How many requests can be used; more than the ring has slots: the frontend broke the protocol. */
 static uint32_t requests(struct nb_queue *q)
@@ -25,10 +33,12 @@ static uint32_t requests(struct nb_queue *q)
 
 bool nb_rx_room(struct nb_queue *q)
 {
-	if (requests(q) >= MOST_SLOTS)
+	uint32_t most = most_slots(q->nb);
+
+	if (requests(q) >= most)
 		return true;
-	__atomic_store_n(&q->rx.sring->req_event, q->rx.req_cons + MOST_SLOTS, __ATOMIC_SEQ_CST);
-	return requests(q) >= MOST_SLOTS;
+	__atomic_store_n(&q->rx.sring->req_event, q->rx.req_cons + most, __ATOMIC_SEQ_CST);
+	return requests(q) >= most;
 }
 
 static void publish(struct nb_queue *q, RING_IDX old)
@@ -63,7 +73,8 @@ static void put_extra(struct nb_queue *q, const struct netif_extra_info *extra)
 	memcpy(RING_GET_RESPONSE(&q->rx, q->rx.rsp_prod_pvt++), extra, sizeof(*extra));
 }
 
-static int16_t fill(struct nb_queue *q, const struct netif_rx_request *r, const uint8_t *from, uint32_t bytes)
+static int16_t fill(struct nb_queue *q, const struct netif_rx_request *r, uint32_t room, const uint8_t *from,
+		    uint32_t bytes)
 {
 	struct nb_access a;
 
@@ -71,7 +82,7 @@ static int16_t fill(struct nb_queue *q, const struct netif_rx_request *r, const 
 		ADD(q->stats.map_errors, 1);
 		return NETIF_RSP_ERROR;
 	}
-	memcpy(a.page, from, bytes);
+	memcpy(a.page + room, from, bytes);
 	nb_page_done(q, r->gref, &a);
 	return (int16_t)bytes;
 }
@@ -114,7 +125,7 @@ static uint8_t gso_of(const struct virtio_net_hdr *v)
 
 /* What is said of a packet beside its bytes; `most`: slots that there are for it. */
 static void say_more(struct nb_queue *q, const struct virtio_net_hdr *v,
-		     const struct netif_extra_info *hash, struct extras *e, uint32_t most)
+		     const struct netif_extra_info *hash, uint32_t room, struct extras *e, uint32_t most)
 {
 	uint8_t gso = gso_of(v);
 	uint64_t lie;
@@ -126,6 +137,9 @@ static void say_more(struct nb_queue *q, const struct virtio_net_hdr *v,
 			.u.gso = {.size = v->gso_size,
 				  .type = gso == VIRTIO_NET_HDR_GSO_TCPV4 ? XEN_NETIF_GSO_TYPE_TCPV4
 									  : XEN_NETIF_GSO_TYPE_TCPV6}};
+	if (room)
+		e->info[e->count++] = (struct netif_extra_info){
+			.type = NB_EXTRA_XDP, .u.pad = {(uint16_t)room}};
 	if (hash->type)
 		e->info[e->count++] = *hash;
 	if (nb_fires(q->nb, PVF_NB_RX_EXTRA, &lie)) {
@@ -144,23 +158,32 @@ static void give(struct nb_queue *q, const struct nb_frame *f, uint32_t size,
 		 const struct netif_extra_info *hash)
 {
 	const struct virtio_net_hdr *v = &f->vnet;
-	uint32_t pages = (size + NB_PAGE - 1) / NB_PAGE, refs[MOST_SLOTS];
+	uint32_t refs[XEN_NETIF_NR_SLOTS_MIN], room = LOAD(q->nb->headroom);
 	RING_IDX old = q->rx.rsp_prod_pvt;
 	struct extras extras;
-	uint64_t unused;
+	uint64_t asked, unused;
 
-	say_more(q, v, hash, &extras, MOST_SLOTS - pages);
+	if (nb_fires(q->nb, PVF_NB_RX_HEADROOM, &asked))
+		room = asked < NB_PAGE / 2 ? (uint32_t)asked : NB_PAGE / 2;
+	uint32_t each = NB_PAGE - room, pages = (size + each - 1) / each;
+
+	if (pages > XEN_NETIF_NR_SLOTS_MIN) {
+		ADD(q->stats.rx_dropped, 1);
+		return;
+	}
+	say_more(q, v, hash, room, &extras, most_slots(q->nb) - pages);
 	for (uint32_t i = 0; i < pages; i++) {
-		uint32_t bytes = size - i * NB_PAGE < NB_PAGE ? size - i * NB_PAGE : NB_PAGE;
+		uint32_t bytes = size - i * each < each ? size - i * each : each;
 		struct netif_rx_request r;
 		struct netif_rx_response *rsp;
 
 		take(q, &r);
 		refs[i] = r.gref;
-		int16_t status = fill(q, &r, f->bytes + i * NB_PAGE, bytes);
+		int16_t status = fill(q, &r, room, f->bytes + i * each, bytes);
 
 		rsp = RING_GET_RESPONSE(&q->rx, q->rx.rsp_prod_pvt++);
-		*rsp = (struct netif_rx_response){.id = r.id, .status = status};
+		*rsp = (struct netif_rx_response){
+			.id = r.id, .offset = (uint16_t)room, .status = status};
 		if (i + 1 < pages)
 			rsp->flags |= NETRXF_more_data;
 		if (!i && v->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)
@@ -175,6 +198,7 @@ static void give(struct nb_queue *q, const struct nb_frame *f, uint32_t size,
 	ADD(q->stats.rx_packets, 1);
 	ADD(q->stats.rx_bytes, size);
 	ADD(q->stats.rx_gso, gso_of(v) != 0);
+	ADD(q->stats.rx_roomy, room != 0);
 	ADD(q->stats.rx_blank, v->flags != 0);
 	if (nb_fires(q->nb, PVF_NB_RX_REWRITE, &unused))
 		rewrite(q, refs, pages);
@@ -207,6 +231,10 @@ bool nb_rx(struct nb_queue *q)
 
 		if (size > XEN_NETIF_MAX_TX_SIZE || (size > NB_PAGE && !(q->nb->flags & PVF_NB_SG))) {
 			ADD(q->stats.rx_dropped, 1);
+			continue;
+		}
+		if (!nb_group_passes(q->nb, q->frame.bytes, (uint32_t)size)) {
+			ADD(q->stats.multicast_filtered, 1);
 			continue;
 		}
 		struct netif_extra_info hash;

@@ -213,6 +213,21 @@ static void write_to_tap(struct nb_queue *q, uint32_t size)
 	ADD(q->stats.tx_blank, q->frame.vnet.flags != 0);
 }
 
+/* Amends the list of multicast addresses; nothing is passed on. */
+static void change_groups(struct nb_queue *q, const struct packet *p)
+{
+	bool add = p->has[XEN_NETIF_EXTRA_TYPE_MCAST_ADD], done = true;
+
+	if (add)
+		done = nb_group_add(q->nb, p->extra[XEN_NETIF_EXTRA_TYPE_MCAST_ADD].u.mcast.addr);
+	else
+		nb_group_delete(q->nb, p->extra[XEN_NETIF_EXTRA_TYPE_MCAST_DEL].u.mcast.addr);
+	ADD(q->stats.multicast_added, add && done);
+	ADD(q->stats.multicast_deleted, !add);
+	ADD(q->stats.multicast_refused, !done);
+	answer(q, p, done ? NETIF_RSP_OKAY : NETIF_RSP_ERROR);
+}
+
 /* A packet that is whole: passed on, or refused. False: the frontend broke the protocol. */
 static bool handle(struct nb_queue *q, const struct packet *p)
 {
@@ -221,9 +236,7 @@ static bool handle(struct nb_queue *q, const struct packet *p)
 
 	ADD(q->stats.tx_slots, p->slots + p->extras);
 	if (p->has[XEN_NETIF_EXTRA_TYPE_MCAST_ADD] || p->has[XEN_NETIF_EXTRA_TYPE_MCAST_DEL]) {
-		ADD(q->stats.multicast_added, p->has[XEN_NETIF_EXTRA_TYPE_MCAST_ADD]);
-		ADD(q->stats.multicast_deleted, p->has[XEN_NETIF_EXTRA_TYPE_MCAST_DEL]);
-		answer(q, p, NETIF_RSP_OKAY);
+		change_groups(q, p);
 		return true;
 	}
 	for (uint32_t i = 1; i < p->slots; i++)
@@ -261,7 +274,8 @@ bool nb_tx(struct nb_queue *q)
 	while (!LOAD(q->nb->broken)) {
 		RING_IDX prod = __atomic_load_n(&shared->req_prod, __ATOMIC_SEQ_CST);
 
-		if (prod - q->tx.rsp_prod_pvt > RING_SIZE(&q->tx)) {
+		if (prod - q->tx.rsp_prod_pvt > RING_SIZE(&q->tx) ||
+		    prod - q->tx.req_cons > RING_SIZE(&q->tx)) {
 			nb_fatal(q, "impossible number of requests", prod);
 			break;
 		}

@@ -317,12 +317,96 @@ static void multicast(void)
 	end();
 }
 
+/* Packets that pass, or do not, one behind the other: what comes next shows what did not. */
+static void to_group(uint8_t last)
+{
+	struct frame f = udp(4, 0, 10);
+
+	memcpy(f.bytes, (const uint8_t[6]){1, 0, 0x5e, 1, 2, last}, 6);
+	network_sends(&f, &(struct virtio_net_hdr){0});
+}
+
+static void filtered(void)
+{
+	static const uint8_t group[6] = {1, 0, 0x5e, 1, 2, 3};
+	struct pvf_nb_stats s = {0};
+	struct frame f = udp(4, 0, 10);
+
+	begin();
+	to_group(9);
+	receive();
+	CHECK_EQ(in.bytes[5], 9); /* nobody has asked for less */
+	pvf_nb_set_filter(nb, true);
+	CHECK(pvf_net_tx_multicast(&tx, group, true));
+	send_frame(&f, &(struct virtio_net_hdr){0});
+	network_gets();
+	to_group(9);
+	to_group(3);
+	receive();
+	CHECK_EQ(in.bytes[5], 3);
+	to_group(9);
+	memset(f.bytes, 0xff, 6);
+	network_sends(&f, &(struct virtio_net_hdr){0});
+	receive();
+	CHECK_EQ(in.bytes[5], 0xff); /* broadcasts always pass */
+	CHECK(pvf_net_tx_multicast(&tx, group, false));
+	send_frame(&f, &(struct virtio_net_hdr){0});
+	network_gets();
+	to_group(3);
+	f.bytes[0] = 2;
+	network_sends(&f, &(struct virtio_net_hdr){0});
+	receive();
+	CHECK_EQ(in.bytes[0], 2);
+	/* No more addresses than Linux's netback takes: the rest is refused, and costs nothing. */
+	for (uint8_t i = 0; i < 70; i++) {
+		CHECK(pvf_net_tx_multicast(&tx, (const uint8_t[6]){1, 0, 0x5e, 1, 3, i}, true));
+		send_frame(&f, &(struct virtio_net_hdr){0});
+		network_gets();
+		take_answers();
+	}
+	pvf_nb_get_stats(nb, &s);
+	CHECK_EQ(s.multicast_filtered, 3);
+	CHECK_EQ(s.multicast_added, 1 + 64);
+	CHECK_EQ(s.multicast_refused, 6);
+	CHECK_EQ(s.fatal, 0);
+	end();
+}
+
+static void with_room(void)
+{
+	static struct frame f;
+	struct virtio_net_hdr v;
+	uint64_t seed = 31;
+
+	begin();
+	for (uint32_t round = 0; round < 600; round++) {
+		uint32_t room = round % 3 ? 1 + below(&seed, 400) : 0;
+
+		draw_frame(&f, &v, &seed);
+		pvf_nb_set_headroom(nb, room);
+		if (below(&seed, 2)) {
+			network_sends(&f, &v);
+			same(&f, &v, receive());
+		} else { /* not asked for */
+			struct pvf_nb_rule rule = {.kind = PVF_NB_RX_HEADROOM, .value = 256};
+
+			CHECK_EQ(pvf_nb_set_rules(nb, &rule, 1), 0);
+			network_sends(&f, &v);
+			same(&f, &v, receive());
+			CHECK_EQ(pvf_nb_set_rules(nb, &rule, 0), 0);
+		}
+	}
+	end();
+}
+
 int main(void)
 {
 	static const struct test tests[] = {
 		{"packets of all kinds arrive as they were, both ways", both_ways},
 		{"bursts arrive in order, whatever fits into the rings at once", in_bursts},
 		{"multicast addresses arrive, and packets behind them", multicast},
+		{"of multicast packets those of added addresses pass, if that is asked for", filtered},
+		{"packets with room before them in their pages arrive as they were", with_room},
 	};
 
 	return RUN_TESTS(tests);

@@ -46,6 +46,7 @@ class Features:
     dynamic_multicast_control: bool = True
     split_event_channels: bool = True
     ctrl_ring: bool = True
+    xdp_headroom: bool = True
     queues: int = min(os.cpu_count() or 1, 16)
     gref_mapping: int = 1024
     """Grants that each queue keeps mapped if its frontend asks for that; Linux keeps none."""
@@ -183,6 +184,14 @@ class Engine:
             if isinstance(exc, OSError | ValueError):
                 raise EngineError(f"the hub of {host}: {exc}", errno.EIO) from exc
             raise
+
+    def set_filter(self, on: bool) -> None:
+        """Whether only multicast packets of groups that were added are passed on; at any time."""
+        lib.pvf_nb_set_filter(self._nb, on)
+
+    def set_headroom(self, room: int) -> None:
+        """Bytes of room that received packets have before them; at any time."""
+        lib.pvf_nb_set_headroom(self._nb, room)
 
     def start(self) -> None:
         """Begins to serve what is connected."""

@@ -20,7 +20,10 @@ __all__ = ["KINDS", "NetFault"]
 
 KINDS = (
     "rx_id", "rx_offset", "rx_status", "rx_flags", "rx_extra", "rx_rewrite", "rx_producer",
+    "rx_headroom",
     "tx_id", "tx_status", "tx_drop", "tx_duplicate", "tx_look", "producer", "silent", "storm",
+    "ctrl_id", "ctrl_type", "ctrl_status", "ctrl_data", "ctrl_drop", "ctrl_duplicate", "ctrl_hold",
+    "ctrl_scribble", "ctrl_producer", "ctrl_silent", "ctrl_storm",
 )  # fmt: skip
 """The kinds of faults, named as in enum pvf_nb_kind."""
 
@@ -30,8 +33,16 @@ FLAGS = {"data_validated": 1, "csum_blank": 2, "more_data": 4, "extra_info": 8}
 STATUS = {"okay": 0, "error": -1, "dropped": -2, "null": 1}
 """NETIF_RSP_* by name."""
 
-EXTRAS = {"none": 0, "gso": 1, "mcast_add": 2, "mcast_del": 3, "hash": 4}
+EXTRAS = {"none": 0, "gso": 1, "mcast_add": 2, "mcast_del": 3, "hash": 4, "xdp": 5}
 """XEN_NETIF_EXTRA_TYPE_* by name."""
+
+REQUESTS = {
+    "any": 0, "get_hash_flags": 1, "set_hash_flags": 2, "set_hash_key": 3,
+    "get_hash_mapping_size": 4, "set_hash_mapping_size": 5, "set_hash_mapping": 6,
+    "set_hash_algorithm": 7, "get_gref_mapping_size": 8, "add_gref_mapping": 9,
+    "del_gref_mapping": 10,
+}  # fmt: skip
+"""XEN_NETIF_CTRL_TYPE_* by name."""
 
 _U64 = (1 << 64) - 1
 
@@ -49,6 +60,8 @@ class NetFault:
 
     kind: str
     value: int = 0
+    only: int = 0
+    """Of the control ring: of requests of this type (REQUESTS) only."""
     skip: int = 0
     count: int = 0
 
@@ -102,6 +115,11 @@ class NetFault:
         """The pages of a received packet are overwritten right after it was given."""
         return cls._make("rx_rewrite", 0, when)
 
+    @classmethod
+    def rx_headroom(cls, room: int, **when: Unpack[When]) -> Self:
+        """A received packet has `room` bytes before it in each of its pages, asked for or not."""
+        return cls._make("rx_headroom", _whole("room", room, 1, 2048), when)
+
     # -- what it sends ---------------------------------------------------------------------------
 
     @classmethod
@@ -154,6 +172,59 @@ class NetFault:
         """An event for nothing after each turn of the backend's."""
         return cls._make("storm", 0, when)
 
+    # -- the control ring ------------------------------------------------------------------------
+
+    @classmethod
+    def control(
+        cls,
+        what: Literal["id", "type", "status", "data"],
+        value: int,
+        *,
+        of: str = "any",
+        **when: Unpack[When],
+    ) -> Self:
+        """This field of an answer is `value`. `of`: to such requests (REQUESTS) only."""
+        most = 0xFFFF if what in ("id", "type") else 0xFFFFFFFF
+        if what not in ("id", "type", "status", "data"):
+            raise FaultError(f"an answer has no {what!r}: it has id, type, status and data")
+        return cls._make(f"ctrl_{what}", _whole("value", value, 0, most), when, of)
+
+    @classmethod
+    def control_answers(
+        cls,
+        what: Literal["drop", "duplicate", "hold"],
+        *,
+        of: str = "any",
+        **when: Unpack[When],
+    ) -> Self:
+        """A request is never answered, or twice, or when the faults are replaced."""
+        if what not in ("drop", "duplicate", "hold"):
+            raise FaultError(f"{what!r}: drop, duplicate or hold")
+        return cls._make(f"ctrl_{what}", 0, when, of)
+
+    @classmethod
+    def control_scribble(cls, *, of: str = "any", **when: Unpack[When]) -> Self:
+        """The page with a request's list or key is overwritten before it is answered."""
+        return cls._make("ctrl_scribble", 0, when, of)
+
+    @classmethod
+    def control_producer(cls, by: int, **when: Unpack[When]) -> Self:
+        """The ring's rsp_prod is published off by `by`."""
+        value = _whole("by", by, -(1 << 31), (1 << 31) - 1)
+        if not value:
+            raise FaultError("by=0 moves nothing")
+        return cls._make("ctrl_producer", value, when)
+
+    @classmethod
+    def control_silent(cls, **when: Unpack[When]) -> Self:
+        """An answer is followed by no event, though one is due."""
+        return cls._make("ctrl_silent", 0, when)
+
+    @classmethod
+    def control_storm(cls, **when: Unpack[When]) -> Self:
+        """An event for nothing each millisecond, from the next request on."""
+        return cls._make("ctrl_storm", 0, when)
+
     # -- the table -------------------------------------------------------------------------------
 
     def encode(self) -> dict[str, Any]:
@@ -174,13 +245,16 @@ class NetFault:
         return cls(**data)
 
     @classmethod
-    def _make(cls, kind: str, value: int, when: When) -> Self:
+    def _make(cls, kind: str, value: int, when: When, of: str = "any") -> Self:
         unknown = when.keys() - When.__annotations__.keys()
         if unknown:
             raise FaultError(f"{kind}: no such argument: {', '.join(sorted(unknown))}")
+        if of not in REQUESTS:
+            raise FaultError(f"of={of!r}: there are {', '.join(REQUESTS)}")
         return cls(
             kind,
             value & _U64,
+            REQUESTS[of],
             _whole("skip", when.get("skip", 0), 0, _U64),
             _whole("count", when.get("count", 0), 0, _U64),
         )

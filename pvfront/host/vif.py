@@ -9,6 +9,9 @@ included, because frontends are written against them:
 * Connected is written once `hotplug-status` says `connected`, and so is every state before that.
 * From a state to another it goes through all those between: from Connected to InitWait by Closing
   and Closed.
+* Which multicast packets are passed on is looked at with Connected, and again whenever
+  `request-multicast-control` is written, if the backend offers that. `xdp-headroom` is looked at
+  with Connected; nobody here goes through Reconfiguring.
 * A frontend that breaks the rings' protocol ends its vif: nothing is carried any more, and the
   states stay as they are.
 
@@ -21,6 +24,7 @@ while a frontend is connected. What a hotplug script does is done here: address 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 from pathlib import Path
@@ -44,11 +48,12 @@ from pvfront.host.busdevice import (
 from pvfront.host.hubdevice import EngineError
 from pvfront.host.netengine import Control, Engine, Features, Queue, Wishes
 from pvfront.netfront.tap import Tap
-from pvfront.xenstore import Xenstore
+from pvfront.xenstore import Xenstore, XenstoreError
 
 log = logging.getLogger(__name__)
 
 HOTPLUGGED = "connected"
+MOST_HEADROOM = 0x7FFF  # XEN_NETIF_MAX_XDP_HEADROOM
 
 
 class Vif(BusDevice[Engine, Features]):
@@ -73,23 +78,29 @@ class Vif(BusDevice[Engine, Features]):
         self._is = UNKNOWN
         """Where the walk is; `state` is what was written, which waits for the hotplug script."""
         self._deferred = False
+        self._filtering: asyncio.Task[None] | None = None
 
     # -- the device on its bus -------------------------------------------------------------------
 
     async def linger(self) -> None:
         """Lets go of the frontend; the TAP goes."""
-        if self.engine is not None:
-            self.engine.disconnect()
+        self._disconnect()
         if not self.keep_engine:
             await self.leave()
 
     async def leave(self) -> None:
         """The TAP goes with its backend."""
-        if self.engine is not None:
-            self.engine.disconnect()
+        self._disconnect()
         if self.tap:
             name, self.tap = self.tap, ""
             await asyncio.to_thread(hotplug.offline, name)
+
+    def _disconnect(self) -> None:
+        if self._filtering is not None:
+            self._filtering.cancel()
+            self._filtering = None
+        if self.engine is not None:
+            self.engine.disconnect()
 
     async def _own_changed(self) -> None:
         if self._deferred and await self._read("hotplug-status") == HOTPLUGGED:
@@ -141,6 +152,7 @@ class Vif(BusDevice[Engine, Features]):
                 "feature-dynamic-multicast-control": flag(f.dynamic_multicast_control),
                 "feature-split-event-channels": flag(f.split_event_channels),
                 "feature-ctrl-ring": flag(f.ctrl_ring),
+                "feature-xdp-headroom": flag(f.xdp_headroom),
                 "multi-queue-max-queues": str(f.queues),
             }
         )
@@ -178,8 +190,7 @@ class Vif(BusDevice[Engine, Features]):
             if step == CONNECTED and not await self._connect():
                 return
             if self._is == CONNECTED:
-                assert self.engine is not None
-                self.engine.disconnect()
+                self._disconnect()
             await self._enter(step)
 
     async def _enter(self, state: int) -> None:
@@ -198,6 +209,13 @@ class Vif(BusDevice[Engine, Features]):
                 self.host, self.own_domid, self.domid, queues, taps, wishes, control=control,
                 gref_mapping=self.features.gref_mapping if self.features.ctrl_ring else 0,
             )  # fmt: skip
+            if self.features.xdp_headroom:
+                room = await self._number(self.frontend, "xdp-headroom", 0)
+                self.engine.set_headroom(min(room, MOST_HEADROOM))
+            if self.features.multicast_control:
+                await self._sample_filter()
+                if self.features.dynamic_multicast_control:
+                    self._filtering = asyncio.create_task(self._follow_filter())
             self.engine.start()
         except FrontendError as exc:
             await self._failed(errno.EINVAL, str(exc))
@@ -214,6 +232,17 @@ class Vif(BusDevice[Engine, Features]):
             )  # fmt: skip
             return True
         return False
+
+    async def _sample_filter(self) -> None:
+        assert self.engine is not None
+        wanted = await self._number(self.frontend, "request-multicast-control", 0)
+        self.engine.set_filter(bool(wanted))
+
+    async def _follow_filter(self) -> None:
+        with contextlib.suppress(XenstoreError):  # the store has gone, and all with it
+            async with self.store.watch(f"{self.frontend}/request-multicast-control") as watch:
+                async for _ in watch:
+                    await self._sample_filter()
 
     async def _failed(self, code: int, text: str) -> None:
         await self._fatal(code, text)

@@ -246,7 +246,8 @@ class Wire:
         """It is detached; nothing of it is left."""
         self._close()
         await self.it.backend.clear()
-        await self.it.detach(self.devid)
+        if self.state:
+            await self.it.detach(self.devid)
         await self.it.nothing_left()
         bad = [line for line in self.log.splitlines() if any(word in line for word in _BAD)]
         assert not bad, self.log
