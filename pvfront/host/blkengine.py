@@ -17,7 +17,7 @@ from typing import Any
 from pvfront.errors import PvfrontError
 from pvfront.host._blkback import ffi, lib
 from pvfront.host.faults import Fault, FaultError
-from pvfront.host.hubdevice import EngineError, HubDevice
+from pvfront.host.hubdevice import EngineError, HubDevice, HubUser, counters, fault_table
 from pvfront.host.params import Source
 
 _STATS = (
@@ -95,14 +95,14 @@ class Queue:
     grefs: Sequence[int]
 
 
-class Engine:
+class Engine(HubUser):
     """A disk: opened at once, connected to at most one frontend. Raises EngineError."""
 
     def __init__(self, source: Source, features: Features, *, read_only: bool = False) -> None:
+        super().__init__()
         self.source = source
         self.features = features
         self.read_only = read_only
-        self._connection: list[HubDevice] = []
         error = ffi.new("int *")
         path = ffi.NULL if source.path is None else os.fsencode(source.path)
         self._bb = lib.pvf_bb_new(path, source.size, self._encoded(), error)
@@ -133,14 +133,7 @@ class Engine:
 
     def set_faults(self, faults: Sequence[Fault], seed: int) -> None:
         """Replaces the table of rules. Raises FaultError."""
-        if len(faults) > lib.PVF_BB_RULES:
-            raise FaultError(f"{len(faults)} faults; the table has room for {lib.PVF_BB_RULES}")
-        table = ffi.new("struct pvf_bb_rule[]", max(1, len(faults)))
-        for rule, fault in zip(table, faults, strict=False):
-            members = fault.encode()
-            rule.kind = _KIND[members.pop("kind")]
-            for name, value in members.items():
-                setattr(rule, name, value)
+        table = fault_table(ffi, "struct pvf_bb_rule", _KIND, lib.PVF_BB_RULES, faults)
         bad = ffi.new("uint32_t *")
         if lib.pvf_bb_set_rules(self._bb, table, len(faults), seed & ((1 << 64) - 1), bad):
             raise FaultError(f"the engine refuses {faults[bad[0]]}")
@@ -153,9 +146,7 @@ class Engine:
         """All counters; `fired_<kind>` counts faults."""
         found = ffi.new("struct pvf_bb_stats *")
         lib.pvf_bb_get_stats(self._bb, found)
-        counters = {name: int(getattr(found, name)) for name in _STATS}
-        counters |= {f"fired_{name}": int(found.fired[kind]) for name, kind in _KIND.items()}
-        return counters
+        return counters(found, _STATS, _KIND)
 
     def connect(
         self, host: Path, own_domid: int, domid: int, queues: Sequence[Queue], *, persistent: bool
@@ -167,19 +158,10 @@ class Engine:
         """
         self.disconnect()
         try:
-            gntdev = self._open(host, "gntdev", own_domid)
-            _, fds = gntdev.ask(do="domain", domid=domid)
-            try:
-                code = lib.pvf_bb_connect(
-                    self._bb, *fds, own_domid, domid, gntdev.sock.fileno(), persistent
-                )
-            finally:
-                for fd in fds:
-                    os.close(fd)
-            self._check("the domain's grants", code)
-            # The engine's alone from here on, and it waits for its answers itself.
-            gntdev.sock.setblocking(True)
-            evtchn = self._open(host, "evtchn", own_domid)
+            evtchn = self._map_domain(
+                host, own_domid, domid,
+                lambda *given: lib.pvf_bb_connect(self._bb, *given, persistent),
+            )  # fmt: skip
             for queue in queues:
                 self._ring(evtchn, domid, queue)
         except BaseException as exc:
@@ -228,15 +210,6 @@ class Engine:
         if code:
             raise EngineError(ffi.string(why).decode(), -code)
 
-    def _open(self, host: Path, device: str, domid: int) -> HubDevice:
-        hub = HubDevice(host, device, domid)
-        self._connection.append(hub)
-        return hub
-
-    def _drop_connection(self) -> None:
-        while self._connection:
-            self._connection.pop().close()
-
     def _encoded(self) -> Any:
         f = self.features
         flags = {
@@ -259,7 +232,3 @@ class Engine:
                 "batch": f.batch,
             },
         )
-
-    def _check(self, what: str, code: int) -> None:
-        if code:
-            raise EngineError(f"{what}: {os.strerror(-code)}", -code)

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,8 +90,8 @@ class _Armed:
         return True
 
 
-class BusDevice(Generic[E, F]):
-    """One device of a backend; what its class does is in `_begin`, `_own_changed`,
+class BusDevice(ABC, Generic[E, F]):
+    """One device of a backend; what its class does is in `_probe`, `_own_changed`,
     `_frontend_changed` and `linger`.
     """
 
@@ -135,20 +136,20 @@ class BusDevice(Generic[E, F]):
 
     # -- what a class does -----------------------------------------------------------------------
 
+    @abstractmethod
     async def _probe(self) -> None:
         """Publishes what the backend can, and InitWait."""
-        raise NotImplementedError
 
     async def _own_changed(self) -> None:
         """Something below its directory changed."""
 
+    @abstractmethod
     async def _frontend_changed(self, state: int) -> None:
         """The frontend wrote its state."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def linger(self) -> None:
         """Waits until nothing is in flight, and lets go of everything."""
-        raise NotImplementedError
 
     async def leave(self) -> None:
         """The process ends in order."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -132,3 +133,25 @@ def answers(path: Path, kind: socket.SocketKind) -> bool:
         except OSError:
             return False
     return True
+
+
+async def said_by(
+    *command: str,
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+) -> tuple[int, str]:
+    """Runs a command to its end: its status, and what it said. It is ended if we are."""
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environ, cwd=cwd, pass_fds=pass_fds,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        out, _ = await process.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise
+    return await process.wait(), out.decode(errors="replace")

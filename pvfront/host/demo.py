@@ -26,12 +26,14 @@ import signal
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pvfront.errors import PvfrontError
 from pvfront.host import Host
 from pvfront.host.blkback import BlkBackend
+from pvfront.host.child import said_by
 from pvfront.host.netback import NetBackend
 from pvfront.host.netns import NetNamespace, NetNamespaceError
 from pvfront.host.service import DiskService, NetService
@@ -94,7 +96,7 @@ class Progress:
         return f"{percent:3}%  {done:4.0f} MiB  {done / seconds:6.0f} MiB/s"
 
 
-class Demo:
+class Demo(ABC):
     """What both walks share: showing what is done."""
 
     def __init__(self, host: Host) -> None:
@@ -102,9 +104,9 @@ class Demo:
         self.prefix: list[str] = []
         """What stands before a command: that it runs in the guest's network."""
 
+    @abstractmethod
     async def run(self) -> None:
         """Raises PvfrontError."""
-        raise NotImplementedError
 
     # -- showing ---------------------------------------------------------------------------------
 
@@ -128,21 +130,11 @@ class Demo:
         pass_fds: Sequence[int] = (),
     ) -> str:
         """What it says; ended if we are. Raises DemoFailed."""
-        process = await asyncio.create_subprocess_exec(
-            *command, env=environ, cwd=self.host.directory, pass_fds=pass_fds,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            out, _ = await process.communicate()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
-        text = out.decode(errors="replace")
-        if process.returncode:
-            raise DemoFailed(f"{command[0]} failed with status {process.returncode}", hint=text)
+        status, text = await said_by(
+            *command, environ=environ, cwd=self.host.directory, pass_fds=pass_fds
+        )
+        if status:
+            raise DemoFailed(f"{command[0]} failed with status {status}", hint=text)
         return text
 
     def nothing_left(self) -> None:

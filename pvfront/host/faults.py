@@ -25,11 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 from pvfront.errors import PvfrontError
 
-__all__ = ["KINDS", "OPERATIONS", "STEPS", "Fault", "FaultError", "Misstep", "Selection"]
+__all__ = [
+    "KINDS", "OPERATIONS", "STEPS", "Fault", "FaultError", "Misstep", "Rule", "Selection", "whole",
+]  # fmt: skip
 
 OPERATIONS = {"read": 0, "write": 1, "barrier": 2, "flush": 3, "discard": 5}
 """BLKIF_OP_* by name; of an indirect request the operation inside counts."""
@@ -74,13 +76,42 @@ class Selection(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class Rule:
+    """One rule of an engine's table; the other members are unsigned numbers."""
+
+    kinds: ClassVar[Sequence[str]]
+
+    kind: str
+
+    def encode(self) -> dict[str, Any]:
+        """The members of the engine's struct, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def decode(cls, data: object) -> Self:
+        """The reverse of `encode`. Raises FaultError."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or not data.keys() <= names or "kind" not in data:
+            raise FaultError(f"no fault: {data!r}")
+        if data["kind"] not in cls.kinds:
+            raise FaultError(
+                f"no kind of fault: {data['kind']!r}; there are {', '.join(cls.kinds)}"
+            )
+        for name, value in data.items():
+            if name != "kind" and (not isinstance(value, int) or not 0 <= value <= _U64):
+                raise FaultError(f"{name}={value!r} is no unsigned number")
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault(Rule):
     """One rule of the engine's table; made by the constructors below, which check what they get.
 
     The members are those of struct pvf_bb_rule (native/host/blkback.h), `kind` by its name.
     """
 
-    kind: str
+    kinds = KINDS
+
     ops: int = 0
     first: int = 0
     last: int = _U64
@@ -112,7 +143,7 @@ class Fault:
     def reorder(cls, window: int, *, ms: float = 2, **which: Unpack[Selection]) -> Self:
         """Held until `window` (1..512) requests are, `ms` at most; then done in random order."""
         return cls._make(
-            "reorder", which, value=_whole("window", window, 1, _SLOTS), extra=_micro("ms", ms)
+            "reorder", which, value=whole("window", window, 1, _SLOTS), extra=_micro("ms", ms)
         )
 
     @classmethod
@@ -123,7 +154,7 @@ class Fault:
     @classmethod
     def duplicate(cls, times: int = 1, **which: Unpack[Selection]) -> Self:
         """Answered `times` times more than once."""
-        return cls._make("duplicate", which, value=_whole("times", times, 1, _SLOTS))
+        return cls._make("duplicate", which, value=whole("times", times, 1, _SLOTS))
 
     # -- answers that are wrong ------------------------------------------------------------------
 
@@ -137,7 +168,7 @@ class Fault:
         """Only the first `done` sectors are done, the answer is OKAY: a read leaves the rest of
         the granted pages as they were, a write loses the rest.
         """
-        return cls._make("short", which, value=_whole("done", done, 0, _U64))
+        return cls._make("short", which, value=whole("done", done, 0, _U64))
 
     @classmethod
     def corrupt(
@@ -170,10 +201,10 @@ class Fault:
                 argument = _status(value)
             else:
                 low = -(1 << 15) if field == "status" else 0
-                argument = _whole("value", value, low, (1 << bits) - 1)
+                argument = whole("value", value, low, (1 << bits) - 1)
         elif mode == _XOR:
             assert xor is not None
-            argument = _whole("xor", xor, 1, (1 << bits) - 1)
+            argument = whole("xor", xor, 1, (1 << bits) - 1)
         return cls._make("corrupt", which, field=number, mode=mode, value=argument)
 
     @classmethod
@@ -181,7 +212,7 @@ class Fault:
         """rsp_prod is published off by `by`: forward, or (negative) backward."""
         if not by:
             raise FaultError("by=0 moves nothing")
-        return cls._make("producer", which, value=_whole("by", by, -(1 << 31), (1 << 31) - 1))
+        return cls._make("producer", which, value=whole("by", by, -(1 << 31), (1 << 31) - 1))
 
     # -- events ----------------------------------------------------------------------------------
 
@@ -202,7 +233,7 @@ class Fault:
             "storm",
             Selection(count=count, chance=chance),
             mode=int(wakes),
-            value=_whole("per_second", per_second, 0, 1_000_000),
+            value=whole("per_second", per_second, 0, 1_000_000),
         )
 
     # -- memory ----------------------------------------------------------------------------------
@@ -242,7 +273,7 @@ class Fault:
     @classmethod
     def touch_outside(cls, *, pattern: int = 0, **which: Unpack[Selection]) -> Self:
         """Bytes of the request's pages outside its segments are overwritten with `pattern`."""
-        return cls._make("outside", which, value=_whole("pattern", pattern, 0, _U64))
+        return cls._make("outside", which, value=whole("pattern", pattern, 0, _U64))
 
     @classmethod
     def look(cls, pattern: int, **which: Unpack[Selection]) -> Self:
@@ -250,31 +281,14 @@ class Fault:
         request is taken: outside of what a write brings, anywhere for a read. The counter is
         `canaries` of `BlkBackend.stats`.
         """
-        return cls._make("look", which, value=_whole("pattern", pattern, 1, _U64))
+        return cls._make("look", which, value=whole("pattern", pattern, 1, _U64))
 
     @classmethod
     def die(cls, status: int = 1, **which: Unpack[Selection]) -> Self:
         """The backend's process ends at once, with exit status `status`."""
-        return cls._make("die", which, value=_whole("status", status, 0, 255))
+        return cls._make("die", which, value=whole("status", status, 0, 255))
 
     # -- the table -------------------------------------------------------------------------------
-
-    def encode(self) -> dict[str, Any]:
-        """The members of struct pvf_bb_rule, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def decode(cls, data: object) -> Self:
-        """The reverse of `encode`. Raises FaultError."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(data, dict) or not data.keys() <= names or "kind" not in data:
-            raise FaultError(f"no fault: {data!r}")
-        if data["kind"] not in KINDS:
-            raise FaultError(f"no kind of fault: {data['kind']!r}; there are {', '.join(KINDS)}")
-        for name, value in data.items():
-            if name != "kind" and (not isinstance(value, int) or not 0 <= value <= _U64):
-                raise FaultError(f"{name}={value!r} is no unsigned number")
-        return cls(**data)
 
     @classmethod
     def _rewrite(
@@ -288,7 +302,7 @@ class Fault:
             kind,
             which,
             mode=_WHEN[when],
-            value=_whole("pattern", pattern, 0, _U64),
+            value=whole("pattern", pattern, 0, _U64),
             extra=_micro("every_ms", every_ms),
         )
 
@@ -310,15 +324,15 @@ class Fault:
         if not 0 < chance <= 1:
             raise FaultError(f"chance={chance} is not in 0..1 (and not 0)")
         first, last = which.get("sectors", (0, _U64))
-        _whole("sectors", first, 0, _U64)
-        _whole("sectors", last, first, _U64)
+        whole("sectors", first, 0, _U64)
+        whole("sectors", last, first, _U64)
         return cls(
             kind=kind,
             ops=_ops(which.get("op", ())),
             first=first,
             last=last,
-            skip=_whole("skip", which.get("skip", 0), 0, _U64),
-            count=_whole("count", which.get("count", 0), 0, _U64),
+            skip=whole("skip", which.get("skip", 0), 0, _U64),
+            count=whole("count", which.get("count", 0), 0, _U64),
             chance=max(1, int(chance * _ALWAYS)),
             mode=mode,
             field=field,
@@ -362,7 +376,7 @@ class Misstep:
         cls, state: int, *, at: Step, place: Place = "instead", times: int = 1, skip: int = 0
     ) -> Self:
         """Writes `state`, any number, as its own."""
-        return cls("state", at, place, times, skip, number=_whole("state", state, -1000, 1000))
+        return cls("state", at, place, times, skip, number=whole("state", state, -1000, 1000))
 
     @classmethod
     def write(
@@ -390,13 +404,13 @@ class Misstep:
         skip: int = 0,
     ) -> Self:
         """Removes its nodes; they return after some time, as new ones, or (0) never."""
-        number = _whole("back_after_ms", back_after_ms, 0, 3_600_000)
+        number = whole("back_after_ms", back_after_ms, 0, 3_600_000)
         return cls("vanish", at, place, times, skip, number=number)
 
     @classmethod
     def pause(cls, ms: int, *, at: Step, times: int = 1, skip: int = 0) -> Self:
         """The step comes `ms` milliseconds late."""
-        return cls("pause", at, "before", times, skip, number=_whole("ms", ms, 0, 3_600_000))
+        return cls("pause", at, "before", times, skip, number=whole("ms", ms, 0, 3_600_000))
 
     @classmethod
     def silence(cls, *, at: Step, times: int = 0, skip: int = 0) -> Self:
@@ -410,8 +424,8 @@ class Misstep:
             raise FaultError(f"place={self.place!r}: before, instead or after")
         if self.action not in ACTIONS:
             raise FaultError(f"no misstep: {self.action!r}; there are {', '.join(ACTIONS)}")
-        _whole("times", self.times, 0, _U64)
-        _whole("skip", self.skip, 0, _U64)
+        whole("times", self.times, 0, _U64)
+        whole("skip", self.skip, 0, _U64)
 
     def encode(self) -> dict[str, Any]:
         """For JSON."""
@@ -429,7 +443,8 @@ class Misstep:
 # -- arguments -----------------------------------------------------------------------------------
 
 
-def _whole(name: str, value: object, low: int, high: int) -> int:
+def whole(name: str, value: object, low: int, high: int) -> int:
+    """`value`, if it is a whole number in low..high. Raises FaultError."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise FaultError(f"{name}={value!r} is not a whole number in {low}..{high}")
     return value
@@ -443,7 +458,7 @@ def _micro(name: str, ms: float) -> int:
 
 def _status(status: str | int) -> int:
     if isinstance(status, int):
-        return _whole("status", status, -(1 << 15), (1 << 15) - 1)
+        return whole("status", status, -(1 << 15), (1 << 15) - 1)
     if status not in STATUS:
         raise FaultError(f"status={status!r}: {', '.join(STATUS)}, or a number")
     return STATUS[status]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""What an engine has of the hub (docs/host.md): connections that stand for open device nodes."""
+"""What engines of all classes share: connections to the hub (docs/host.md), which stand for open
+device nodes, and tables of faults.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ import errno
 import json
 import os
 import socket
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pvfront.errors import PvfrontError
+from pvfront.host.faults import FaultError, Rule
 
 HUB_SECONDS = 60.0
 
@@ -57,3 +61,64 @@ class HubDevice:
 
     def close(self) -> None:
         self.sock.close()
+
+
+class HubUser:
+    """An engine's connections to the hub. Raises EngineError."""
+
+    def __init__(self) -> None:
+        self._connection: list[HubDevice] = []
+
+    def _map_domain(
+        self, host: Path, own_domid: int, domid: int, connect: Callable[..., int]
+    ) -> HubDevice:
+        """Has the engine `connect` to domain `domid`'s grants: descriptors, both numbers, and one
+        more descriptor. Returns what binds its event channels.
+        """
+        gntdev = self._open(host, "gntdev", own_domid)
+        _, fds = gntdev.ask(do="domain", domid=domid)
+        try:
+            code = connect(*fds, own_domid, domid, gntdev.sock.fileno())
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._check("the domain's grants", code)
+        # The engine's alone from here on, and it waits for its answers itself.
+        gntdev.sock.setblocking(True)
+        return self._open(host, "evtchn", own_domid)
+
+    def _open(self, host: Path, device: str, domid: int) -> HubDevice:
+        hub = HubDevice(host, device, domid)
+        self._connection.append(hub)
+        return hub
+
+    def _drop_connection(self) -> None:
+        while self._connection:
+            self._connection.pop().close()
+
+    @staticmethod
+    def _check(what: str, code: int) -> None:
+        if code:
+            raise EngineError(f"{what}: {os.strerror(-code)}", -code)
+
+
+def fault_table(
+    ffi: Any, struct: str, kinds: Mapping[str, int], most: int, faults: Sequence[Rule]
+) -> Any:
+    """`faults` as an engine's array of `struct`, of one at least. Raises FaultError."""
+    if len(faults) > most:
+        raise FaultError(f"{len(faults)} faults; the table has room for {most}")
+    table = ffi.new(f"{struct}[]", max(1, len(faults)))
+    for rule, fault in zip(table, faults, strict=False):
+        members = fault.encode()
+        rule.kind = kinds[members.pop("kind")]
+        for name, value in members.items():
+            setattr(rule, name, value)
+    return table
+
+
+def counters(found: Any, names: Sequence[str], kinds: Mapping[str, int]) -> dict[str, int]:
+    """An engine's statistics; `fired_<kind>` counts faults."""
+    return {name: int(getattr(found, name)) for name in names} | {
+        f"fired_{name}": int(found.fired[kind]) for name, kind in kinds.items()
+    }

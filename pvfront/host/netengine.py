@@ -17,7 +17,7 @@ from typing import Any
 from pvfront.errors import PvfrontError
 from pvfront.host._netback import ffi, lib
 from pvfront.host.faults import FaultError
-from pvfront.host.hubdevice import EngineError, HubDevice
+from pvfront.host.hubdevice import EngineError, HubDevice, HubUser, counters, fault_table
 from pvfront.host.netfaults import NetFault
 
 _KIND = {
@@ -95,11 +95,11 @@ class Wishes:
         return sum(flag for flag, on in flags.items() if on)
 
 
-class Engine:
+class Engine(HubUser):
     """An interface, connected to at most one frontend. Raises EngineError."""
 
     def __init__(self) -> None:
-        self._connection: list[HubDevice] = []
+        super().__init__()
         self._taps: list[int] = []
         self._nb = lib.pvf_nb_new()
         if not self._nb:
@@ -114,14 +114,7 @@ class Engine:
 
     def set_faults(self, faults: Sequence[NetFault], seed: int = 0) -> None:
         """Replaces the table of rules; nothing of it is random. Raises FaultError."""
-        if len(faults) > lib.PVF_NB_RULES:
-            raise FaultError(f"{len(faults)} faults; the table has room for {lib.PVF_NB_RULES}")
-        table = ffi.new("struct pvf_nb_rule[]", max(1, len(faults)))
-        for rule, fault in zip(table, faults, strict=False):
-            members = fault.encode()
-            rule.kind = _KIND[members.pop("kind")]
-            for name, value in members.items():
-                setattr(rule, name, value)
+        table = fault_table(ffi, "struct pvf_nb_rule", _KIND, lib.PVF_NB_RULES, faults)
         if lib.pvf_nb_set_rules(self._nb, table, len(faults)):
             raise FaultError(f"the engine refuses {list(faults)}")
 
@@ -132,9 +125,7 @@ class Engine:
         """All counters; `fired_<kind>` counts faults."""
         found = ffi.new("struct pvf_nb_stats *")
         lib.pvf_nb_get_stats(self._nb, found)
-        counters = {name: int(getattr(found, name)) for name in _STATS}
-        counters |= {f"fired_{name}": int(found.fired[kind]) for name, kind in _KIND.items()}
-        return counters
+        return counters(found, _STATS, _KIND)
 
     def mistake(self) -> str:
         """What the frontend did that ended its vif; "": nothing."""
@@ -161,20 +152,10 @@ class Engine:
         self.disconnect()
         self._taps = list(taps)
         try:
-            gntdev = self._open(host, "gntdev", own_domid)
-            _, fds = gntdev.ask(do="domain", domid=domid)
-            try:
-                code = lib.pvf_nb_connect(
-                    self._nb, *fds, own_domid, domid, gntdev.sock.fileno(), wishes.flags,
-                    gref_mapping,
-                )  # fmt: skip
-            finally:
-                for fd in fds:
-                    os.close(fd)
-            self._check("the domain's grants", code)
-            # The engine's alone from here on, and it waits for its answers itself.
-            gntdev.sock.setblocking(True)
-            evtchn = self._open(host, "evtchn", own_domid)
+            evtchn = self._map_domain(
+                host, own_domid, domid,
+                lambda *given: lib.pvf_nb_connect(self._nb, *given, wishes.flags, gref_mapping),
+            )  # fmt: skip
             for queue, tap in zip(queues, taps, strict=True):
                 self._queue(evtchn, domid, queue, tap)
             if control is not None:
@@ -200,8 +181,7 @@ class Engine:
     def disconnect(self) -> None:
         """Nothing is connected, mapped or bound any more when it returns."""
         lib.pvf_nb_disconnect(self._nb)
-        while self._connection:
-            self._connection.pop().close()
+        self._drop_connection()
         while self._taps:
             os.close(self._taps.pop())
 
@@ -234,15 +214,6 @@ class Engine:
                 os.close(fd)
         if code:
             raise EngineError(ffi.string(why).decode(), -code)
-
-    def _open(self, host: Path, device: str, domid: int) -> HubDevice:
-        hub = HubDevice(host, device, domid)
-        self._connection.append(hub)
-        return hub
-
-    def _check(self, what: str, code: int) -> None:
-        if code:
-            raise EngineError(f"{what}: {os.strerror(-code)}", -code)
 
 
 def _bind(evtchn: HubDevice, domid: int, port: int, channel: Any, opened: list[int]) -> None:

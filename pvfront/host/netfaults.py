@@ -11,10 +11,10 @@ faults.py.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, TypedDict, Unpack
+from dataclasses import dataclass
+from typing import Literal, Self, TypedDict, Unpack
 
-from pvfront.host.faults import FaultError
+from pvfront.host.faults import FaultError, Rule, whole
 
 __all__ = ["KINDS", "NetFault"]
 
@@ -55,10 +55,11 @@ class When(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class NetFault:
+class NetFault(Rule):
     """One rule of the engine's table; made by the constructors below, which check what they get."""
 
-    kind: str
+    kinds = KINDS
+
     value: int = 0
     only: int = 0
     """Of the control ring: of requests of this type (REQUESTS) only."""
@@ -70,17 +71,17 @@ class NetFault:
     @classmethod
     def rx_id(cls, value: int, **when: Unpack[When]) -> Self:
         """A received slot's id is `value`."""
-        return cls._make("rx_id", _whole("value", value, 0, 0xFFFF), when)
+        return cls._make("rx_id", whole("value", value, 0, 0xFFFF), when)
 
     @classmethod
     def rx_offset(cls, value: int, **when: Unpack[When]) -> Self:
         """A received slot's offset in its page is `value`."""
-        return cls._make("rx_offset", _whole("value", value, 0, 0xFFFF), when)
+        return cls._make("rx_offset", whole("value", value, 0, 0xFFFF), when)
 
     @classmethod
     def rx_status(cls, value: int, **when: Unpack[When]) -> Self:
         """A received slot's status, the number of its bytes, is `value`."""
-        return cls._make("rx_status", _whole("value", value, -(1 << 15), (1 << 15) - 1), when)
+        return cls._make("rx_status", whole("value", value, -(1 << 15), (1 << 15) - 1), when)
 
     @classmethod
     def rx_flags(
@@ -105,10 +106,10 @@ class NetFault:
         **when: Unpack[When],
     ) -> Self:
         """A received packet has extra info of this kind instead of its own, `times` times."""
-        number = EXTRAS[kind] if isinstance(kind, str) else _whole("kind", kind, 0, 0xFF)
-        value = number | _whole("gso_type", gso_type, 0, 0xFF) << 8
-        value |= _whole("gso_size", gso_size, 0, 0xFFFF) << 16
-        return cls._make("rx_extra", value | _whole("times", times, 1, 4) << 32, when)
+        number = EXTRAS[kind] if isinstance(kind, str) else whole("kind", kind, 0, 0xFF)
+        value = number | whole("gso_type", gso_type, 0, 0xFF) << 8
+        value |= whole("gso_size", gso_size, 0, 0xFFFF) << 16
+        return cls._make("rx_extra", value | whole("times", times, 1, 4) << 32, when)
 
     @classmethod
     def rx_rewrite(cls, **when: Unpack[When]) -> Self:
@@ -118,14 +119,14 @@ class NetFault:
     @classmethod
     def rx_headroom(cls, room: int, **when: Unpack[When]) -> Self:
         """A received packet has `room` bytes before it in each of its pages, asked for or not."""
-        return cls._make("rx_headroom", _whole("room", room, 1, 2048), when)
+        return cls._make("rx_headroom", whole("room", room, 1, 2048), when)
 
     # -- what it sends ---------------------------------------------------------------------------
 
     @classmethod
     def tx_id(cls, value: int, **when: Unpack[When]) -> Self:
         """The answer to a sent slot has the id `value`."""
-        return cls._make("tx_id", _whole("value", value, 0, 0xFFFF), when)
+        return cls._make("tx_id", whole("value", value, 0, 0xFFFF), when)
 
     @classmethod
     def tx_status(
@@ -133,7 +134,7 @@ class NetFault:
     ) -> Self:
         """The answer to a sent slot has this status."""
         number = STATUS[status] if isinstance(status, str) else status
-        return cls._make("tx_status", _whole("status", number, -(1 << 15), (1 << 15) - 1), when)
+        return cls._make("tx_status", whole("status", number, -(1 << 15), (1 << 15) - 1), when)
 
     @classmethod
     def tx_drop(cls, **when: Unpack[When]) -> Self:
@@ -150,14 +151,14 @@ class NetFault:
         """No fault but a look: counts the 64-bit words `pattern` that lie in the granted pages of a
         sent packet outside of its bytes. The counter is `canaries` of `NetBackend.stats`.
         """
-        return cls._make("tx_look", _whole("pattern", pattern, 1, _U64), when)
+        return cls._make("tx_look", whole("pattern", pattern, 1, _U64), when)
 
     # -- either ----------------------------------------------------------------------------------
 
     @classmethod
     def producer(cls, by: int, *, ring: Literal["tx", "rx"] = "tx", **when: Unpack[When]) -> Self:
         """A ring's rsp_prod is published off by `by`: forward, or (negative) backward."""
-        value = _whole("by", by, -(1 << 31), (1 << 31) - 1)
+        value = whole("by", by, -(1 << 31), (1 << 31) - 1)
         if not value:
             raise FaultError("by=0 moves nothing")
         return cls._make("producer" if ring == "tx" else "rx_producer", value, when)
@@ -187,7 +188,7 @@ class NetFault:
         most = 0xFFFF if what in ("id", "type") else 0xFFFFFFFF
         if what not in ("id", "type", "status", "data"):
             raise FaultError(f"an answer has no {what!r}: it has id, type, status and data")
-        return cls._make(f"ctrl_{what}", _whole("value", value, 0, most), when, of)
+        return cls._make(f"ctrl_{what}", whole("value", value, 0, most), when, of)
 
     @classmethod
     def control_answers(
@@ -210,7 +211,7 @@ class NetFault:
     @classmethod
     def control_producer(cls, by: int, **when: Unpack[When]) -> Self:
         """The ring's rsp_prod is published off by `by`."""
-        value = _whole("by", by, -(1 << 31), (1 << 31) - 1)
+        value = whole("by", by, -(1 << 31), (1 << 31) - 1)
         if not value:
             raise FaultError("by=0 moves nothing")
         return cls._make("ctrl_producer", value, when)
@@ -227,23 +228,6 @@ class NetFault:
 
     # -- the table -------------------------------------------------------------------------------
 
-    def encode(self) -> dict[str, Any]:
-        """The members of struct pvf_nb_rule, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def decode(cls, data: object) -> Self:
-        """The reverse of `encode`. Raises FaultError."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(data, dict) or not data.keys() <= names or "kind" not in data:
-            raise FaultError(f"no fault: {data!r}")
-        if data["kind"] not in KINDS:
-            raise FaultError(f"no kind of fault: {data['kind']!r}; there are {', '.join(KINDS)}")
-        for name, value in data.items():
-            if name != "kind" and (not isinstance(value, int) or not 0 <= value <= _U64):
-                raise FaultError(f"{name}={value!r} is no unsigned number")
-        return cls(**data)
-
     @classmethod
     def _make(cls, kind: str, value: int, when: When, of: str = "any") -> Self:
         unknown = when.keys() - When.__annotations__.keys()
@@ -255,12 +239,6 @@ class NetFault:
             kind,
             value & _U64,
             REQUESTS[of],
-            _whole("skip", when.get("skip", 0), 0, _U64),
-            _whole("count", when.get("count", 0), 0, _U64),
+            whole("skip", when.get("skip", 0), 0, _U64),
+            whole("count", when.get("count", 0), 0, _U64),
         )
-
-
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise FaultError(f"{name}={value!r} is not a whole number in {low}..{high}")
-    return value

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Self
 
 from pvfront.errors import PvfrontError
-from pvfront.host.child import Child
+from pvfront.host.child import Child, said_by
 
 __all__ = ["NetNamespace", "NetNamespaceError"]
 
@@ -111,22 +111,10 @@ class NetNamespace:
 
     async def run(self, *command: str, check: bool = True) -> str:
         """Runs a command in there; what it says. Raises NetNamespaceError: it failed (check)."""
-        process = await asyncio.create_subprocess_exec(
-            *self.prefix(), *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            out, _ = await process.communicate()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
-        text = out.decode(errors="replace")
-        if process.returncode and check:
+        status, text = await said_by(*self.prefix(), *command)
+        if status and check:
             raise NetNamespaceError(
-                f"{command[0]} failed in namespace {self.name} with status {process.returncode}: "
+                f"{command[0]} failed in namespace {self.name} with status {status}: "
                 + (text.strip().splitlines() or ["it said nothing"])[-1],
                 hint=text,
             )

@@ -17,7 +17,6 @@ import contextlib
 import errno
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 from pvfront.errors import PvfrontError
@@ -32,12 +31,10 @@ from pvfront.host.busdevice import (
     UNKNOWN,
     BusDevice,
     FrontendError,
-    Plan,
     flag,
 )
 from pvfront.host.hubdevice import EngineError
 from pvfront.host.params import SECTOR, parse_params
-from pvfront.xenstore import Xenstore
 
 log = logging.getLogger(__name__)
 
@@ -56,19 +53,8 @@ class Vbd(BusDevice[Engine, Features]):
     KLASS = "vbd"
     PUBLISHED = rf"feature-|discard-[ags]|sector|physical-sector|info$|m.*max-|max-ring|{MARK}$"
 
-    def __init__(
-        self,
-        store: Xenstore,
-        host: Path,
-        own_domid: int,
-        domid: int,
-        devid: int,
-        plan: Plan[Features],
-        engine: Engine | None = None,
-    ) -> None:
-        super().__init__(store, host, own_domid, domid, devid, plan, engine)
-        self._refused: str | None = None
-        """The `params` that could not be opened last."""
+    _refused: str | None = None
+    """The `params` that could not be opened last."""
 
     # -- the device on its bus -------------------------------------------------------------------
 

@@ -27,7 +27,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-from pathlib import Path
 from typing import Any
 
 from pvfront.errors import PvfrontError
@@ -42,13 +41,12 @@ from pvfront.host.busdevice import (
     UNKNOWN,
     BusDevice,
     FrontendError,
-    Plan,
     flag,
 )
 from pvfront.host.hubdevice import EngineError
 from pvfront.host.netengine import Control, Engine, Features, Queue, Wishes
 from pvfront.netfront.tap import Tap
-from pvfront.xenstore import Xenstore, XenstoreError
+from pvfront.xenstore import XenstoreError
 
 log = logging.getLogger(__name__)
 
@@ -62,23 +60,12 @@ class Vif(BusDevice[Engine, Features]):
     KLASS = "vif"
     PUBLISHED = r"feature-|multi-queue-max-queues$|hotplug-status$|carrier$"
 
-    def __init__(
-        self,
-        store: Xenstore,
-        host: Path,
-        own_domid: int,
-        domid: int,
-        devid: int,
-        plan: Plan[Features],
-        engine: Engine | None = None,
-    ) -> None:
-        super().__init__(store, host, own_domid, domid, devid, plan, engine)
-        self.tap = ""
-        """Its name, once it is there."""
-        self._is = UNKNOWN
-        """Where the walk is; `state` is what was written, which waits for the hotplug script."""
-        self._deferred = False
-        self._filtering: asyncio.Task[None] | None = None
+    tap = ""
+    """Its name, once it is there."""
+    _is = UNKNOWN
+    """Where the walk is; `state` is what was written, which waits for the hotplug script."""
+    _deferred = False
+    _filtering: asyncio.Task[None] | None = None
 
     # -- the device on its bus -------------------------------------------------------------------
 
