@@ -36,8 +36,8 @@ LINT = ["ruff", "mypy"]
 FAST = [*LINT, "unit", "hostile", "native", "asan", "tsan", "fuzz", "mutate"]
 AGAINST = [
     *(f"tests/unit/test_{name}.py" for name in (
-        "device", "disk_frontend", "supervisor", "supervisor_says", "suspend", "suspend_members",
-        "upgrade", "worker_liars", "xenbus",
+        "device", "device_suspend", "disk_frontend", "supervisor", "supervisor_says", "suspend",
+        "suspend_members", "upgrade", "worker_liars", "xenbus",
     )),
     "tests/fuzz/test_xenbus_walk.py",
 ]  # fmt: skip

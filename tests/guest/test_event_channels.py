@@ -26,8 +26,7 @@ async def pair(channels, domid):
     near = channels.bind_unbound(domid)
     far = channels.bind_interdomain(domid, near)
     # Binding fires the far end once (and may fire the near one): take that away.
-    while channels.read():
-        pass
+    await taken(channels)
     await asyncio.sleep(0.2)
     channels.read()
     channels.unmask(near, far)

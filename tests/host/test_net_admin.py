@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from networld import OURS4, SPEC, THEIRS4, Network, Transfer, network, why_not
+from networld import OURS4, SPEC, THEIRS4, Network, Transfer, network, networks
 from waiting import eventually
 
 from pvfront.host.service import DiskServiceError
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}"),
+    networks,
 ]
 
 MIB = 1 << 20

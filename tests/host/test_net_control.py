@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import pytest
-from networld import OURS4, OURS6, SPEC, THEIRS4, THEIRS6, Network, Transfer, network, why_not
+from networld import OURS4, OURS6, SPEC, THEIRS4, THEIRS6, Network, Transfer, network, networks
 from waiting import eventually
 
-pytestmark = pytest.mark.skipif(
-    bool(why_not()), reason=f"no networks of one's own here: {why_not()}"
-)
+pytestmark = networks
 MIB = 1 << 20
 
 

@@ -9,12 +9,10 @@ import signal
 from typing import Any
 
 import pytest
-from networld import OURS4, THEIRS4, Network, Transfer, network, why_not
+from networld import OURS4, THEIRS4, Network, Transfer, network, networks
 from waiting import eventually
 
-pytestmark = pytest.mark.skipif(
-    bool(why_not()), reason=f"no networks of one's own here: {why_not()}"
-)
+pytestmark = networks
 
 POOLS = 2 * (288 + 256)
 MIB = 1 << 20

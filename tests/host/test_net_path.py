@@ -23,14 +23,14 @@ from networld import (
     Network,
     Transfer,
     network,
+    networks,
     require,
-    why_not,
 )
 from waiting import eventually
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}"),
+    networks,
 ]
 
 MIB = 1 << 20

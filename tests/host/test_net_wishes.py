@@ -8,14 +8,12 @@ import socket
 from typing import Any
 
 import pytest
-from networld import OURS4, SPEC, THEIRS4, Network, Transfer, network, why_not
+from networld import OURS4, SPEC, THEIRS4, Network, Transfer, network, networks
 from waiting import eventually
 
 from pvfront.host.netback import NetFault
 
-pytestmark = pytest.mark.skipif(
-    bool(why_not()), reason=f"no networks of one's own here: {why_not()}"
-)
+pytestmark = networks
 
 FRONT = "/local/domain/1/device/vif/0"
 JOINED, OTHER = "239.1.2.3", "239.9.9.9"

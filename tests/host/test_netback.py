@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from networld import OURS4, SPEC, THEIRS4, THEIRS6, Network, Transfer, network, why_not
+from networld import OURS4, SPEC, THEIRS4, THEIRS6, Network, Transfer, network, networks
 from waiting import eventually
 
 from pvfront.errors import PvfrontError
@@ -15,7 +15,6 @@ from pvfront.host.netback import BackendError, Features, Misstep, NetBackend, Ne
 from pvfront.host.toolstack import ToolstackError
 from pvfront.host.vifspec import VifSpec
 
-networks = pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}")
 MIB = 1 << 20
 BACK = "/local/domain/0/backend/vif/1/0"
 FRONT = "/local/domain/1/device/vif/0"

@@ -11,14 +11,14 @@ import struct
 import pytest
 import pytest_asyncio
 from nethostile import KIND, NEEDS_CSUM, TCPV4, Wire, frame
-from networld import network, why_not
+from networld import network, networks
 from waiting import eventually
 
 from pvfront.host.netback import NetFault
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}"),
+    networks,
 ]
 
 WORD = 0x5EC2E7C0DEFACADE

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from nethostile import Wire, frame
-from networld import network, why_not
+from networld import network, networks
 from waiting import eventually
 
 from pvfront.host.netback import NetFault
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}"),
+    networks,
 ]
 
 FIRST = "set_hash_algorithm"

@@ -57,6 +57,9 @@ def why_not() -> str:
         return asyncio.run(tried())
 
 
+networks = pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}")
+
+
 def require(*tools: str) -> None:
     """Skips the test where it cannot run, with the reason."""
     if missing := [tool for tool in ("ip", *tools) if shutil.which(tool) is None]:

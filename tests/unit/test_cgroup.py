@@ -262,7 +262,8 @@ async def test_a_cgroup_that_goes_away_meanwhile_counts_as_frozen(
     under_test = freezer(tree, tmp_path)
     under_test.start()
     freezing = asyncio.create_task(under_test.freeze(PATIENCE))
-    await asyncio.sleep(0.05)
+    asked = tree / "system.slice/fio.service/cgroup.freeze"
+    await eventually("it is asked to freeze", lambda: asked.read_text().strip() == "1")
     for name in ("cgroup.events", "cgroup.freeze", "cgroup.procs"):
         (tree / "system.slice/fio.service" / name).unlink()
     (tree / "system.slice/fio.service").rmdir()

@@ -5,10 +5,12 @@ import asyncio
 import errno
 import gc
 import os
+import select
 import socket
 import struct
 
 import pytest
+from waiting import eventually
 
 from pvfront import evtchn, handle
 from pvfront.errors import ClosedError, DeviceUnavailable
@@ -241,7 +243,8 @@ async def test_waiting_sleeps_on_over_events_of_unbound_ports(kernel, channels):
     channels.unbind(old)
     waiting = asyncio.create_task(channels.wait())
     kernel.fire(old)
-    await asyncio.sleep(0.02)
+    await eventually("it is read", lambda: not select.select([kernel.fd], [], [], 0)[0])
+    await asyncio.sleep(0)
     assert not waiting.done()
     kernel.fire(new)
     assert await asyncio.wait_for(waiting, 60) == [new]
