@@ -11,17 +11,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "worker"))
 
+import pytest
 from embedded import Nbd
 from ringbackend import Backend, Pages, Port
 from waiting import PATIENCE
 
+from pvfront import workerprogram
 from pvfront.blkfront.features import DiskGeometry
 from pvfront.blkfront.frontend import DiskFrontend
 from pvfront.blkfront.settings import DiskSettings
@@ -300,3 +302,13 @@ async def end(world: World) -> None:
             await worker.ended(PATIENCE)
             frontend._forget()
     world.host.end_generation()
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    made = World(tmp_path)
+    monkeypatch.setattr(workerprogram, "USER", "nobody")
+    yield made
+    await end(made)
+    if made.target.client is not None:
+        made.target.client.close()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """A disk's half of the device loop, with the real worker; around it tests/support/diskworld.py."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and arguments are named as they are)
+
 from __future__ import annotations
 
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from diskworld import (
@@ -18,14 +18,14 @@ from diskworld import (
     Refusing,
     World,
     descriptors,
-    end,
     gone,
+    world,
 )
 from embedded import Nbd
 from ringbackend import RSP_PROD
 from waiting import PATIENCE, eventually
 
-from pvfront import workerprogram, workerside
+from pvfront import workerside
 from pvfront.blkfront import frontend as module
 from pvfront.blkfront.features import GeometryError
 from pvfront.blkfront.rings import Shape
@@ -36,17 +36,6 @@ from pvfront.parking import CannotPark
 from pvfront.states import XenbusState
 from pvfront.worker import WorkerError
 from pvfront.xenbus import View
-
-
-@pytest.fixture
-async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    made = World(tmp_path)
-    monkeypatch.setattr(workerprogram, "USER", "nobody")
-    yield made
-    await end(made)
-    if made.target.client is not None:
-        made.target.client.close()
-
 
 # -- a generation ----------------------------------------------------------------------------------
 

@@ -4,22 +4,23 @@
 Around it tests/support/diskworld.py. What two workers say to each other is tests/worker/'s.
 """
 
+# ruff: noqa: F401, F811 (fixtures are imported, and arguments are named as they are)
+
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from diskworld import NAME, World, descriptors, end, gone
+from diskworld import NAME, World, descriptors, gone, world
 from waiting import PATIENCE, eventually
 
 from pvfront import worker as worker_module
-from pvfront import workerprogram
 from pvfront.errors import PvfrontError
 from pvfront.trace import Kind
 from pvfront.upgrade import Upgrade
@@ -27,16 +28,6 @@ from pvfront.worker import Worker, WorkerError, WorkerGone
 from pvfront.workermessage import Event, Exited, State, Taken, TargetGone
 
 OLD = b"old!" * 128
-
-
-@pytest.fixture
-async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    made = World(tmp_path)
-    monkeypatch.setattr(workerprogram, "USER", "nobody")
-    yield made
-    await end(made)
-    if made.target.client is not None:
-        made.target.client.close()
 
 
 def noted(world: World) -> list[tuple[Kind, str]]:
