@@ -60,6 +60,8 @@ class Wire:
         self._mark = it.service.log.stat().st_size if it.service is not None else 0
         self._ends: dict[str, socket.socket] = {}
         self._heard: dict[str, list[bytes]] = {"guest": [], "net": []}
+        self.told: list[tuple[tuple[int, ...], bytes]] = []
+        """What the guest's kernel was told of each frame that came, as `send` takes it."""
 
     @classmethod
     async def attach(cls, it: Network, options: str = "") -> Wire:
@@ -140,6 +142,8 @@ class Wire:
                 data, (_, _, kind, *_) = self._ends[end].recvfrom(1 << 17)
                 if kind != socket.PACKET_OUTGOING:
                     self._heard[end].append(data[_VNET.size :])
+                    if end == "guest":
+                        self.told.append((_VNET.unpack_from(data), data[_VNET.size :]))
         return self._heard[end]
 
     async def crosses(self, start: int = 9000, count: int = 300) -> None:
