@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from networld import why_not
 from waiting import PATIENCE, wait_for
 
-from pvfront.host.demo import TOOLS
+from pvfront.host import Host
+from pvfront.host.demo import TOOLS, network, try_tap
+from pvfront.host.netns import NetNamespace, NetNamespaceError
 
 COMMAND = [sys.executable, "-P", "-m", "pvfront.host.demo", "--size=16"]
 
@@ -72,3 +75,37 @@ def test_the_demo_interrupted_ends_all_that_it_started(environ: dict[str, str]) 
         text = process.stdout.read()
         assert process.wait(timeout=PATIENCE) == 130, text
     nothing_left_behind()
+
+
+async def test_where_there_can_be_no_networks_the_demo_says_why_and_leaves_them_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuses = tmp_path / "unshare"
+    refuses.write_text("#!/bin/sh\necho unshare failed: No space left on device >&2\nexit 1\n")
+    refuses.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    async with await Host.start() as host:
+        await network(host)
+    said = capsys.readouterr().out
+    assert "the network is left out: no network namespace can be made" in said
+    assert "No space left on device" in said
+
+
+@pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}")
+@pytest.mark.parametrize(("mode", "said"), [(None, "is missing"), (0, "may not be opened")])
+async def test_users_without_a_right_to_taps_are_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int | None, said: str
+) -> None:
+    tun = tmp_path / "tun"
+    if mode is not None:
+        tun.touch(mode)
+    async with await NetNamespace.start(tmp_path, "guest") as guest:
+        monkeypatch.setattr("pvfront.host.demo.TUN", str(tun))
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        monkeypatch.setattr(os, "access", lambda path, how: False)
+        with pytest.raises(NetNamespaceError, match=f"tun {said}") as error:
+            await try_tap(guest)
+        assert "modprobe tun" in (error.value.hint or "")
+        monkeypatch.undo()
+        await try_tap(guest)
+        assert "try" not in await guest.run("ip", "link")
