@@ -38,6 +38,7 @@ from pathlib import Path
 
 import host_net
 import plot
+from figure import Figure, less, more
 
 from pvfront.blkfront.vdev import vdev_name
 from pvfront.errors import PvfrontError
@@ -77,28 +78,6 @@ JOBS = [
 ]
 QEMU_JOBS = [JOBS[0], JOBS[1], JOBS[4]]
 DISKS = [1, 2, 4, 8, 16, 32, 64]
-
-
-@dataclass
-class Figure:
-    """One line of the result; ratio above 1: ours is better."""
-
-    figure: str
-    unit: str
-    ours: float
-    peer: float
-    peer_name: str
-    ratio: float
-
-
-def more(figure: str, unit: str, ours: float, peer: float, peer_name: str) -> Figure:
-    """More is better."""
-    return Figure(figure, unit, ours, peer, peer_name, ours / peer if peer else 0.0)
-
-
-def less(figure: str, unit: str, ours: float, peer: float, peer_name: str) -> Figure:
-    """Less is better."""
-    return Figure(figure, unit, ours, peer, peer_name, peer / ours if ours else 0.0)
 
 
 Jobs = Sequence[tuple[str, Job, str]]

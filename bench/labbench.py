@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from figure import Figure
 from lab.errors import CommandFailed, DeadlineExceeded
 from lab.guest import Kind, triple_fault
 from lab.progress import say
@@ -15,18 +16,6 @@ LOSSES = 3  # of a guest, to the emulator
 
 COUNTERS = "awk '/^cpu /{print $2+$3+$4+$7+$8} /^(ctxt|intr) /{print $2}' /proc/stat | xargs"
 """A command: CPU time in ticks of 10 ms, interrupts, context switches, of a whole guest."""
-
-
-@dataclass
-class Figure:
-    """One line of the result; ratio above 1: ours is better."""
-
-    figure: str
-    unit: str
-    ours: float
-    peer: float
-    peer_name: str
-    ratio: float
 
 
 @dataclass
@@ -43,16 +32,6 @@ def counted(before: str, after: str) -> Counted:
     pairs = zip(map(int, before.split()), map(int, after.split()), strict=True)
     ticks, interrupts, switches = (new - old for old, new in pairs)
     return Counted(ticks / 100, interrupts, switches)
-
-
-def more(figure: str, unit: str, ours: float, peer: float, peer_name: str) -> Figure:
-    """More is better."""
-    return Figure(figure, unit, ours, peer, peer_name, ours / peer if peer else 0.0)
-
-
-def less(figure: str, unit: str, ours: float, peer: float, peer_name: str) -> Figure:
-    """Less is better."""
-    return Figure(figure, unit, ours, peer, peer_name, peer / ours if ours else 0.0)
 
 
 def through_losses(

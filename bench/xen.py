@@ -40,13 +40,14 @@ from pathlib import Path
 
 import plot
 import xen_net
+from figure import Figure
 from lab import payload
 from lab.errors import CommandFailed, DeadlineExceeded
 from lab.guest import KINDS, Guest, Kind
 from lab.progress import say
 from lab.pvf import Pvfront
 from lab.scenario import Lab, wait_until
-from labbench import COUNTERS, Figure, counted, through_losses
+from labbench import COUNTERS, counted, through_losses
 
 OUTPUT = Path("build/bench-xen.json")
 PROFILES = Path("build/bench-xen")

@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from figure import Figure, less, more
 from lab import payload
 from lab.errors import CommandFailed, DeadlineExceeded
 from lab.guest import Kind
 from lab.progress import say
 from lab.scenario import Lab, wait_until
 from lab.vifs import Networks, Vif, checker, report
-from labbench import COUNTERS, Figure, counted, less, more
+from labbench import COUNTERS, counted
 
 PEER, LIMIT = "kernel netfront", "dom0 to itself"
 
