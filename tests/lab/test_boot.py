@@ -1,48 +1,69 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""From power-on: a disk that is configured to be ours is taken before anybody else has it, and what
-is on it is mounted and activated as from any other disk.
+"""From power-on to power-off: a disk that is configured to be ours is taken before anybody else has
+it, what is on it is mounted and activated as from any other disk, and taken down before it goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
-from lab.guest import Guest
+from lab.disks import BackingDisk, VolumeDisk
+from lab.guest import Guest, Kind
 from lab.pvf import UNIT, Pvfront
 from lab.scenario import Lab, wait_until
 
 pytestmark = [pytest.mark.disk, pytest.mark.pv]
 
 STARTED = "/run/pvfront/started"
-DEACTIVATES = "blk-availability.service"
-"""LVM's, which takes volumes down at shutdown; masked in the image, since it costs time."""
-FSTAB = (
-    "/dev/pvfront/xvdb /srv/data ext4 defaults,x-systemd.requires=pvfront-vbd.service 0 2\n"
-    "/dev/lab/volume /srv/volume ext4 defaults 0 2\n"
-)
+WANTED = f"/etc/systemd/system/multi-user.target.wants/{UNIT}.service"
+
+
+def enable(root: str = "") -> str:
+    """`systemctl enable`, without its reload."""
+    return f"ln -sfn /etc/systemd/system/{UNIT}.service {root}{WANTED}"
+
+
+def fstab(volume: VolumeDisk) -> str:
+    return (
+        "/dev/pvfront/xvdb /srv/data ext4 defaults,x-systemd.requires=pvfront-vbd.service 0 2\n"
+        f"/dev/{volume.name}/disk /srv/volume ext4 defaults 0 2\n"
+    )
 
 
 @pytest.fixture
 def enabled(lab: Lab, guest: Guest) -> Iterator[Pvfront]:
-    """The service is enabled; in the end it is not, and fstab is empty, as in the image."""
+    """The service is enabled; in the end it is not, as in the image."""
     pvf = Pvfront(lab, guest)
     pvf.start("--all")
-    guest.run(f"systemctl enable -q {UNIT}")
+    guest.run(enable())
     yield pvf
-    if not guest.alive():
-        guest.destroy()
-        guest.create(cmdline="fstab=no")
-    restore(guest)
+    # The next start may be a destroy.
+    guest.run(f"rm -f {WANTED}; touch {STARTED}; sync", check=False)
 
 
-def restore(guest: Guest) -> None:
-    """Its next boot is the image's own."""
-    guest.run(
-        f"systemctl disable -q {UNIT}; systemctl mask -q {DEACTIVATES}; : >/etc/fstab; "
-        f"touch {STARTED}; sync",  # the next start may be a destroy
-        check=False,
-    )
+@contextlib.contextmanager
+def root_of(guest: Guest) -> Iterator[str]:
+    """The root file system of a guest that is down, in dom0."""
+    where = f"/tmp/root-{guest.kind}"
+    guest.dom0.run(f"mkdir -p {where} && mount {guest.root} {where}")
+    try:
+        yield where
+    finally:
+        guest.dom0.run(f"umount {where} && blockdev --flushbufs {guest.root}")
+
+
+def with_files(lab: Lab) -> tuple[BackingDisk, VolumeDisk]:
+    """A disk with a file system, and one with a volume group, which has one in its volume."""
+    data, volume = lab.loop_disk(16), lab.volume(24)
+    for device, what in ((data.device, "disk"), (volume.device, "volume")):
+        lab.dom0.run(
+            f"mkfs.ext4 -q {device} && mkdir -p /tmp/files && mount {device} /tmp/files "
+            f"&& echo on the {what} >/tmp/files/f && umount /tmp/files"
+        )
+    volume.activate(False)  # who changes it now is the guest
+    return data, volume
 
 
 def properties(guest: Guest, node: str) -> dict[str, str]:
@@ -101,39 +122,46 @@ def test_until_the_service_has_started_a_disk_that_will_be_ours_is_hidden(
     backing.remove()
 
 
+@pytest.mark.first
 def test_at_boot_fstab_mounts_our_disk_and_lvm_finds_its_volume_on_it(
-    enabled: Pvfront, guest: Guest, lab: Lab
+    lab: Lab, pytestconfig: pytest.Config
 ) -> None:
-    data, volume = lab.loop_disk(16), lab.loop_disk(32)
-    specs = [data.spec("xvdb"), volume.spec("xvdc")]
-    guest.run(f"systemctl unmask -q {DEACTIVATES} && systemctl start {DEACTIVATES}")
-    for name, spec in zip(("xvdb", "xvdc"), specs, strict=True):
-        guest.block_attach(spec)
-        enabled.wait_served(name)
-    guest.run(
-        "mkfs.ext4 -q /dev/pvfront/xvdb && pvcreate -q -y /dev/pvfront/xvdc "
-        "&& vgcreate -q lab /dev/pvfront/xvdc && lvcreate -q -y -L 16M -n volume lab "
-        "&& mkfs.ext4 -q /dev/lab/volume && mkdir -p /srv/data /srv/volume "
-        f"&& printf '%s' '{FSTAB}' >/etc/fstab && systemctl daemon-reload "
-        "&& mount /srv/data && mount /srv/volume "
-        "&& echo on the disk >/srv/data/f && echo on the volume >/srv/volume/f",
-    )
-    guest.shutdown()  # by systemd, which unmounts all
-    assert lab.dom0.run(f"e2fsck -f -n {data.device}").ok, "it was not unmounted in order"
-    guest.create(disks=specs)  # raises if a unit has failed: a mount, or a device that never came
-    assert guest.output("cat /srv/data/f /srv/volume/f").splitlines() == [
-        "on the disk", "on the volume"
-    ]  # fmt: skip
-    nodes = {name: guest.output(f"readlink -f /dev/pvfront/{name}") for name in ("xvdb", "xvdc")}
-    assert guest.output("findmnt -n -o SOURCE /srv/data") == nodes["xvdb"]
-    assert guest.output("pvs --noheadings -o pv_name").split() == [nodes["xvdc"]]
-    for name in nodes:
-        assert not guest.run(f"test -e /sys/block/{name}", check=False).ok, "the kernel has it"
-    assert guest.run("systemctl is-active -q dev-pvfront-xvdb.device", check=False).ok
-    for name in ("xvdb", "xvdc"):
-        assert enabled.state(name)["phase"] == "connected"
-    guest.run("umount /srv/data /srv/volume && vgremove -q -f -y lab")
-    for name, backing in (("xvdb", data), ("xvdc", volume)):
-        enabled.detach(name)
+    kind: Kind = pytestconfig.getoption("--guest")
+    guest = lab.guest(kind)
+    guest.destroy()
+    data, volume = with_files(lab)
+    specs = {"xvdb": data.spec("xvdb"), "xvdc": volume.below.spec("xvdc")}
+    with root_of(guest) as root:
+        lab.dom0.run(
+            f"{enable(root)} && echo PVFRONT_DISKS=--all >{root}/etc/default/{UNIT} "
+            f"&& mkdir -p {root}/srv/data {root}/srv/volume "
+            f"&& printf '%s' '{fstab(volume)}' >{root}/etc/fstab"
+        )
+    try:
+        # Raises if a unit has failed: a mount, or a device that never came.
+        guest.create(disks=list(specs.values()))
+        said = guest.output("cat /srv/data/f /srv/volume/f").splitlines()
+        assert said == ["on the disk", "on the volume"]
+        nodes = {name: guest.output(f"readlink -f /dev/pvfront/{name}") for name in specs}
+        assert guest.output("findmnt -n -o SOURCE /srv/data") == nodes["xvdb"]
+        assert guest.output("pvs --noheadings -o pv_name").split() == [nodes["xvdc"]]
+        for name in nodes:
+            assert not guest.has(f"/sys/block/{name}"), "the kernel has it"
+        assert guest.run("systemctl is-active -q dev-pvfront-xvdb.device", check=False).ok
+        pvf = Pvfront(lab, guest)
+        for name in nodes:
+            assert pvf.state(name)["phase"] == "connected"
+        guest.run(
+            f"umount /srv/data /srv/volume && vgchange -q -an {volume.name} && : >/etc/fstab "
+            f"&& rm {WANTED} && systemctl daemon-reload && sync"
+        )
+        for name in nodes:
+            pvf.detach(name)
+    except BaseException:
+        guest.destroy()
+        with root_of(guest) as root:
+            lab.dom0.run(f": >{root}/etc/fstab; rm -f {root}{WANTED}")
+        raise
+    for backing in (data, volume):
         backing.remove()
     guest.dirty = False  # it is now as if they had been attached while it ran

@@ -113,6 +113,12 @@ class VolumeDisk(BackingDisk):
     def _lvm(self, words: str) -> None:
         self.dom0.run(self._command(words))
 
+    def activate(self, active: bool) -> None:
+        """Here, in dom0: not while a guest uses `below`."""
+        self._lvm(f"vgchange -q -a{'y' if active else 'n'} {self.name}")
+        if active:
+            self.device = node_of(self.dom0, f"{self.name}-disk")
+
     def resize(self, mib: int) -> None:
         self._lvm(f"lvresize -q -f -y -L {mib}M {self.name}/disk")
 

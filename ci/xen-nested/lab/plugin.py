@@ -54,6 +54,7 @@ MARKERS = (
     "long: left out but in a soak, or where --every asks for it",
     "ublk: runs in guests whose kernel has ublk, and nowhere else",
     "embedded: not repeated in the lab, whose time is dear",
+    "first: runs before all others: it begins with a boot, which is theirs then",
 )
 
 
@@ -120,6 +121,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in ours if item not in chosen]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
+    items.sort(key=lambda item: not item.get_closest_marker("first"))
 
 
 def _in_guest(item: pytest.Item, config: pytest.Config) -> bool:
@@ -208,7 +210,7 @@ def guest(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Guest]:
 
 def _answers(guest: Guest) -> bool:
     try:
-        guest.wait_agent(30)
+        guest.wait_agent(60)
     except LabError as error:
         say(f"{guest.kind}: started afresh: {error}")
         return False
