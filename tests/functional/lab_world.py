@@ -117,7 +117,8 @@ class LabDisk:
         self.guest.run(fio(rw=rw, bs=bs, depth=depth, size=size, extra=extra), timeout=300)
 
     def load(self, *, depth: int, size: str = "16M", reconnects: bool = False) -> LabLoad:
-        extra = "--time_based --runtime=1000 --verify_backlog=64"
+        # At a rate that leaves the one processor to what the load goes through.
+        extra = "--time_based --runtime=1000 --verify_backlog=64 --rate_iops=100,100"
         return LabLoad(self.guest, self.guest.start(fio(depth=depth, size=size, extra=extra)))
 
     def discard(self) -> None:
@@ -160,9 +161,8 @@ class LabWorld:
         wait_until(
             "systemd's new supervisor",
             lambda: self.supervisor() not in (0, old),
-            180,  # Python starts on the one emulated processor that the load has
         )
-        wait_until("its word that it serves", self.running, 180)
+        wait_until("its word that it serves", self.running)
 
     def kill(self, pid: int) -> None:
         self.guest.run(f"kill -KILL {pid}")
@@ -228,7 +228,7 @@ class LabWorld:
         before, after = ticks[: len(pids)], ticks[len(pids) :]
         return [new - old for old, new in zip(before, after, strict=True)]
 
-    def wait_until(self, what: str, holds: Callable[[], T], deadline: float = 180.0) -> T:
+    def wait_until(self, what: str, holds: Callable[[], T], deadline: float = 300.0) -> T:
         return wait_until(what, holds, deadline)
 
     def assert_no_io_errors(self) -> None:

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.survive
 KILLS = 10 if int(os.environ.get("PVFRONT_REPEATS", "1")) > 1 else 5
 NEVER_MS = 600_000
 """A delay that no test waits for."""
+DELAY_MS = 100
+"""So that requests are always in flight, and the one processor has time for a new worker."""
 NODE = "/dev/pvfront/xvdb"
 MOUNT = "/mnt/xvdb"
 MIB = 1 << 20
@@ -91,6 +93,7 @@ def test_workers_killed_with_overlapping_writes_in_flight_lose_nothing_and_bring
     pvf.start("-o start_limit_burst=0 --all")
     backing = lab.delayed_disk(32)
     with pvf.disk(backing):
+        backing.set_delay(DELAY_MS)
         extra = "--time_based --runtime=9000 --verify_backlog=64"
         load = guest.start(fio(depth=32, size="8M", extra=extra))
         overlapping = Overlapping(guest, NODE, 16 * MIB)
@@ -105,10 +108,11 @@ def test_workers_killed_with_overlapping_writes_in_flight_lose_nothing_and_bring
                 "a new worker", lambda old=old: pvf.state().get("worker_pid") not in (None, old)
             )
             assert backing.in_flight() >= 32, "the requests must still be in flight after the kill"
-            backing.clear_delay()
+            backing.set_delay(DELAY_MS)  # what was held is let go
             pvf.wait_served()
             goes_on(pvf, f"after kill {kill + 1}")
         assert pvf.state()["generation"] > KILLS
+        backing.clear_delay()
         overlapping.end()
         end_fio(guest, load)
         nothing_was_noticed(guest)

@@ -115,7 +115,7 @@ def test_a_delayed_disk_holds_requests_until_let_go(lab: Lab, guest: Guest) -> N
     wait_until("a request held in dom0", lambda: disk.in_flight() > 0)
     assert job.running
     disk.clear_delay()
-    assert job.wait(30).ok
+    assert job.wait().ok
 
 
 @pytest.mark.survive

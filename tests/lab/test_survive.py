@@ -21,6 +21,8 @@ BUFFERED = (
     "--verify_backlog=64 --output-format=terse"
 )
 DISKS = ("xvdb", "xvdc")
+DELAY_MS = 300
+"""So that the queue is full, and the one processor has time for what the load goes through."""
 NEVER_MS = 600_000
 """A delay that no test waits for."""
 
@@ -49,9 +51,9 @@ def watched(guest: Guest) -> None:
 
 def goes_on(pvf: Pvfront, *names: str) -> None:
     """Returns once each disk has answered some more writes."""
-    for name in names:
-        before = pvf.written(name)
-        wait_until(f"I/O on {name}", lambda name=name, old=before: pvf.written(name) > old + 50)
+    before = {name: pvf.written(name) for name in names}
+    for name, old in before.items():
+        wait_until(f"I/O on {name}", lambda name=name, old=old: pvf.written(name) > old + 20)
 
 
 def nothing_was_noticed(guest: Guest) -> None:
@@ -64,14 +66,17 @@ def nothing_was_noticed(guest: Guest) -> None:
 @pytest.mark.usefixtures("soak_round")
 @pytest.mark.timeout(1800)
 def test_direct_and_buffered_loads_run_through_save_and_restore_without_an_error(
-    pvf: Pvfront, guest: Guest
+    pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
     """The kernel cannot freeze who waits for an fsync: both ways of freezing are needed."""
     boot, domid = guest.boot_id(), guest.number
-    with pvf.disk(name="xvdb"), pvf.disk(name="xvdc"):
+    slow = [lab.delayed_disk(64) for _ in DISKS]
+    with pvf.disk(slow[0], "xvdb"), pvf.disk(slow[1], "xvdc"):
         guest.run(
             f"mkfs.ext4 -q /dev/pvfront/xvdc && mkdir -p {MOUNT} && mount /dev/pvfront/xvdc {MOUNT}"
         )
+        for backing, ms in zip(slow, (DELAY_MS, 50), strict=True):  # an fsync is several requests
+            backing.set_delay(ms)
         loads = [guest.start(DIRECT, unit="direct"), guest.start(BUFFERED, unit="buffered")]
         goes_on(pvf, *DISKS)
         guest.save()
@@ -84,6 +89,8 @@ def test_direct_and_buffered_loads_run_through_save_and_restore_without_an_error
         for load in loads:
             assert load.running, "the load must have been under way during the suspend"
         goes_on(pvf, *DISKS)
+        for backing in slow:
+            backing.clear_delay()
         end_fio(guest, *loads)
         nothing_was_noticed(guest)
         guest.run(f"umount {MOUNT} && e2fsck -f -n /dev/pvfront/xvdc")
@@ -96,7 +103,9 @@ def test_direct_and_buffered_loads_run_through_save_and_restore_without_an_error
 def test_a_paused_and_a_checkpointed_guest_go_on_with_their_disk(
     pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
-    with pvf.disk():
+    backing = lab.delayed_disk(64)
+    with pvf.disk(backing):
+        backing.set_delay(DELAY_MS)
         load = guest.start(DIRECT, unit="direct")
         goes_on(pvf, "xvdb")
         lab.xl("pause", guest.kind)
@@ -111,6 +120,7 @@ def test_a_paused_and_a_checkpointed_guest_go_on_with_their_disk(
         pvf.wait_served()
         assert pvf.state()["generation"] >= 2, "the ports must have been let go for the suspend"
         goes_on(pvf, "xvdb")
+        backing.clear_delay()
         end_fio(guest, load)
 
 

@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.disk, pytest.mark.ublk]
 
 NODE = "/dev/pvfront/xvdb"
 LOAD = fio(depth=16, size="8M", extra="--time_based --runtime=1000 --verify_backlog=64")
+DELAY_MS = 200
+"""So that the queue is full, and the one processor has time for what the load goes through."""
 ON_EXT4 = LOAD.replace(f"--filename={NODE}", "--directory=/mnt/xvdb")
 
 
@@ -36,9 +38,9 @@ def _requests(pvf: Pvfront, operation: str = "write") -> int:
 
 
 def _goes_on(pvf: Pvfront, what: str) -> None:
-    """Waits for 50 more writes."""
+    """Waits for 20 more writes."""
     before = pvf.written()
-    wait_until(f"I/O {what}", lambda: pvf.written() > before + 50)
+    wait_until(f"I/O {what}", lambda: pvf.written() > before + 20)
 
 
 def _size(guest: Guest) -> int:
@@ -50,7 +52,7 @@ def _is_block(guest: Guest, node: str) -> bool:
 
 
 def _mount(guest: Guest) -> None:
-    guest.run(f"mkfs.ext4 -q {NODE} && mkdir -p /mnt/xvdb && mount {NODE} /mnt/xvdb", timeout=120)
+    guest.run(f"mkfs.ext4 -q {NODE} && mkdir -p /mnt/xvdb && mount {NODE} /mnt/xvdb")
 
 
 def test_a_disk_is_a_ublk_device_where_the_kernel_has_it(
@@ -89,7 +91,7 @@ def test_it_carries_what_nbd_cannot_and_flushes_what_must_be_on_the_disk(
             str(geometry["discard_alignment"]),
         ]
         before = _requests(pvf, "flush")
-        guest.run(fio(depth=1, size="64k", extra="--sync=dsync"), timeout=120)
+        guest.run(fio(depth=1, size="64k", extra="--sync=dsync"))
         assert _requests(pvf, "flush") >= before + 16
 
 
@@ -102,7 +104,7 @@ def test_partitions_come_and_go_with_their_table_though_the_kernel_never_reads_i
         guest.run(f"printf 'label: gpt\\n,4M\\n,\\n' | sfdisk -q {NODE}", check=False)
         wait_until("two partitions", lambda: _is_block(guest, "/dev/ublkb0p2"))
         wait_until("a partition's link", lambda: _is_block(guest, f"{NODE}1"))
-        guest.run("mkfs.ext4 -q -L found /dev/ublkb0p1", timeout=120)
+        guest.run("mkfs.ext4 -q -L found /dev/ublkb0p1")
         wait_until("a label's link", lambda: _is_block(guest, "/dev/disk/by-label/found"))
         guest.run(f"sfdisk -q --delete {NODE} 2", check=False)
         wait_until("one partition", lambda: not _is_block(guest, "/dev/ublkb0p2"))
@@ -117,7 +119,7 @@ def test_partitions_are_there_when_the_disk_is_served_again(
 ) -> None:
     with pvf.disk(lab.loop_disk(16)):
         guest.run(f"printf '2048,8192\\n,\\n' | sfdisk -q --no-reread --no-tell-kernel {NODE}")
-        guest.run("systemctl restart pvfront-vbd", timeout=180)
+        guest.run("systemctl restart pvfront-vbd")
         pvf.wait_served()
         assert _is_block(guest, "/dev/ublkb0p2")
 
@@ -128,18 +130,18 @@ def test_a_volume_group_on_it_comes_up_by_itself(pvf: Pvfront, lab: Lab, guest: 
         guest.run(
             f"pvcreate -q -y {NODE} && vgcreate -q lab_ublk {NODE} "
             "&& lvcreate -q -y -n volume -l 100%FREE lab_ublk && vgchange -q -an lab_ublk",
-            timeout=120,
         )
         pvf.detach()
         guest.block_attach(backing.spec("xvdb"))
         wait_until("its volume", lambda: _is_block(guest, "/dev/lab_ublk/volume"))
-        guest.run("vgremove -q -f -y lab_ublk", timeout=120)
+        guest.run("vgremove -q -f -y lab_ublk")
 
 
 def test_a_worker_killed_with_every_request_held_loses_none(
     pvf: Pvfront, lab: Lab, guest: Guest
 ) -> None:
     with pvf.disk(lab.delayed_disk(16)) as backing:
+        backing.set_delay(DELAY_MS)
         load = guest.start(LOAD, unit="load")
         _goes_on(pvf, "at first")
         backing.set_delay(600_000)
@@ -180,9 +182,11 @@ def test_workers_killed_under_load_are_replaced_and_no_request_is_lost(
 def test_the_next_supervisor_keeps_the_device_whatever_became_of_the_last(
     pvf: Pvfront, lab: Lab, guest: Guest
 ) -> None:
-    with pvf.disk(lab.loop_disk(32)):
+    slow = lab.delayed_disk(32)
+    with pvf.disk(slow):
         _mount(guest)
         worker = pvf.worker()
+        slow.set_delay(DELAY_MS)
         load = guest.start(ON_EXT4, unit="load")
         _goes_on(pvf, "at first")
         supervisor = pvf.pid()
@@ -195,8 +199,9 @@ def test_the_next_supervisor_keeps_the_device_whatever_became_of_the_last(
         assert pvf.state()["target"] == "ublk"
         _goes_on(pvf, "after the service was restarted for nbd")
         assert pvf.worker() == worker
+        slow.clear_delay()
         end_fio(guest, load)
-        guest.run(f"umount /mnt/xvdb && e2fsck -f -n {NODE}", timeout=120)
+        guest.run(f"umount /mnt/xvdb && e2fsck -f -n {NODE}")
 
 
 @pytest.mark.long
@@ -222,7 +227,7 @@ def test_a_read_only_disk_refuses_writes_and_says_so(pvf: Pvfront, lab: Lab, gue
 def test_discards_between_writes_reach_the_disk(pvf: Pvfront, lab: Lab, guest: Guest) -> None:
     with pvf.disk(lab.loop_disk(16)) as backing:
         guest.run(fio(rw="randtrimwrite", size="1M", extra="--fsync=32"), timeout=300)
-        guest.run(f"blkdiscard {NODE}", timeout=120)
+        guest.run(f"blkdiscard {NODE}")
         assert _requests(pvf, "discard") >= 256
         zeroes = guest.output("head -c 16M /dev/zero | sha256sum").split()[0]
         assert pvf.sha256() == backing.sha256() == zeroes
@@ -247,5 +252,5 @@ def test_a_resize_waits_for_the_last_close_of_a_disk_in_use(
         wait_until("the new size", lambda: _size(guest) == 24 << 20)
         pvf.wait_served()
         assert "resize_waits_for_last_close" not in pvf.state()
-        guest.run(fio(size="4M", extra="--offset=18M"), timeout=120)
+        guest.run(fio(size="4M", extra="--offset=18M"))
         assert pvf.sha256() == backing.sha256()

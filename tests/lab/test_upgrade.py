@@ -20,7 +20,7 @@ from lab.scenario import Lab, wait_until
 pytestmark = pytest.mark.survive
 
 UPGRADES = 30 if int(os.environ.get("PVFRONT_REPEATS", "1")) > 1 else 3
-DELAY_MS = 100
+DELAY_MS = 400
 MOUNT = "/mnt/xvdb"
 LOAD = (
     f"fio --name=verify --directory={MOUNT} --rw=randwrite --bs=4k --size=8M --iodepth=32 "

@@ -38,8 +38,8 @@ RESPONSE_TIMEOUT = 15.0
 REQUEST_DEADLINE = 120.0
 """Seconds in which a request is sent again and again that has no deadline of its own."""
 
-COMMAND_DEADLINE = 180.0
-"""Seconds for a command of which nothing is said; none here takes a tenth of it."""
+COMMAND_DEADLINE = 300.0
+"""Seconds for a command of which nothing is said; on an idle machine none here takes a tenth."""
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ class Guest(Machine):
         """From the start of `xl create` to a booted system, of the last start."""
         self.domids: list[int] = []
         """Of all its domains so far; the last is the present one's, if there is one."""
+        self.services: dict[str, tuple[str, int]] = {}
+        """By unit, the settings and the process that a service of ours was last seen with."""
         self.dirty = False
         """Not in the standard configuration or state: later tests start it afresh."""
 

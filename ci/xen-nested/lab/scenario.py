@@ -50,7 +50,7 @@ LOCK_DEADLINE = 1800.0
 
 
 def wait_until(
-    what: str, predicate: Callable[[], T], deadline: float = 120.0, every: float = 0.3
+    what: str, predicate: Callable[[], T], deadline: float = 300.0, every: float = 0.3
 ) -> T:
     """Call `predicate` until it gives something true, and return that.
 

@@ -17,7 +17,7 @@ from typing import Any
 from . import paths
 from .client import Job, Machine
 from .guest import Guest
-from .pvf import state_in
+from .pvf import start_service, state_in
 from .scenario import Lab, wait_until
 
 UNIT = "pvfront-vif"
@@ -90,10 +90,10 @@ class Vif:
         return int(seen.text) if seen and seen.text else 0
 
     def ping(self, *sizes: int, options: str = "") -> None:
-        """dom0's IPv4 and IPv6 addresses, until the first answer to each size; a minute at most."""
+        """dom0's IPv4 and IPv6 addresses, until the first answer to each size; 180 s at most."""
         for where in (self.dom0, self.dom0_v6):
             for size in sizes or (56,):
-                self.guest.run(f"ping -n -c1 -w60 -s{size} {options} {where}")
+                self.guest.run(f"ping -n -c1 -w180 -s{size} {options} {where}")
 
     def send(self, mib: int, where: str = "") -> None:
         """Random data over TCP to dom0, or whoever else has the address `where`: in a namespace
@@ -110,7 +110,7 @@ class Vif:
             "cat /dev/shm/sent >&3; exec 3>&-; sha256sum </dev/shm/sent; rm /dev/shm/sent",
             timeout=300,
         )
-        assert sink.wait(60).stdout == sent + "\n"
+        assert sink.wait().stdout == sent + "\n"
 
     def fetch(self, mib: int, address: str = "") -> None:
         """The same the other way, from dom0."""
@@ -122,7 +122,7 @@ class Vif:
         there = f"/dev/tcp/{address or self.dom0}/{self.port}"
         got = self.guest.output(f"{_connect(there)}; sha256sum <&3", timeout=300)
         assert got == source_sum
-        job.wait(60)
+        job.wait()
 
     def _listen(self, address: str, way: str) -> str:
         version = 6 if ":" in address else 4
@@ -198,14 +198,8 @@ class Networks:
 
         The control vif is never ours: the default route goes through it.
         """
-        line, settings = f"PVFRONT_VIFS={vifs}", f"/etc/default/{UNIT}"
-        self.guest.run(
-            "ip route replace default via 10.0.2.2 dev eth0; "
-            f"echo '{line}' | cmp -s - {settings} && systemctl is-active -q {UNIT} || "
-            f"{{ echo '{line}' >{settings}; systemctl reset-failed {UNIT}; "
-            f"systemctl restart {UNIT}; }}",
-            timeout=300,
-        )
+        route = "ip route replace default via 10.0.2.2 dev eth0"
+        start_service(self.guest, UNIT, f"PVFRONT_VIFS={vifs}", route)
 
     def stop(self) -> None:
         self.guest.run(f"systemctl stop {UNIT}", timeout=300)
@@ -256,8 +250,8 @@ class Networks:
         now = self.state(vif)
         return now.get("phase") == "connected" and bool(now.get("carrier"))
 
-    def wait_served(self, vif: Vif, deadline: float = 180.0) -> None:
-        wait_until(f"vif{vif.devid} served by pvfront", lambda: self.served(vif), deadline)
+    def wait_served(self, vif: Vif) -> None:
+        wait_until(f"vif{vif.devid} served by pvfront", lambda: self.served(vif))
 
     # -- vifs --------------------------------------------------------------------------------
 
@@ -295,7 +289,11 @@ class Networks:
 
     def detach(self, vif: Vif) -> None:
         """`xl network-detach`; returns once nothing of it is left on either side."""
-        self.lab.xl("network-detach", self.guest.kind, str(vif.devid))
+        detach = ("network-detach", self.guest.kind, str(vif.devid))
+        if not self.lab.xl(*detach, check=False).ok:
+            # libxl waits 10 s, which may pass on a machine that is busy elsewhere; then once more.
+            wait_until(f"{vif.name} gone", lambda: not self.guest.has(f"/sys/class/net/{vif.name}"))
+            self.lab.xl(*detach)
         wait_until("the vif gone from the store", lambda: vif.states() == (None, None))
         wait_until(f"{vif.name} gone", lambda: not self.guest.has(f"/sys/class/net/{vif.name}"))
         self._nets.discard(vif.net)

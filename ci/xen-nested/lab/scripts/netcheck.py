@@ -43,7 +43,8 @@ DATA, ANSWER = 0x88B5, 0x88B6  # IEEE 802's experimental EtherTypes
 HEADER = 14
 WINDOW = 8  # frames under way
 AGAIN_AFTER = 1.0  # seconds
-PACE = 0.02  # seconds between a stream's blocks
+PACE = 0.05  # seconds between a stream's blocks
+BLOCK_MOST = 32768
 GIVE_UP_AFTER = 300.0
 LAST = 0xFFFFFFFF
 NUMBER = struct.Struct("!I")
@@ -212,7 +213,7 @@ def stream_send(address: str, port: str, path: str) -> None:
     # No window of our own: after a pause it is new data that shows TCP at once what was lost. The
     # processor is left to others: what the stream is to go through is theirs to do.
     while not ending.wait(PACE):
-        length = dice.randint(1, 65536)
+        length = dice.randint(1, BLOCK_MOST)
         sock.sendall(BLOCK.pack(sent, length) + contents(sent, length))
         sent += 1
     sock.shutdown(socket.SHUT_WR)
