@@ -15,8 +15,7 @@ MTU = 1500
 
 def online(name: str, mtu: int, addresses: Sequence[str], bridge: str, queues: int) -> None:
     """Makes the TAP, for so many queues, and configures it. Raises PvfrontError."""
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
+    from pvfront.rtnetlink import IPRoute, NetlinkError
 
     # One that a killed backend left behind may have too few queues.
     delete(name)

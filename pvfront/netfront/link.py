@@ -280,7 +280,7 @@ async def follow(changed: Callable[[int, str, int], None]) -> None:
     """Tells of every interface, and of each that changes: its index, its name, its MTU. Ends by
     cancellation.
     """
-    from pyroute2 import AsyncIPRoute
+    from ..rtnetlink import AsyncIPRoute
 
     def tell(message: Any) -> None:
         name, mtu = message.get_attr("IFLA_IFNAME"), message.get_attr("IFLA_MTU")

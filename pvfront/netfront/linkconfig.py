@@ -84,8 +84,7 @@ class LinkConfig:
 
 @contextlib.contextmanager
 def _netlink() -> Iterator[Any]:
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
+    from ..rtnetlink import IPRoute, NetlinkError
 
     try:
         with IPRoute() as ipr:
@@ -194,7 +193,7 @@ def put_back(name: str, config: LinkConfig) -> list[str]:
         link = ipr.link("get", index=index)[0]
 
         def done(what: str, work: Callable[[], Any]) -> None:
-            from pyroute2.netlink.exceptions import NetlinkError
+            from ..rtnetlink import NetlinkError
 
             try:
                 work()

@@ -189,7 +189,7 @@ def find(name: str, present: Collection[int], on: Platform) -> int:
 
 
 def _prepare() -> None:
-    import pyroute2  # noqa: F401 - now, which takes seconds: later an interface waits for it
+    from .. import rtnetlink  # noqa: F401 - now: later an interface waits for it
 
     if not Path(tap.TUN).exists() and (problem := load_module("tun")) is not None:
         raise PvfrontError(f"{tap.TUN} is missing, and its module cannot be loaded: {problem}")

@@ -171,7 +171,7 @@ class Tap:
 
 def find(owner: str) -> tuple[int, str] | None:
     """The index and the name of the TAP that `owner` has; None if there is none."""
-    from pyroute2 import IPRoute
+    from ..rtnetlink import IPRoute
 
     with IPRoute() as ipr:
         for link in ipr.get_links():
@@ -271,7 +271,7 @@ class _NoInterface(TapError):
 
 def is_tap(name: str) -> bool:
     """Whether there is an interface of that name and it is a TAP or TUN."""
-    from pyroute2 import IPRoute
+    from ..rtnetlink import IPRoute
 
     with IPRoute() as ipr:
         return any(_is_tun(link) for link in ipr.link("dump", ifname=name))
@@ -327,8 +327,7 @@ def _close(fds: list[int]) -> None:
 @contextlib.contextmanager
 def _netlink(name: str) -> Iterator[tuple[Any, int, dict[str, Any]]]:
     """A route socket, the interface's index, and what it says of itself."""
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
+    from ..rtnetlink import IPRoute, NetlinkError
 
     try:
         with IPRoute() as ipr:

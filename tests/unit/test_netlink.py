@@ -40,3 +40,14 @@ def test_a_name_that_it_does_not_have_is_an_error_as_ever() -> None:
 def test_whoever_had_imported_it_keeps_what_it_has() -> None:
     code = "import pyroute2 as p, pvfront.netlink, sys; print(sys.modules['pyroute2'] is p)"
     assert run(code) == "True"
+
+
+def test_rtnetlink_works_without_the_rest() -> None:
+    code = (
+        "import sys\n"
+        "from pvfront.rtnetlink import IPRoute\n"
+        "with IPRoute() as ipr:\n"
+        "    (index,) = ipr.link_lookup(ifname='lo')\n"
+        "print('pyroute2.ndb' in sys.modules, index > 0)"
+    )
+    assert run(code) == "False True"
