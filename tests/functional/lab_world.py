@@ -158,11 +158,7 @@ class LabWorld:
     def kill_supervisor(self) -> None:
         old = self.supervisor()
         self.kill(old)
-        wait_until(
-            "systemd's new supervisor",
-            lambda: self.supervisor() not in (0, old),
-        )
-        wait_until("its word that it serves", self.running)
+        self.pvf.wait_restarted(old)
 
     def kill(self, pid: int) -> None:
         self.guest.run(f"kill -KILL {pid}")

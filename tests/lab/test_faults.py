@@ -189,8 +189,7 @@ def test_a_busy_file_system_notices_a_pause_when_our_processes_are_ended_and_beg
         overlapping.measure()
         end(pvf)
         if end is not kill_worker:
-            wait_until("another supervisor", lambda: pvf.pid() not in (0, pid))
-            wait_until("its word that it serves", pvf.running)
+            pvf.wait_restarted(pid)
             assert pvf.status()["generation"] == generation, "the data path was not to end"
         goes_on(pvf, "after")
         record(f"busy file system, {end.__name__}", f"pause {overlapping.end():.2f} s")
@@ -285,8 +284,7 @@ def test_a_journal_on_our_disk_goes_on_when_worker_and_supervisor_die_one_by_one
             logged("after the worker")
             supervisor = pvf.pid()
             guest.run(f"kill -KILL {supervisor}")
-            wait_until("another supervisor", lambda: pvf.pid() not in (0, supervisor))
-            wait_until("its word that it serves", pvf.running)
+            pvf.wait_restarted(supervisor)
             logged("after the supervisor")
             worker = pvf.worker()
             guest.run(f"kill -KILL {pvf.pid()} {worker}")

@@ -80,8 +80,8 @@ def test_a_hot_plugged_interface_answers_and_carries_bulk_both_ways_in_large_pac
         def in_large_packets(way: str, *options: str) -> bool:
             """A loss, or a receiver that had to wait, makes a transfer's packets small."""
             before = net.counters(vif)
-            end = vif.iperf("-n", "16M", *options)["end"]
-            assert end["sum_received"]["bytes"] > 0.9 * (16 << 20)
+            end = vif.iperf("-n", "32M", *options)["end"]
+            assert end["sum_received"]["bytes"] > 0.9 * (32 << 20)
             after = net.counters(vif)
             large, size = (
                 after[f"{way}.{what}"] - before[f"{way}.{what}"]

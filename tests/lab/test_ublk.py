@@ -191,7 +191,7 @@ def test_the_next_supervisor_keeps_the_device_whatever_became_of_the_last(
         _goes_on(pvf, "at first")
         supervisor = pvf.pid()
         guest.run(f"kill -KILL {supervisor}")
-        wait_until("another supervisor", lambda: pvf.pid() not in (0, supervisor))
+        pvf.wait_restarted(supervisor)
         pvf.wait_served()
         _goes_on(pvf, "after the supervisor was killed")
         pvf.start("--all --target nbd")
