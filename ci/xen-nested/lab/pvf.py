@@ -72,17 +72,9 @@ class Pvfront:
     def wait_restarted(self, old: int) -> None:
         """Waits for the supervisor that systemd starts by itself after `old`, and until it serves.
 
-        Python starts then, on the guest's one processor: processes that ask would take half of it.
+        Python starts then, on the guest's one processor: who asks without pause takes half of it.
         """
-        members = f"/sys/fs/cgroup/system.slice/{UNIT}.service/cgroup.procs"
-
-        def another() -> bool:
-            (seen,) = self.guest.look(members)
-            pids = [pid for pid in ((seen.text or "") if seen else "").split() if int(pid) != old]
-            lines = self.guest.look(*(f"/proc/{pid}/cmdline" for pid in pids))
-            return any(line and "serve" in (line.text or "") for line in lines)
-
-        wait_until("another supervisor", another)
+        wait_until("another supervisor", lambda: self.pid() not in (0, old), every=2)
         wait_until("its word that it serves", self.running, every=2)
 
     def log(self) -> str:
