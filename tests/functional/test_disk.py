@@ -86,7 +86,7 @@ def test_a_read_only_disk_refuses_writes_and_says_so(world: World) -> None:
         assert disk.sha256()
 
 
-@pytest.mark.core
+@pytest.mark.kinds("hvm", "pv")
 def test_list_shows_every_device_with_its_owner_and_status_one_in_full(world: World) -> None:
     with world.disk(stock=True) as disk:
         rows = world.devices()

@@ -35,7 +35,7 @@ BACKENDS: dict[str, Callable[[Lab], BackingDisk]] = {
 MARKS = {
     "loop": pytest.mark.long,  # what nearly every other test has, too
     "LVM": pytest.mark.long,  # what is resized below
-    "loop of 4096-byte sectors": pytest.mark.core,
+    "loop of 4096-byte sectors": pytest.mark.kinds("hvm", "pvh612"),
     "qdisk raw": pytest.mark.long,  # as qcow2, but for QEMU's inside
 }
 

@@ -71,6 +71,7 @@ def test_what_is_at_a_path_is_seen_without_a_process(guest: Guest) -> None:
     assert not guest.has("/dev/null", "b")
 
 
+@pytest.mark.long
 def test_a_command_past_its_deadline_is_killed_with_its_children(guest: Guest) -> None:
     with pytest.raises(DeadlineExceeded, match="did not end within 2 s"):
         guest.run("sleep 4242 & sleep 4242", timeout=2)
@@ -118,6 +119,7 @@ def test_a_delayed_disk_holds_requests_until_let_go(lab: Lab, guest: Guest) -> N
     assert job.wait().ok
 
 
+@pytest.mark.long
 @pytest.mark.survive
 def test_a_job_runs_in_a_scope_that_can_be_frozen_without_the_agent(guest: Guest) -> None:
     count = "while sleep 0.2; do echo tick; done"
