@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from networld import why_not
+from networld import networks
 from waiting import PATIENCE, wait_for
 
 from pvfront.host import Host
@@ -91,7 +91,7 @@ async def test_where_there_can_be_no_networks_the_demo_says_why_and_leaves_them_
     assert "No space left on device" in said
 
 
-@pytest.mark.skipif(bool(why_not()), reason=f"no networks of one's own here: {why_not()}")
+@networks
 @pytest.mark.parametrize(("mode", "said"), [(None, "is missing"), (0, "may not be opened")])
 async def test_users_without_a_right_to_taps_are_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int | None, said: str

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
 import signal
+import sys
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from networld import OURS4, SPEC, THEIRS4, Network, Transfer, network, networks
-from waiting import eventually
+from networld import OURS4, SPEC, THEIRS4, Network, Transfer, network, networks, require
+from waiting import PATIENCE, eventually
 
 from pvfront.host.service import DiskServiceError
 
@@ -128,6 +132,33 @@ async def test_packets_are_shown_and_written_for_tcpdump(it: Network, tmp_path: 
     assert await flood.ended() == 64 * MIB
 
 
+async def test_tcpdump_reads_what_passed_and_finds_its_checksums_right(
+    it: Network, tmp_path: Path
+) -> None:
+    require("tcpdump")
+    file = tmp_path / "x.pcap"
+    written = asyncio.create_task(
+        pvfront(it, "trace", "enX0", "--packets", "-c", "60", "-w", str(file))
+    )
+    try:
+
+        async def told() -> bool:
+            # Far more of them than of what a fresh interface says by itself.
+            ping = ["ping", "-c20", "-i0.01", "-W1", "-s100", THEIRS4]
+            await it.guest.run(*ping, check=False)
+            return written.done()
+
+        await eventually("sixty packets in the file", told, why=lambda: it.log)
+    finally:
+        written.cancel()
+    said = await it.guest.run("tcpdump", "-nn", "-v", "-r", str(file))
+    assert f"{OURS4} > {THEIRS4}: ICMP echo request" in said
+    assert f"{THEIRS4} > {OURS4}: ICMP echo reply" in said
+    assert "length 108" in said
+    assert "bad cksum" not in said
+    assert "wrong" not in said
+
+
 async def test_a_disk_of_that_name_has_no_packets(it: Network) -> None:
     with pytest.raises(DiskServiceError, match="there is no device 'enX9'"):
         await pvfront(it, "trace", "enX9", "--packets", "-c", "1")
@@ -222,3 +253,32 @@ async def test_names_that_do_not_exist_are_one_line() -> None:
         await it.host.attach_vif(1, SPEC)
         with pytest.raises(DiskServiceError, match=r"there is no network interface 'enX7'"):
             await it.serve("enX7")
+
+
+async def test_nonsense_on_the_command_line_is_one_line_and_a_status_that_says_whose_fault_it_is(
+    it: Network,
+) -> None:
+    """2: the usage; 1: what there is."""
+    assert it.service is not None
+    for status, says, *arguments in (
+        (1, "another supervisor already serves vif devices", "vif", "serve", "--all"),
+        (2, "name the interfaces to serve, or say --all", "vif", "serve"),
+        (2, "max_queues = '99': must be a number from 0 to 16",
+         "vif", "serve", "--all", "-o", "max_queues=99"),
+        (2, "'x=1' is no KEY=VALUE", "vif", "serve", "--all", "-o", "x=1"),
+        (1, "there is no device 'enX9' (there are: vif0)", "status", "enX9"),
+        (1, "there is no device '9' (there are: vif0)", "release", "vif", "9"),
+        (1, "Could not open file", "trace", "--packets", "-w", "/no/such/x.pcap", "enX0"),
+        (2, "-c and -w are for --packets", "trace", "-c", "1", "enX0"),
+    ):  # fmt: skip
+        command = [*it.guest.prefix(), sys.executable, "-P", "-m", "pvfront", *map(str, arguments)]
+        process = await asyncio.create_subprocess_exec(
+            *command, env={**os.environ, **it.host.environ}, stdout=PIPE, stderr=PIPE
+        )
+        out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+        told = [line for line in err.decode().splitlines() if says in line]
+        assert (process.returncode, out, len(told)) == (status, b"", 1), (arguments, err)
+        assert "Traceback" not in err.decode()
+        # Behind the usage's own lines the error is the last; else it is the only one.
+        assert err.decode().splitlines()[-1] == told[0]
+        assert status == 2 or len(err.splitlines()) == 1
