@@ -132,31 +132,31 @@ async def test_packets_are_shown_and_written_for_tcpdump(it: Network, tmp_path: 
     assert await flood.ended() == 64 * MIB
 
 
-async def test_tcpdump_reads_what_passed_and_finds_its_checksums_right(
-    it: Network, tmp_path: Path
-) -> None:
+async def test_tcpdump_reads_what_passed_and_finds_its_checksums_right(tmp_path: Path) -> None:
     require("tcpdump")
     file = tmp_path / "x.pcap"
-    written = asyncio.create_task(
-        pvfront(it, "trace", "enX0", "--packets", "-c", "60", "-w", str(file))
-    )
-    try:
+    async with network("--all") as fresh:  # a trace begins with what was noted before
+        await fresh.attach()
+        await fresh.configure()
+        arguments = ("trace", "enX0", "--packets", "-c", "60", "-w", str(file))
+        written = asyncio.create_task(pvfront(fresh, *arguments))
+        try:
 
-        async def told() -> bool:
-            # Far more of them than of what a fresh interface says by itself.
-            ping = ["ping", "-c20", "-i0.01", "-W1", "-s100", THEIRS4]
-            await it.guest.run(*ping, check=False)
-            return written.done()
+            async def done() -> bool:
+                # Far more of them than of what a fresh interface says by itself.
+                ping = ["ping", "-c20", "-i0.01", "-W1", "-s100", THEIRS4]
+                await fresh.guest.run(*ping, check=False)
+                return written.done()
 
-        await eventually("sixty packets in the file", told, why=lambda: it.log)
-    finally:
-        written.cancel()
-    said = await it.guest.run("tcpdump", "-nn", "-v", "-r", str(file))
+            await eventually("sixty packets in the file", done, why=lambda: fresh.log)
+            await written
+        finally:
+            written.cancel()
+        said = await fresh.guest.run("tcpdump", "-nn", "-v", "-r", str(file), "icmp")
     assert f"{OURS4} > {THEIRS4}: ICMP echo request" in said
     assert f"{THEIRS4} > {OURS4}: ICMP echo reply" in said
     assert "length 108" in said
-    assert "bad cksum" not in said
-    assert "wrong" not in said
+    assert "wrong" not in said  # tcpdump's word for a checksum of ICMP
 
 
 async def test_a_disk_of_that_name_has_no_packets(it: Network) -> None:
