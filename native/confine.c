@@ -49,6 +49,8 @@ void pvf_confine_start(struct pvf_confine *c)
 		note(c, "RLIMIT_MEMLOCK, and so mlockall");
 	else if (mlockall(MCL_CURRENT | MCL_FUTURE))
 		note(c, "mlockall");
+	if (c->realtime && setrlimit(RLIMIT_RTPRIO, &(struct rlimit){1, 1}))
+		note(c, "RLIMIT_RTPRIO");
 	if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0))
 		note(c, "PR_SET_IO_FLUSHER");
 	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
@@ -191,6 +193,9 @@ int pvf_confine_calls(struct pvf_confine *c, const char **why)
 	if (!rc)
 		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(rt_sigaction), 1,
 				      SCMP_A0(SCMP_CMP_EQ, SIGTERM, 0));
+	if (!rc && c->realtime)
+		rc = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(sched_setscheduler), 1,
+				      SCMP_A0(SCMP_CMP_EQ, 0, 0));
 	if (!rc && c->uring)
 		rc = allow_uring(filter);
 	/* The queues' threads are there already. */

@@ -4,7 +4,7 @@
  *
  *   1. pvf_confine_start, as whoever starts us (root in production), before anything is opened:
  *      signals of a terminal or a service manager ignored; no core; no limit on locked memory;
- *      memory locked; marked as an I/O flusher, so that the kernel never waits for this disk's own
+ *      memory locked; real-time priority 1 allowed, if that is wanted; marked as an I/O flusher, so that the kernel never waits for this disk's own
  *      writeback to give us memory; exempt from the OOM killer; network, IPC and host name
  *      namespaces of our own.
  *   2. pvf_confine_user: chroot, user and groups, no capability, not even one to be gained again.
@@ -26,7 +26,8 @@ struct pvf_confine {
 	const char *root; /* chroot there; NULL: no */
 	uint32_t uid, gid;
 	bool change_user;
-	bool uring; /* a ublk target's calls are allowed too */
+	bool uring;    /* a ublk target's calls are allowed too */
+	bool realtime; /* it may be a real-time task, of the lowest priority */
 	/* What was refused, for the log; the worker runs without it. */
 	char notes[PVF_TEXT_MAX];
 };

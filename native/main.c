@@ -100,7 +100,7 @@ int main(int argc, char **argv)
 			confine.uring = true;
 			break;
 		case 't':
-			net = true;
+			net = confine.realtime = true;
 			break;
 		case 'v':
 			build = optarg;

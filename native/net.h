@@ -44,7 +44,6 @@
 #define PVF_NET_SLOTS 18u  /* of a packet: XEN_NETIF_NR_SLOTS_MIN */
 #define PVF_NET_PAGES 16u  /* that the largest packet fills */
 #define PVF_NET_LARGEST 65535u
-#define PVF_NET_SHOWN 64u   /* RX pages that are shown at a time; with fewer than four times that, a quarter */
 #define PVF_NET_BULK 16384u /* a packet of more counts as large */
 
 struct pvf_net_cut { /* the packet that is cut; its bytes are in the borrowed pages */
@@ -127,18 +126,22 @@ static inline void pvf_net_count(struct pvf_net_way *way, uint32_t total)
 	way->large_bytes += total;
 }
 
-/* For the next event: responses that are worth waiting for together. */
+/* For the next event: responses that are worth waiting for together. Nobody waits for an answer but the next packet
+ * that finds no room; so, with a ring and a pool of usual size, an event is asked for with a quarter of them, and
+ * answers that are fewer are taken when there is something else to do. When the queue is to be drained, 1 is the
+ * number to ask for instead. */
 uint32_t pvf_net_tx_patience(const struct pvf_net_tx *tx);
 
 /* Puts an empty page into each free slot; not yet shown. */
 void pvf_net_rx_fill(struct pvf_net_rx *rx);
 
-/* Shows the backend its new pages, as soon as they are many. True: it must be notified.
+/* Puts empty pages into the ring, and shows them as soon as they are many: half of all, but what stays
+ * with the backend is enough for a packet of the largest size. True: it must be notified.
  *
  * Linux's netback asks for an event with the next page when it has too few for its next packet. One that brings too
  * few still is spurious to it, and it masks the channel for longer and longer (xenvif_have_rx_work(),
  * XEN_EOI_FLAG_SPURIOUS). */
-bool pvf_net_rx_push(struct pvf_net_rx *rx);
+bool pvf_net_rx_show(struct pvf_net_rx *rx);
 
 /* The next packet of `*count` responses, which goes down by its slots. False: there is none (`*count` is 0), it
  * was dropped (look again), or a rule was broken (`fault`). */

@@ -36,12 +36,12 @@ void pvf_net_rx_fill(struct pvf_net_rx *rx)
 	}
 }
 
-bool pvf_net_rx_push(struct pvf_net_rx *rx)
+bool pvf_net_rx_show(struct pvf_net_rx *rx)
 {
-	uint32_t hidden = rx->ring.req_prod_pvt - rx->ring.req_published;
+	uint32_t all = pvf_min32(rx->pool.pages, PVF_NET_RING);
 
-	/* Whatever is not hidden is with the backend: three quarters, at the least. */
-	if (hidden < pvf_min32(PVF_NET_SHOWN, rx->pool.pages / 4))
+	pvf_net_rx_fill(rx);
+	if (rx->ring.req_prod_pvt - rx->ring.req_published < (all - pvf_min32(all, PVF_NET_SLOTS + 1)) / 2)
 		return false;
 	return pvf_ring_push(&rx->ring);
 }

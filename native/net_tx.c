@@ -21,6 +21,9 @@ _Static_assert(PVF_NET_LARGEST == XEN_NETIF_MAX_TX_SIZE, "size");
 
 #define MOST_SLOTS (PVF_NET_PAGES + 1) /* of a packet: its pages, and what it says of GSO */
 
+/* With so many slots and pages, three quarters of them are under way whenever a packet finds no room. */
+#define LAZY_ROOM (4 * (MOST_SLOTS + PVF_NET_PAGES))
+
 void pvf_net_tx_init(struct pvf_net_tx *tx, void *ring, void *pool, uint32_t pages,
 		     const uint32_t *grefs, bool scrub, uint32_t features)
 {
@@ -378,7 +381,9 @@ void pvf_net_tx_drain(struct pvf_net_tx *tx, uint32_t count)
 
 uint32_t pvf_net_tx_patience(const struct pvf_net_tx *tx)
 {
-	uint32_t out = tx->in_flight + tx->extras;
+	uint32_t room = pvf_min32(tx->pool.pages, PVF_NET_RING), out = tx->in_flight + tx->extras;
 
+	if (room >= LAZY_ROOM)
+		return room / 4;
 	return out > 1 ? out / 2 : 1;
 }

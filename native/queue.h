@@ -78,6 +78,8 @@ struct pvf_netq { /* what a network's queue has instead of a disk's */
 	struct pvf_groups *groups; /* the device's */
 	int tap_fd;
 	bool tap_ready; /* a read of the TAP may find something */
+	bool refused;   /* the kernel lets us not keep the processor */
+	bool owes;      /* the processor was kept for a whole turn, and there is more: others are next */
 	struct pvf_trace *trace; /* the packets', or NULL */
 	uint64_t full, tap_errors, groups_told;
 	struct pvf_net_stats ended; /* counters of connections that are over */

@@ -25,6 +25,15 @@ static inline uint64_t pvf_now_ns(void)
 	return (uint64_t)ts.tv_sec * PVF_SECOND + (uint64_t)ts.tv_nsec;
 }
 
+/* The same some milliseconds ago at the most, and never a system call. */
+static inline uint64_t pvf_coarse_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
+	return (uint64_t)ts.tv_sec * PVF_SECOND + (uint64_t)ts.tv_nsec;
+}
+
 /* Once, in `ns`; 0: not any more. */
 static inline void pvf_arm(int timer, uint64_t ns)
 {
@@ -57,6 +66,7 @@ int pvf_queue_watch_port(struct pvf_queue *q, const struct pvf_port *port, uint3
 int pvf_netq_target(struct pvf_queue *q, int fd, const char **why);
 void pvf_netq_drop_target(struct pvf_queue *q);
 void pvf_netq_serve(struct pvf_queue *q);
+void pvf_netq_answers(struct pvf_queue *q); /* takes those of packets that were sent */
 uint32_t pvf_netq_taken(const struct pvf_queue *q);
 uint32_t pvf_netq_waiting(struct pvf_queue *q, struct pvf_fault *fault);
 void pvf_netq_publish(struct pvf_queue *q);

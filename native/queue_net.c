@@ -5,7 +5,11 @@
  *
  *   The TAP is watched edge-triggered: `tap_ready` stays set until a read finds nothing. Nothing is read while
  *   the ring has no room for any packet; answers make room, and while packets are unanswered an event comes with
- *   half of them at the latest.
+ *   a quarter of the ring at the latest (pvf_net_tx_patience()). Answers that are fewer are taken in the next turn,
+ *   whatever it is for, and by the watchdog if there is none.
+ *
+ *   While packets keep coming, what they are answered with waits: a notify for each would stop us more often than
+ *   it brings.
  *
  *   QUIESCE stops the reading; what the backend still sends is received. The queue is drained when every slot
  *   that was sent is answered.
@@ -14,6 +18,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -71,6 +76,7 @@ int pvf_netq_attach(struct pvf_queue *q, int rx_event_fd, const struct pvf_ctl_a
 	pvf_net_rx_fill(&n->rx);
 	pvf_ring_push(&n->rx.ring);
 	n->tx.groups = n->groups;
+	pvf_ring_ask(&n->tx.ring, pvf_net_tx_patience(&n->tx), &n->tx.fault);
 	pvf_queue_trace(q, n->trace);
 	q->blk.fault = (struct pvf_fault){0};
 	return 0;
@@ -177,7 +183,7 @@ static bool check(struct pvf_queue *q, const struct pvf_fault *fault)
 	return false;
 }
 
-static void take_answers(struct pvf_queue *q)
+void pvf_netq_answers(struct pvf_queue *q)
 {
 	struct pvf_net_tx *tx = &q->net->tx;
 	uint32_t n = pvf_ring_poll(&tx->ring, &tx->fault);
@@ -209,28 +215,57 @@ static void tell_groups(struct pvf_queue *q)
 	pvf_groups_tell(n->groups, tell_group, n); /* what finds no room: when answers make it */
 }
 
+/* Gives the backend new pages, as soon as they are many. */
+static void show_room(struct pvf_queue *q)
+{
+	struct pvf_netq *n = q->net;
+
+	if (pvf_net_rx_show(&n->rx))
+		pvf_queue_notify(q, n->split ? &n->rx_port : &q->port);
+}
+
+/* Who gets a packet wants to run at once, and is let by the scheduler: two switches for each packet, and its sender
+ * waits. A real-time task is not stopped by that, so the packets of a turn wake him once. In between we are as
+ * everybody; after a turn that was stopped by its bound others are let go first, or a storm would have it all. */
+static bool keep_processor(struct pvf_netq *n)
+{
+	n->refused = n->refused || sched_setscheduler(0, SCHED_RR, &(struct sched_param){1});
+	return !n->refused;
+}
+
+static void share_processor(void)
+{
+	sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){0});
+}
+
 /* True: stopped by the bound. */
 static bool receive(struct pvf_queue *q)
 {
 	struct pvf_netq *n = q->net;
 	struct pvf_net_rx *rx = &n->rx;
-	uint32_t count = pvf_ring_poll(&rx->ring, &rx->fault), before = count, packets = 0;
+	uint32_t first = rx->ring.rsp_cons, count = pvf_ring_poll(&rx->ring, &rx->fault);
+	bool kept = count > PVF_NET_SLOTS && keep_processor(n); /* more than one packet */
 
-	while (count && packets < TURN && !rx->fault.rule) {
-		if (!pvf_net_rx_next(rx, &count, &n->packet))
-			continue;
-		packets++;
-		bool taken = n->tap_fd >= 0 &&
-			     writev(n->tap_fd, n->packet.iov, (int)n->packet.iovs) >= 0;
+	for (uint32_t i = 0; i < TURN && count && !rx->fault.rule && !q->stopped; i++) {
+		if (pvf_net_rx_next(rx, &count, &n->packet)) {
+			bool taken = n->tap_fd >= 0 &&
+				     writev(n->tap_fd, n->packet.iov, (int)n->packet.iovs) >= 0;
 
-		pvf_net_rx_done(rx, &n->packet, !taken);
+			pvf_net_rx_done(rx, &n->packet, !taken);
+		}
+		if (rx->fault.rule)
+			break;
+		show_room(q);
+		if (!count && !q->stopped)
+			count = pvf_ring_poll(&rx->ring, &rx->fault);
 	}
-	if (!check(q, &rx->fault))
+	if (kept)
+		share_processor();
+	n->owes = kept && count;
+	if (!check(q, &rx->fault) || q->stopped)
 		return false;
-	if (before != count) {
-		pvf_net_rx_fill(rx);
-		pvf_queue_progress(q, before - count);
-	}
+	if (rx->ring.rsp_cons != first)
+		pvf_queue_progress(q, rx->ring.rsp_cons - first);
 	return count;
 }
 
@@ -244,7 +279,7 @@ static bool transmit(struct pvf_queue *q)
 		int iovs = pvf_net_tx_begin(&n->tx, iov);
 
 		if (!iovs) {
-			take_answers(q);
+			pvf_netq_answers(q);
 			if (q->stopped)
 				return false;
 			iovs = pvf_net_tx_begin(&n->tx, iov);
@@ -274,12 +309,11 @@ void pvf_netq_serve(struct pvf_queue *q)
 	/* Before START nothing is taken: there is no one to give it to. */
 	if (!q->attached || q->stopped || n->tap_fd < 0)
 		return;
-	q->blk.now = pvf_now_ns();
-	if (q->masked && !q->delayed) {
-		take_answers(q);
-		if (!q->stopped)
-			q->again |= receive(q);
-	}
+	q->blk.now = pvf_coarse_ns();
+	if (!q->delayed)
+		pvf_netq_answers(q);
+	if (!q->stopped && q->masked && !q->delayed)
+		q->again |= receive(q);
 	if (!q->stopped && n->tx.cut.total)
 		pvf_net_tx_cut(&n->tx);
 	if (!q->stopped && q->serving && n->tap_ready)
@@ -288,34 +322,31 @@ void pvf_netq_serve(struct pvf_queue *q)
 		tell_groups(q);
 	if (q->stopped)
 		return;
-	bool sent = pvf_ring_push(&n->tx.ring), room = pvf_net_rx_push(&n->rx);
-
-	if (sent || (room && !n->split))
+	if (pvf_ring_push(&n->tx.ring))
 		pvf_queue_notify(q, &q->port);
-	if (room && n->split && !q->stopped)
-		pvf_queue_notify(q, &n->rx_port);
 	pvf_queue_watch(q, n->tx.in_flight + n->tx.extras);
-	if (q->stopped || !q->masked || q->delayed || q->again)
+	if (q->stopped || q->delayed || q->again)
 		return;
-	if (pvf_ring_ask(&n->tx.ring, pvf_net_tx_patience(&n->tx), &n->tx.fault) |
-	    pvf_ring_final_check(&n->rx.ring, &n->rx.fault))
+	/* Also if no event has come: while turns take the answers, none has to. */
+	if (pvf_ring_ask(&n->tx.ring, q->no_new ? 1 : pvf_net_tx_patience(&n->tx), &n->tx.fault))
 		q->again = true;
-	else if (check(q, &n->tx.fault) && check(q, &n->rx.fault))
+	if (!check(q, &n->tx.fault) || !q->masked)
+		return;
+	if (pvf_ring_final_check(&n->rx.ring, &n->rx.fault))
+		q->again = true;
+	if (check(q, &n->rx.fault) && !q->again)
 		pvf_queue_finish_event(q);
 }
 
-/* For the watchdog: changes with every response that is taken. */
+/* For the watchdog, of packets that came: answers bring no event as long as they are few. */
 uint32_t pvf_netq_taken(const struct pvf_queue *q)
 {
-	return q->net->tx.ring.rsp_cons + q->net->rx.ring.rsp_cons;
+	return q->net->rx.ring.rsp_cons;
 }
 
-/* For the watchdog: what lies in the rings. */
 uint32_t pvf_netq_waiting(struct pvf_queue *q, struct pvf_fault *fault)
 {
-	uint32_t sent = pvf_ring_poll(&q->net->tx.ring, fault);
-
-	return fault->rule ? 0 : sent + pvf_ring_poll(&q->net->rx.ring, fault);
+	return pvf_ring_poll(&q->net->rx.ring, fault);
 }
 
 void pvf_netq_publish(struct pvf_queue *q)

@@ -179,9 +179,15 @@ static void watchdog(struct pvf_queue *q)
 		take_event(q, true);
 	if (q->stopped)
 		return;
-	uint64_t now = pvf_now_ns(), silent = now - q->progress_at;
+	uint64_t now = pvf_now_ns();
 
 	blk->now = now;
+	if (q->net && !q->delayed)
+		pvf_netq_answers(q);
+	if (q->stopped)
+		return;
+	uint64_t silent = now - q->progress_at;
+
 	if (!pvf_queue_in_flight(q) && !q->net) {
 		if (now < q->patience) {
 			q->watching = true;
@@ -502,24 +508,24 @@ bool pvf_queue_linger(struct pvf_queue *q)
 	return again;
 }
 
-/* Never a system call, but coarse: some milliseconds. */
-static uint64_t coarse_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
-	return (uint64_t)ts.tv_sec * 1000 + (uint64_t)ts.tv_nsec / PVF_MS;
-}
-
-static bool client_calls(const struct epoll_event *events, int n)
+/* Whether somebody who sends wakes us: a disk's client, a network's backend. Not a network's programs: whoever
+ * answers what it received would be waited for. */
+static bool sender_calls(const struct pvf_queue *q, const struct epoll_event *events, int n)
 {
 	for (int i = 0; i < n; i++) {
 		uint32_t tag = (uint32_t)events[i].data.u64;
 
-		if (tag == PVF_TAG_TARGET || tag == PVF_TAG_URING)
+		if (q->net ? tag == PVF_TAG_EVENT || tag == PVF_TAG_EVENT_RX :
+			     tag == PVF_TAG_TARGET || tag == PVF_TAG_URING)
 			return true;
 	}
 	return false;
+}
+
+/* What came from there so far: requests, or a network's slots. */
+static uint32_t begun(const struct pvf_queue *q)
+{
+	return q->net ? q->net->rx.ring.rsp_cons : q->blk.begun;
 }
 
 #define EVENTS 8
@@ -537,29 +543,32 @@ bool pvf_queue_turn(struct pvf_queue *q, int timeout)
 {
 	struct epoll_event events[2 * EVENTS];
 	int n = wait_for(q, events, timeout);
-	/* Not a network: whoever answers what it received would be waited for. */
-	bool give_way = timeout < 0 && !q->net && client_calls(events, n) && pvf_batch_wait(&q->batch);
+	bool give_way = timeout < 0 && sender_calls(q, events, n) && pvf_batch_wait(&q->batch);
 	uint64_t waited = 0;
 
 	if (give_way) {
-		uint64_t began = coarse_ms();
+		uint64_t began = pvf_coarse_ns();
 
 		sched_yield();
-		waited = coarse_ms() - began;
+		waited = (pvf_coarse_ns() - began) / PVF_MS;
 		n += wait_for(q, events + n, 0); /* or they would wake us for what is taken now */
 	}
 	pvf_queue_lock(q);
-	uint32_t begun = q->blk.begun;
+	uint32_t before = begun(q);
 
 	q->blk.stats.wakeups++;
 	for (int i = 0; i < n; i++)
 		pvf_queue_event(q, events[i].data.u64, events[i].events);
 	pvf_queue_service(q);
 	if (give_way)
-		pvf_batch_found(&q->batch, q->blk.begun - begun, waited);
+		pvf_batch_found(&q->batch, begun(q) - before, waited);
 	pvf_queue_publish(q);
-	bool again = q->again;
+	bool again = q->again, owes = q->net && q->net->owes;
 
+	if (owes)
+		q->net->owes = false;
 	pvf_queue_unlock(q);
+	if (owes)
+		sched_yield();
 	return again;
 }

@@ -130,7 +130,7 @@ uint32_t pvf_ring_ask(struct pvf_ring *ring, uint32_t after, struct pvf_fault *f
 	uint32_t more = pvf_ring_poll(ring, fault);
 
 	PVF_ASSERT(after);
-	if (more || fault->rule)
+	if (more >= after || fault->rule)
 		return more;
 	__atomic_store_n(FIELD(ring, rsp_event), ring->rsp_cons + after, __ATOMIC_SEQ_CST);
 	more = accept_prod(ring, __atomic_load_n(FIELD(ring, rsp_prod), __ATOMIC_SEQ_CST), fault);

@@ -15,7 +15,8 @@
 #include "ublk_ring.h"
 
 static void (*deed)(void);
-static bool uring; /* a ublk target is wanted */
+static bool uring;
+static bool realtime; /* a ublk target is wanted */
 static struct pvf_uring ring;
 static struct pvf_ublk none = {.fd = -1};
 
@@ -27,7 +28,7 @@ static int confined(void (*what)(void))
 
 	CHECK(child >= 0);
 	if (!child) {
-		struct pvf_confine c = {.uring = uring};
+		struct pvf_confine c = {.uring = uring, .realtime = realtime};
 		const char *why;
 
 		if (uring && pvf_uring_make(&ring, epoll_create1(0), 1, &why))
@@ -153,6 +154,17 @@ static void make_ring(void)
 	io_uring_queue_init(1, &another, 0);
 }
 
+/* RLIMIT_RTPRIO or not: the filter is what is asked here. */
+static void want_processor(void)
+{
+	sched_setscheduler(0, SCHED_RR, &(struct sched_param){1});
+}
+
+static void give_processor_to_another(void)
+{
+	sched_setscheduler(1, SCHED_RR, &(struct sched_param){1});
+}
+
 static void lift_restrictions(void)
 {
 	io_uring_register_restrictions(&ring.ring, NULL, 0);
@@ -189,6 +201,15 @@ static void uring_test(void)
 	dies(open_file);
 	uring = false;
 	dies(make_ring);
+}
+
+static void realtime_test(void)
+{
+	dies(want_processor);
+	realtime = true;
+	lives(want_processor);
+	dies(give_processor_to_another);
+	realtime = false;
 }
 
 static void socket_test(void)
@@ -266,6 +287,7 @@ int main(void)
 		{"making a thread kills a confined process", thread_test},
 		{"a thread that began before is confined as well", older_thread_test},
 		{"threads of a confined process wait for each other's locks", gate_test},
+		{"a network's worker may be a real-time task, and make nobody else one", realtime_test},
 		{"a ublk worker's io_uring passes ublk's commands on, and is no way around the filter",
 		 uring_test},
 	};

@@ -218,7 +218,7 @@ static void full_ring(void)
 		packets++;
 	}
 	CHECK_EQ(packets, PVF_NET_RING - PVF_NET_PAGES); /* the next might want as many and one */
-	CHECK_EQ(pvf_net_tx_patience(&tx), packets / 2);
+	CHECK_EQ(pvf_net_tx_patience(&tx), PVF_NET_RING / 4);
 	while (packets--) {
 		backend_takes();
 		answer(sent.ids[0], NETIF_RSP_ERROR);

@@ -172,6 +172,25 @@ static void copy(void)
 	CHECK_EQ(pvf_ring_free(&ring), 32);
 }
 
+static void ask(void)
+{
+	struct pvf_fault fault = {0};
+
+	fresh(5);
+	put(20);
+	pvf_ring_push(&ring);
+	CHECK_EQ(pvf_ring_ask(&ring, 8, &fault), 0);
+	CHECK_EQ(shared()->rsp_event, 5 + 8);
+	shared()->rsp_prod = 5 + 7; /* fewer are no reason to look */
+	CHECK_EQ(pvf_ring_ask(&ring, 8, &fault), 0);
+	CHECK_EQ(shared()->rsp_event, 5 + 8);
+	shared()->rsp_prod = 5 + 8;
+	CHECK_EQ(pvf_ring_ask(&ring, 8, &fault), 8);
+	shared()->rsp_prod = 5 + 21;
+	CHECK_EQ(pvf_ring_ask(&ring, 8, &fault), 0);
+	CHECK_EQ(fault.rule, 1);
+}
+
 static void final_check(void)
 {
 	struct pvf_fault fault = {0};
@@ -246,6 +265,7 @@ int main(void)
 		{"rule 2: rsp_prod moving backwards breaks the ring", rule2},
 		{"rule 3: a response is copied once and not read again", copy},
 		{"rule 4: what the backend writes over req_prod changes nothing", private_indices},
+		{"an event is asked for with the last of several responses", ask},
 		{"the final check asks for an event with the next response", final_check},
 		{"the ring agrees with the headers' backend over the wrap at 2^32", wrap},
 	};

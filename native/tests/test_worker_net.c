@@ -203,6 +203,34 @@ static void groups(void)
 	end(&worker);
 }
 
+/* As a round trip's, one at a time. */
+static void few_answers(void)
+{
+	static struct packet p;
+	struct pvf_net_stats s;
+	uint64_t seed = 5;
+
+	begin(1, 2, ALL);
+	for (uint32_t i = 0, size; i < 20; i++) {
+		struct pollfd polled = {.fd = sides[0].network[1], .events = POLLIN};
+
+		draw_packet(&p, &size, &seed, i);
+		CHECK_EQ(write(sides[0].guest[1], &p, sizeof(p.vnet) + size), sizeof(p.vnet) + size);
+		CHECK_EQ(poll(&polled, 1, PATIENCE), 1);
+		CHECK_EQ(read(sides[0].network[1], &p, sizeof(p)), sizeof(p.vnet) + size);
+	}
+	for (int ms = 0; ms < PATIENCE; ms++) {
+		s = shown(&worker, 0);
+		if (!s.tx_in_flight)
+			break;
+		usleep(1000);
+	}
+	CHECK_EQ(s.tx.packets, 20);
+	CHECK_EQ(s.tx_in_flight, 0);
+	CHECK_EQ(s.events + s.watchdog_hits, 0);
+	end(&worker);
+}
+
 /* An event is lost, and nothing is sent that would bring another. */
 static void lost_event(uint32_t ports)
 {
@@ -292,6 +320,7 @@ int main(void)
 		{"so does one of several queues with two ports each", two_move},
 		{"a disk's worker takes over no network, which goes on", refused},
 		{"joins are told to the backend whoever sees them, and again to the next", groups},
+		{"answers to a few packets wake nobody, and are taken all the same", few_answers},
 		{"rule 24: a received packet whose event was lost is found", lost_events},
 		{"a rule broken in one queue stops both", broken},
 		{"packets are traced as long as somebody wants it", traced},
