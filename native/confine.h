@@ -4,9 +4,9 @@
  *
  *   1. pvf_confine_start, as whoever starts us (root in production), before anything is opened:
  *      signals of a terminal or a service manager ignored; no core; no limit on locked memory;
- *      memory locked; real-time priority 1 allowed, if that is wanted; marked as an I/O flusher, so that the kernel never waits for this disk's own
- *      writeback to give us memory; exempt from the OOM killer; network, IPC and host name
- *      namespaces of our own.
+ *      memory locked; real-time priority 1 allowed, if that is wanted; marked as an I/O flusher, so
+ *      that the kernel never waits for this disk's own writeback to give us memory; exempt from the
+ *      OOM killer; network, IPC and host name namespaces of our own.
  *   2. pvf_confine_user: chroot, user and groups, no capability, not even one to be gained again.
  *   3. pvf_confine_calls: no new privileges, not dumpable, and only the system calls of the event
  *      loops, in all threads. Any other kills the process, which frees the ring and the port and tells the
