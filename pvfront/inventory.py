@@ -89,12 +89,19 @@ def require_guest(roots: sysfs.Roots = sysfs.SYSTEM) -> None:
         )
 
 
-async def devices(store: Xenstore, on: Platform | None = None) -> list[Device]:
-    """Every device below `device/`, by class and id. `on`, here and below: None is ours."""
+async def devices(
+    store: Xenstore, on: Platform | None = None, *, only: str | None = None
+) -> list[Device]:
+    """Every device below `device/`, or those of the class `only`, by class and id.
+
+    `on`, here and below: None is ours.
+    """
     on = on or platform()
     claims = on.claims()
     found = []
     for klass in sorted(await _directory(store, "device")):
+        if only not in (None, klass):
+            continue
         pid = supervisor(klass, on.run_dir)
         for name in await _directory(store, f"device/{klass}"):
             # device/suspend/event-channel and the like are no devices.
@@ -105,12 +112,14 @@ async def devices(store: Xenstore, on: Platform | None = None) -> list[Device]:
     return sorted(found, key=lambda device: (device.klass, device.id))
 
 
-async def find(store: Xenstore, text: str, on: Platform | None = None) -> Device:
+async def find(
+    store: Xenstore, text: str, on: Platform | None = None, *, only: str | None = None
+) -> Device:
     """The device that `text` means: xvdb, /dev/xvdb, 51728, vbd-51728, vif0, or its OS device.
 
-    Raises NoSuchDevice, also for a number that several classes have.
+    `only`: of that class. Raises NoSuchDevice, also for a number that several classes have.
     """
-    all_of_them = await devices(store, on)
+    all_of_them = await devices(store, on, only=only)
     wanted = text.replace("/", "-") if not text.startswith("/") else text
     named = [device for device in all_of_them if text in (device.os_device, device.name)]
     if len(named) == 1:
@@ -132,7 +141,7 @@ async def find(store: Xenstore, text: str, on: Platform | None = None) -> Device
             hint=f"say which: {', '.join(d.bus_name for d in matches)}",
         )
     there = ", ".join(d.name for d in all_of_them) or "none"
-    raise NoSuchDevice(f"there is no device {text!r}", hint=f"there are: {there}")
+    raise NoSuchDevice(f"there is no {only or 'device'} {text!r}", hint=f"there are: {there}")
 
 
 def status(device: Device, on: Platform | None = None) -> dict[str, Any]:

@@ -20,7 +20,12 @@ def list_command(as_json: bool) -> None:
     The owner is kernel, pvfront or none. A line on standard error says if there are disks and the
     disk service does not run.
     """
-    found = with_store(devices)
+    show(as_json)
+
+
+def show(as_json: bool, only: str | None = None) -> None:
+    """All of them, or those of one class."""
+    found = with_store(lambda store: devices(store, only=only))
     if as_json:
         print_json([device.as_json() for device in found])
         return

@@ -23,11 +23,16 @@ _FIRST = ("name", "class", "id", "owner", "os_device", "link", "phase", "reason"
 @json_option
 def status(device: str | None, as_json: bool) -> None:
     """Show a DEVICE (xvdb, 51728, vif0, enX0), or each: states, geometry, worker, counters."""
+    show(device, as_json)
+
+
+def show(device: str | None, as_json: bool, only: str | None = None) -> None:
+    """One device, or each; `only`: of that class."""
 
     async def work(store: Xenstore) -> list[inventory.Device]:
         if device is not None:
-            return [await inventory.find(store, device)]
-        return await inventory.devices(store)
+            return [await inventory.find(store, device, only=only)]
+        return await inventory.devices(store, only=only)
 
     devices = with_store(work)
     found = [inventory.status(one) for one in devices]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""``pvfront vbd serve``: the disk service in the foreground."""
+"""``pvfront vbd``: disks; ``serve`` is the disk service in the foreground."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from ..platform import platform
 from ..service import prepare_process
+from .ofclass import add_list_and_status
 
 if TYPE_CHECKING:
     from ..blkfront.service import Export
@@ -33,6 +34,9 @@ def _options(texts: Iterable[str]) -> dict[str, Any]:
 @click.group()
 def vbd() -> None:
     """Disks (XENVBD)."""
+
+
+add_list_and_status(vbd, "disks", "disk (xvdb, 51728)")
 
 
 @vbd.command()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""``pvfront vif serve``: the network service in the foreground."""
+"""``pvfront vif``: networks; ``serve`` is the network service in the foreground."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from ..platform import platform
 from ..service import prepare_process
+from .ofclass import add_list_and_status
 
 
 def _options(texts: Iterable[str]) -> dict[str, Any]:
@@ -29,6 +30,9 @@ def _options(texts: Iterable[str]) -> dict[str, Any]:
 @click.group()
 def vif() -> None:
     """Network interfaces (XENVIF, XENNET)."""
+
+
+add_list_and_status(vif, "network interfaces", "network interface (vif0, 0, enX0)")
 
 
 @vif.command()

@@ -220,6 +220,27 @@ def test_status_tells_times_as_people_do_and_what_a_retry_hides(guest: Guest, pv
     assert lines["last trouble"].strip() == "backend Closed never came"
 
 
+@pytest.mark.parametrize(("klass", "names"), [("vbd", ["xvda", "xvdb"]), ("vif", ["vif0"])])
+def test_list_and_status_of_one_class_have_its_devices_only(
+    guest: Guest, pvfront: Run, klass: str, names: list[str]
+) -> None:
+    for verb in ("list", "status"):
+        rows = [row for row in json.loads(pvfront(verb, "--json")[1]) if row["class"] == klass]
+        assert [row["name"] for row in rows] == names
+        assert json.loads(pvfront(klass, verb, "--json")[1]) == rows
+    code, out, _ = pvfront(klass, "list")
+    assert code == 0
+    assert [line.split()[2] for line in out.splitlines()] == ["NAME", *names]
+
+
+def test_a_number_means_a_device_of_the_class_that_is_asked(guest: Guest, pvfront: Run) -> None:
+    guest.device("console", 0)
+    assert json.loads(pvfront("vif", "status", "--json", "0")[1])["name"] == "vif0"
+    code, out, err = pvfront("vif", "status", "xvdb")
+    assert (code, out, err) == (1, "", "pvfront: there is no vif 'xvdb' (there are: vif0)\n")
+    assert pvfront("vbd", "status", "xvdb")[1].startswith("name:")
+
+
 def test_status_without_a_device_shows_each(guest: Guest, pvfront: Run) -> None:
     code, out, err = pvfront("status")
     assert code == 0
