@@ -361,8 +361,10 @@ class DeviceLoop:
         # First nobody can begin a request: one that comes while the worker is quiet (udev probes a
         # disk that is new) is not read, and would be waited for until the toolstack gives up.
         clock = asyncio.get_running_loop().time
-        until = clock() + self.deadlines.detach
-        await self.frontend.close(drain=self.deadlines.detach)
+        stalled, wait = self.frontend.stalled, self.deadlines
+        patience = wait.detach_stalled if stalled else wait.detach
+        until = clock() + patience
+        await self.frontend.close(drain=patience)
         await self._detach(drained=await self.frontend.quiesce(max(0.0, until - clock())))
         return True
 

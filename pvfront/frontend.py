@@ -32,6 +32,7 @@ class Frontend(ABC):
         self.name = name
         self.platform = platform
         self.run_dir = platform.run_dir
+        self.stalled = 0  # seconds without an answer of the backend, when they were told; else 0
         self._generation = 0
         self._trouble: str | None = None
         self._poke: Callable[[], None] = lambda: None

@@ -38,6 +38,7 @@ class Deadlines:
     closing: float = 10.0
     drain: float = 30.0
     detach: float = 6.0  # for requests; the toolstack's own patience with a detach is 10 s
+    detach_stalled: float = 1.0  # the same where no answer has come for long
     busy_poll: float = 1.0
 
 

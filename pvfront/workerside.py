@@ -65,7 +65,6 @@ class WorkerSide(Frontend):
         """`budget`: that of all devices of this service."""
         super().__init__(name, platform, stolen=stolen)
         self.budget = budget or Budget(platform.grant_limit)
-        self.stalled = 0
         self._label = label
         self._worker: Worker | None = None
         self._pid = 0  # the latest worker's
@@ -212,6 +211,7 @@ class WorkerSide(Frontend):
             self._worker.close()
             self._worker = None
         self._attached = False
+        self.stalled = 0
 
     def _on_event(self, event: Event) -> None:
         """What the worker says unasked, and its end. To be extended: what a class knows, first."""
@@ -339,6 +339,7 @@ class WorkerSide(Frontend):
         if self._attached:
             self._note(Kind.DETACHED, "event channels and granted pages are let go of")
         self._attached = False
+        self.stalled = 0  # it was of rings that are gone
         return keep
 
     async def end(self) -> None:

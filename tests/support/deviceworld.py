@@ -16,7 +16,7 @@ from fakefrontend import FakeFrontend
 from memstore import MemStore
 from memwire import both_ends
 from vclock import keep_time
-from waiting import PATIENCE
+from waiting import PATIENCE, eventually
 
 from pvfront.device import DeviceLoop, Phase
 from pvfront.walk import Deadlines
@@ -165,12 +165,7 @@ class World:
         )
 
     async def eventually(self, what: str, holds: Callable[[], bool]) -> None:
-        try:
-            async with asyncio.timeout(PATIENCE):
-                while not holds():  # noqa: ASYNC110 - nothing announces it
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            raise AssertionError(f"never came: {what}; calls {self.disk.calls}") from None
+        await eventually(what, holds, why=lambda: f"calls {self.disk.calls}")
 
     async def finished(self) -> None:
         """The loop returned by itself, without an error."""

@@ -26,6 +26,7 @@ class FakeFrontend:
         self.calls: list[str] = []
         self.trouble: str | None = None
         self.pending = False
+        self.stalled = 0
         self.generation = 0
         self.os_path = ""
         self.in_use: str | None = None

@@ -295,9 +295,11 @@ async def test_a_detach_waits_for_the_end_of_use_and_the_disk_works_on(
     await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
 
 
+@pytest.mark.parametrize(("stalled", "limit"), [(0, 10), (12, 3)], ids=["", "known to be stalled"])
 async def test_a_detach_ends_within_the_toolstacks_10_s_though_no_request_is_ever_answered(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, stalled: int, limit: float
 ) -> None:
+    """Long before them where that is known: on a starved machine the rest takes its time, too."""
     asked: list[float] = []
 
     async def close(*, drain: float = 10.0) -> None:
@@ -314,12 +316,13 @@ async def test_a_detach_ends_within_the_toolstacks_10_s_though_no_request_is_eve
     world.nodes()
     world.deadlines = Deadlines()
     loop = await world.connected()
+    world.disk.stalled = stalled
     world.mem.set(f"{BACK}/online", b"0", "n0,r5")
     began = asyncio.get_running_loop().time()
     await world.backend.write("5")
     await loop.until_phase(Phase.CLOSED, timeout=PATIENCE)
     assert asked[0] > 0
-    assert sum(asked) <= asyncio.get_running_loop().time() - began < 10
+    assert sum(asked) <= asyncio.get_running_loop().time() - began < limit
     assert world.states() == ("6", "6")
 
 

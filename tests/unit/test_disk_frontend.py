@@ -414,6 +414,27 @@ async def test_a_stall_is_shown_until_it_ends(
     assert disk.trouble is None
 
 
+@pytest.mark.parametrize("killed", [True, False], ids=["its worker dies", "a detach"])
+async def test_a_stall_ends_with_the_rings_that_it_was_of(
+    world: World, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Else a detach of the next ones would not wait for requests that are answered."""
+    monkeypatch.setattr(module, "STALL_SECONDS", 1)
+    disk = await world.running()
+    world.backend.hold = True
+    world.target.nbd.request(Nbd.READ, 0, 512)
+    await eventually("the stall", lambda: disk.stalled)
+    if killed:
+        os.kill(world.pid(), 9)
+        await eventually("trouble", lambda: disk.trouble)
+    else:
+        await disk.detach(keep_target=False)
+    assert not disk.stalled
+    await disk.detach(keep_target=False)
+    await world.running()
+    assert not disk.stalled
+
+
 async def test_a_worker_that_does_not_obey_is_ended_and_detach_never_raises(
     world: World,
 ) -> None:
