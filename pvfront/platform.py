@@ -21,6 +21,7 @@ from .claim import Claims, Taken
 from .errors import PvfrontError
 from .evtchn import EventChannels
 from .gntalloc import GrantAllocator, grant_limit
+from .gntdev import GrantMapper
 from .holdings import Holdings
 from .xenstore import Xenstore
 
@@ -67,6 +68,9 @@ class Platform(Source, Protocol):
     async def store(self) -> Xenstore:
         """A connection to the store; relative paths are this domain's. Raises XenstoreError."""
 
+    def grant_mapper(self, own_domid: int) -> GrantMapper:
+        """Maps what other domains granted. Raises DeviceUnavailable."""
+
     def grant_limit(self) -> int | None:
         """Pages that all processes together may have granted now; None: nobody knows."""
 
@@ -104,6 +108,9 @@ class Xen:
 
     def grant_allocator(self) -> GrantAllocator:
         return GrantAllocator.open()
+
+    def grant_mapper(self, own_domid: int) -> GrantMapper:
+        return GrantMapper.open(own_domid=own_domid)
 
     def grant_limit(self) -> int | None:
         return grant_limit()
@@ -175,6 +182,11 @@ class Embedded:
         from .host.handles import EmbeddedGrantAllocator
 
         return EmbeddedGrantAllocator.open(os.fspath(self.directory), domid=self.domid)
+
+    def grant_mapper(self, own_domid: int) -> GrantMapper:
+        from .host.handles import EmbeddedGrantMapper
+
+        return EmbeddedGrantMapper.open(os.fspath(self.directory), own_domid=own_domid)
 
     def grant_limit(self) -> int | None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):

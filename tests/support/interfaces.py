@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What others build on, as text that can be recorded and compared: names and signatures of a Python
+module. `judge` says whether a change of it went with its version.
+"""
+
+from __future__ import annotations
+
+import ast
+import enum
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+RECORDS = Path(__file__).resolve().parents[1] / "interfaces"
+
+Surface = dict[str, str]
+"""From the name of each part ("GrantPool.map") to what may be relied on ("() -> mmap.mmap")."""
+
+
+# -- Python ------------------------------------------------------------------------------------
+
+MADE_BY_CALLERS = {"Bus", "Permission"}
+"""Classes whose constructors are public: all others are made by what returns them."""
+
+PROTOCOLS = {"__enter__", "__aenter__", "__aiter__", "__anext__"}
+
+
+def api_surface(module: ModuleType) -> Surface:
+    """Each public name of a module with its signature, and those of its classes' members."""
+    found: Surface = {}
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value):
+            found.update(_class_surface(name, value))
+        elif inspect.isroutine(value):
+            found[name] = _signature(value)
+        elif name != "VERSION":
+            found[name] = f"= {value!r}"
+    return found
+
+
+def _class_surface(name: str, klass: type) -> Surface:
+    """The public members, those of pvfront's base classes among them."""
+    if issubclass(klass, enum.Enum):
+        return {name: ", ".join(f"{one.name}={one.value!r}" for one in klass)}
+    ours = [each for each in klass.__mro__ if each.__module__.startswith("pvfront.")]
+    foreign = [each for each in klass.__mro__ if each not in ours]
+    bases = ", ".join(each.__name__ for each in foreign if issubclass(each, Exception))
+    found = {name: f"exception ({bases})" if bases else "class"}
+    if name in MADE_BY_CALLERS:
+        found[name] += f" {_signature(klass)}"
+    for each in reversed(ours):
+        members = dict.fromkeys(_set_by_constructor(each), "attribute")
+        members |= inspect.get_annotations(each)
+        members |= {
+            member: _member(value)
+            for member, value in vars(each).items()
+            if not inspect.ismemberdescriptor(value)
+        }
+        for member, what in members.items():
+            if not member.startswith("_") or member in PROTOCOLS:
+                found[f"{name}.{member}"] = what
+    return found
+
+
+def _set_by_constructor(klass: type) -> list[str]:
+    """The attributes that a class's own __init__ sets."""
+    if "__init__" not in vars(klass) or hasattr(klass, "__dataclass_fields__"):
+        return []
+    tree = ast.parse(textwrap.dedent(inspect.getsource(klass.__init__)))  # type: ignore[misc]
+    return [
+        target.attr
+        for target in ast.walk(tree)
+        if isinstance(target, ast.Attribute)
+        and isinstance(target.ctx, ast.Store)
+        and isinstance(target.value, ast.Name)
+        and target.value.id == "self"
+    ]
+
+
+def _member(value: object) -> str:
+    if isinstance(value, property):
+        return f"-> {inspect.signature(value.fget).return_annotation}"  # type: ignore[arg-type]
+    if isinstance(value, classmethod | staticmethod):
+        return f"{type(value).__name__} {_signature(value.__func__)}"
+    return _signature(value) if inspect.isroutine(value) else f"= {value!r}"
+
+
+def _signature(value: Any) -> str:
+    kind = "async " if inspect.iscoroutinefunction(value) else ""
+    # Annotations are text, and shown in quotes by some versions of Python only.
+    return kind + re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
+
+
+# -- records -----------------------------------------------------------------------------------
+
+
+def record(name: str) -> tuple[str, dict[str, Any]]:
+    """The version that was recorded, and what it has."""
+    found = json.loads((RECORDS / name).read_text())
+    return found["version"], found["has"]
+
+
+def write_record(name: str, version: str, has: Mapping[str, Any]) -> None:
+    text = json.dumps({"version": version, "has": has}, indent=1, sort_keys=True)
+    (RECORDS / name).write_text(text + "\n")
+
+
+def judge(
+    what: str,
+    versions: tuple[str, str],
+    recorded: Mapping[str, Any],
+    now: Mapping[str, Any],
+    constant: str,
+) -> str:
+    """ "" if what there is now may be called so; else a sentence that says what to do.
+
+    `versions`: the recorded one and the one of now. `constant`: where the latter stands.
+    """
+    before, version = versions
+    gone = [name for name in recorded if recorded[name] != now.get(name)]
+    new = [name for name in now if name not in recorded]
+    changes = "; ".join(
+        [f"{name} is not what it was ({recorded[name]})" for name in gone]
+        + [f"{name} is new" for name in new]
+    )
+    wanted = _next(before, major=bool(gone)) if gone or new else before
+    if version == before:
+        if not changes:
+            return ""
+        return (
+            f"{what} {before} has changed: {changes}. Either undo that, or set {constant} to "
+            f'"{wanted}" (docs/interfaces.md says why) and run tools/interfaces.py record.'
+        )
+    if _parts(version) < _parts(wanted):
+        return (
+            f"{what} calls itself {version}, but after {before} this must be {wanted} or later: "
+            f"{changes or 'nothing has changed'}. Set {constant}."
+        )
+    return (
+        f"{what} {version} is not recorded (that is {before}): run tools/interfaces.py record "
+        "and commit what it writes."
+    )
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _next(version: str, *, major: bool) -> str:
+    first, second = _parts(version)
+    return f"{first + 1}.0" if major else f"{first}.{second + 1}"
