@@ -24,6 +24,7 @@ from .blkfront.vdev import parse_name, vdev_name
 from .claim import Claims
 from .errors import PvfrontError
 from .platform import Platform, platform
+from .questions import ask
 from .states import parse_state
 from .workerprogram import STATS_NAME, binary, build_of, stats_path
 from .xenstore import Xenstore
@@ -338,7 +339,7 @@ async def _asked(path: Path, request: dict[str, Any], name: str) -> dict[str, An
     """A supervisor's answer that is no refusal; its refusal as PvfrontError."""
     klass = path.stem.rpartition("-")[2]
     try:
-        answer = await asyncio.wait_for(_ask(path, request), _ANSWER_DEADLINE)
+        answer = await asyncio.wait_for(ask(path, request), _ANSWER_DEADLINE)
     except TimeoutError:
         raise PvfrontError(
             f"{name}: the supervisor did not answer within {_ANSWER_DEADLINE:.0f} s",
@@ -369,29 +370,6 @@ async def _release_unserved(device: Device, on: Platform) -> str:
             hint="`pvfront list` shows who has what",
         )
     return await asyncio.to_thread(claims.give_back, device.bus_name)
-
-
-async def _ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """One question to a supervisor: a JSON object a line each way."""
-    reader, writer = await asyncio.open_unix_connection(str(path))
-    line = b""
-    try:
-        writer.write(json.dumps(request).encode() + b"\n")
-        # A supervisor that ends has hung up before it knew of us.
-        with contextlib.suppress(ConnectionError):
-            await writer.drain()
-            line = await reader.readline()
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-    try:
-        answer = json.loads(line)
-    except ValueError:
-        raise PvfrontError(f"the supervisor at {path} ended without an answer") from None
-    if not isinstance(answer, dict):
-        raise PvfrontError(f"the supervisor at {path} answered nonsense")
-    return answer
 
 
 async def _device(

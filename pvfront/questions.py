@@ -22,6 +22,29 @@ Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 _ASKING = 10.0  # seconds for a question
 
 
+async def ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """One question, and its answer. Raises OSError if nobody listens, PvfrontError for nonsense."""
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    line = b""
+    try:
+        writer.write(json.dumps(request).encode() + b"\n")
+        # A supervisor that ends has hung up before it knew of us.
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+            line = await reader.readline()
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        raise PvfrontError(f"the supervisor at {path} ended without an answer") from None
+    if not isinstance(answer, dict):
+        raise PvfrontError(f"the supervisor at {path} answered nonsense")
+    return answer
+
+
 @contextlib.asynccontextmanager
 async def answering(path: Path, klass: str, verbs: Mapping[str, Verb]) -> AsyncIterator[None]:
     """Answers at `path` meanwhile. Raises PvfrontError if another supervisor does so already."""

@@ -21,6 +21,7 @@ import resource
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 _MCL_CURRENT_FUTURE_ONFAULT = 1 | 2 | 4  # sys/mman.h
@@ -113,11 +114,8 @@ class _Writer:
             self.thread.join(max(0.0, end - time.monotonic()))
 
 
-def prepare_process(level: int, *, relied_on: bool = True) -> None:
-    """Sets up logging and, as root, what a process in the writeback path needs.
-
-    relied_on: writeback may wait for this process, so what cannot be had is worth a warning.
-    """
+def prepare_log(level: int) -> None:
+    """Has a thread write the log."""
     records: queue.Queue[logging.LogRecord | None] = queue.Queue(_LOG_QUEUE)
     writer = _Writer(records, _Formatter(journal="JOURNAL_STREAM" in os.environ), 2)
     atexit.register(writer.stop)
@@ -126,6 +124,14 @@ def prepare_process(level: int, *, relied_on: bool = True) -> None:
     root.setLevel(level)
     logging.getLogger("pyroute2").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def prepare_process(level: int, *, relied_on: bool = True) -> None:
+    """Sets up logging and, as root, what a process in the writeback path needs.
+
+    relied_on: writeback may wait for this process, so what cannot be had is worth a warning.
+    """
+    prepare_log(level)
     if os.geteuid() != 0:
         return
     log = logging.getLogger(__name__)
@@ -158,6 +164,21 @@ def sd_notify(*lines: str) -> None:
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock,
     ):
         sock.sendto("\n".join(lines).encode(), address)
+
+
+async def keep_watchdog(environ: Mapping[str, str] = os.environ) -> None:
+    """Tells systemd that the event loop runs, twice as often as its unit's WatchdogSec wants.
+
+    Returns at once where systemd does not ask for it (sd_watchdog_enabled(3)).
+    """
+    text = environ.get("WATCHDOG_USEC", "")
+    if not (text.isascii() and text.isdigit() and int(text)):
+        return
+    if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    while True:
+        sd_notify("WATCHDOG=1")
+        await asyncio.sleep(int(text) / 2e6)
 
 
 async def system_is_stopping() -> bool:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""XENIFACE: store and time for user space, guest agent. Nothing is built here yet."""
+"""The guest agent (XENIFACE): what toolstacks read and ask for. docs/agent.md."""

@@ -19,6 +19,7 @@ from ..errors import PvfrontError
 from .output import complain
 
 VERBS = {
+    "agent": "agent",
     "ledger": "ledger",
     "list": "list_",
     "release": "release",

@@ -71,6 +71,11 @@ def _show(found: dict[str, Any]) -> None:
                 print_table(header, rows, indent="  ")
 
 
+def show_fields(found: Mapping[str, Any]) -> None:
+    """Values, and values of values, one a line."""
+    print_fields([line for key, value in found.items() for line in _lines(key, value)])
+
+
 def _lines(key: str, value: Any) -> Iterator[tuple[str, object]]:
     name = key.replace("_", " ")
     if isinstance(value, Mapping):

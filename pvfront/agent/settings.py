@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What an admin sets for the agent: section [agent]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """What is off changes the guest on the toolstack's word."""
+
+    volumes: bool = True  # publish file systems and how full they are
+    set_time: bool = True  # set the clock after a resume where a source says how late it is
+    memory_floor_mib: int = 64  # what memory/target may go down to
+    static_ip: bool = False  # obey xenserver/device/vif/N/static-ip-setting
+    set_hostname: bool = False  # obey control/setcomputername

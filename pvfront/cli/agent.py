@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""``pvfront agent``: the guest agent in the foreground, and what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import click
+
+from ..platform import platform
+from ..service import prepare_log
+from .output import as_json as json_option
+from .output import print_json
+from .status import show_fields
+
+
+@click.group()
+def agent() -> None:
+    """The guest agent (XENIFACE)."""
+
+
+@agent.command()
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
+def run(verbose: bool) -> None:
+    """Run the agent until SIGTERM: tell the toolstack of this guest, do what it asks for."""
+    from ..agent.service import serve
+    from ..agent.settings import AgentSettings
+
+    prepare_log(logging.DEBUG if verbose else logging.INFO)
+    asyncio.run(serve(AgentSettings()))
+
+
+@agent.command()
+@json_option
+def status(as_json: bool) -> None:
+    """Show what the running agent does: each of its parts."""
+    from ..agent.service import ask_status
+
+    found = asyncio.run(ask_status(platform().run_dir))
+    if as_json:
+        print_json(found)
+    else:
+        show_fields(found)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The agent as a service: its components live and fail on their own."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agentworld import AgentWorld, agent_world
+from waiting import eventually
+
+from pvfront.agent.context import WAITING, Context, Events, Resumed, ShutdownAsked
+from pvfront.agent.resume import Resumes
+from pvfront.agent.service import COMPONENTS, Agent, ask_status
+from pvfront.errors import PvfrontError
+from pvfront.service import keep_watchdog
+from pvfront.xenstore import XenstoreLost
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[AgentWorld]:
+    async with agent_world(tmp_path) as made:
+        yield made
+
+
+class Part:
+    """A component that does as it is told."""
+
+    def __init__(self, name: str, *fates: Exception | None) -> None:
+        self.name = name
+        self.fates = list(fates)
+        self.begun = 0
+
+    async def run(self, context: Context) -> None:
+        self.begun += 1
+        if self.fates and (fate := self.fates.pop(0)) is not None:
+            raise fate
+        await asyncio.Event().wait()
+
+    def status(self) -> dict[str, Any]:
+        return {"begun": self.begun}
+
+
+async def test_a_component_that_fails_is_begun_again_and_the_others_go_on(
+    world: AgentWorld,
+) -> None:
+    bad, good = Part("bad", PvfrontError("no bus"), OSError(5, "EIO")), Part("good")
+    async with world.running(bad, good):
+        await eventually("the third beginning", lambda: bad.begun == 3)
+        assert good.begun == 1
+
+
+async def test_why_a_component_does_not_work_is_in_the_status(world: AgentWorld) -> None:
+    bad = Part("bad", *[PvfrontError("no bus")] * 1000)
+    async with world.running(bad):
+        await eventually("a failure", lambda: bad.begun > 1)
+        found = await ask_status(world.context.platform.run_dir)
+        assert found["bad"]["failed"] == "no bus"
+
+
+async def test_a_lost_store_ends_the_agent(world: AgentWorld) -> None:
+    lost = XenstoreLost(errno.EIO, "read", "x", "gone", "the store hung up")
+    agent = Agent(world.context, [Part("bad", lost), Part("good")])
+    with pytest.raises(XenstoreLost):
+        await agent.run(signals=False)
+
+
+async def test_without_an_agent_the_question_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(PvfrontError, match="does not run") as caught:
+        await ask_status(tmp_path)
+    assert caught.value.hint is not None
+    assert "systemctl start pvfront-agent" in caught.value.hint
+
+
+async def test_a_resume_is_counted_and_told_and_nothing_else_is(world: AgentWorld) -> None:
+    resumes = Resumes()
+    with world.context.events.subscription() as told:
+        async with world.running(resumes):
+            await eventually("the watch", lambda: any(c.watches for c in world.mem.clients))
+            world.set("data/x", "1")
+            world.set("domid", "7", perms="n0,r5")  # as the kernel does when it sets watches anew
+            assert await asyncio.wait_for(told.get(), 60) == Resumed(1)
+            assert told.empty()
+    assert resumes.status() == {"count": 1}
+    assert world.context.resumes == 1
+
+
+def test_a_subscriber_that_does_not_look_loses_the_oldest_events() -> None:
+    events = Events()
+    with events.subscription() as queue:
+        for number in range(WAITING + 3):
+            events.publish(Resumed(number))
+        events.publish(ShutdownAsked("reboot"))
+        found = [queue.get_nowait() for _ in range(queue.qsize())]
+    assert len(found) == WAITING
+    assert found[0] == Resumed(4)
+    assert found[-1] == ShutdownAsked("reboot")
+    events.publish(Resumed(0))  # nobody listens any more
+
+
+def test_components_have_names_of_their_own() -> None:
+    names = [make().name for make in COMPONENTS]
+    assert len(set(names)) == len(names)
+
+
+async def test_the_watchdog_is_told_twice_in_its_time_and_only_where_it_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        for environ in ({}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"}):
+            await asyncio.wait_for(keep_watchdog(environ), 60)
+        task = asyncio.create_task(keep_watchdog({"WATCHDOG_USEC": "2000"}))
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            assert await asyncio.wait_for(loop.sock_recv(listener, 100), 60) == b"WATCHDOG=1"
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
