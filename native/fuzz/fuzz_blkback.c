@@ -9,59 +9,31 @@
 #include "fuzz.h"
 
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 
 /* The ring's consumer itself: its parts are static. */
 #include "../host/blkback_ring.c"
 
-#define PAGES 40u /* of the arena: ring first */
-#define RING_PAGES 2u
-#define DISK (256u << 10)
-#define FRONT 7
-#define BACK 0
-#define ARENA 3
+#define PAGES 40u
+#define RINGS 2u  /* pages of the ring */
 #define REFS 256u /* references that are ever granted */
-#define REF(page) (20u + 3u * (page))
+#include "fuzz_frontend.h"
+
+#define DISK (256u << 10)
 
 static struct pvf_bb *bb;
 static struct bb_ring *r;
-static struct pvf_grant *table;
-static unsigned char *arena;
-static struct pvf_channel *channel;
-
-static void *memory(size_t bytes, int *fd)
-{
-	*fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	CHECK(*fd >= 0 && !ftruncate(*fd, (off_t)bytes) && !fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK));
-	void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
-
-	CHECK(p != MAP_FAILED);
-	return p;
-}
-
-static void grants(void)
-{
-	for (uint32_t i = RING_PAGES; i < PAGES; i++)
-		pvf_grant_begin(&table[REF(i)], BACK, ARENA, i, i % 4 != 3);
-}
 
 /* Everything that is expensive, once. */
 static void connect_once(void)
 {
 	struct pvf_bb_features features = {.sector_size = 512, .batch = 4};
-	uint32_t refs[RING_PAGES];
+	uint32_t refs[RINGS];
 	int table_fd, track_fd, arena_fd, channel_fd, error;
 	char why[PVF_BB_TEXT];
 
-	table = memory(PVF_GRANTS * sizeof(*table), &table_fd);
-	memory(PVF_GRANTS * sizeof(uint32_t), &track_fd);
-	arena = memory(PAGES * BB_PAGE, &arena_fd);
-	channel = memory(4096, &channel_fd);
-	pvf_channel_init(channel);
-	for (uint32_t i = 0; i < RING_PAGES; i++) {
+	frontend_once(&table_fd, &track_fd, &arena_fd, &channel_fd);
+	for (uint32_t i = 0; i < RINGS; i++)
 		refs[i] = REF(i);
-		pvf_grant_begin(&table[refs[i]], BACK, ARENA, i, true);
-	}
 	features.flags = PVF_BB_PERSISTENT;
 	bb = pvf_bb_new(NULL, DISK, &features, &error);
 	CHECK_EQ(error, 0);
@@ -69,7 +41,7 @@ static void connect_once(void)
 	CHECK(!pvf_bb_arena(bb, ARENA, arena_fd));
 	int own = eventfd(0, EFD_NONBLOCK), other = eventfd(0, EFD_NONBLOCK);
 
-	CHECK(!pvf_bb_ring(bb, refs, RING_PAGES, channel_fd, 1, own, other, why));
+	CHECK(!pvf_bb_ring(bb, refs, RINGS, channel_fd, 1, own, other, why));
 	r = bb->conn->ring[0];
 	for (uint32_t i = 0; i < BB_SLOTS; i++)
 		r->request[i].segment = &r->segments[(size_t)i * PVF_BB_SEGMENTS];
@@ -87,9 +59,9 @@ static void reset(struct input *in)
 		.batch = upto(in, 8),
 	};
 
-	memset(arena, 0, PAGES * BB_PAGE);
+	memset(arena, 0, PAGES * PAGE);
 	SHARED_RING_INIT(r->ring.sring);
-	BACK_RING_INIT(&r->ring, r->ring.sring, RING_PAGES * BB_PAGE);
+	BACK_RING_INIT(&r->ring, r->ring.sring, RINGS * PAGE);
 	r->published = r->pushed = r->unasked = 0;
 	r->halted = r->more = r->barrier = r->answered = false;
 	r->held_count = r->kept_count = r->recent_count = r->idle_count = 0;
@@ -126,13 +98,6 @@ static void rules(struct input *in)
 	pvf_bb_set_rules(bb, rule, n, upto(in, 256), &bad);
 }
 
-static uint32_t a_ref(struct input *in)
-{
-	uint32_t n = upto(in, 256);
-
-	return n < PAGES ? REF(n) : n < 250 ? REF(n % PAGES) + 1 : (uint32_t)number(in, 4);
-}
-
 /* The frontend */
 
 static void put(struct input *in)
@@ -151,8 +116,8 @@ static void put(struct input *in)
 	q->nr_segments = (uint8_t)(how & 32 ? number(in, 1) : 1 + upto(in, 11));
 	if (q->operation == BLKIF_OP_INDIRECT) {
 		struct blkif_request_indirect *i = (void *)q;
-		uint32_t page = RING_PAGES + upto(in, PAGES - RING_PAGES);
-		struct blkif_request_segment *s = (void *)(arena + page * BB_PAGE);
+		uint32_t page = RINGS + upto(in, PAGES - RINGS);
+		struct blkif_request_segment *s = (void *)(arena + page * PAGE);
 
 		i->indirect_op = upto(in, 3);
 		i->nr_segments = (uint16_t)(how & 32 ? number(in, 2) : 1 + upto(in, 40));
@@ -177,37 +142,6 @@ static void put(struct input *in)
 	r->ring.sring->req_prod = prod + 1;
 }
 
-static void mutate(struct input *in)
-{
-	uint32_t n;
-
-	switch (upto(in, 5)) {
-	case 0:
-		arena[upto(in, RING_PAGES * BB_PAGE)] = (unsigned char)number(in, 1);
-		break;
-	case 1:
-		((uint32_t *)(void *)arena)[upto(in, 4)] += (uint32_t)(int8_t)number(in, 1);
-		break;
-	case 2: /* not the word, with which the maps are counted, nor what has a map: the hub's rules */
-		n = a_ref(in) % REFS;
-		if (pvf_grant_maps(&table[n]))
-			break;
-		table[n].domid = (uint16_t)upto(in, 2);
-		table[n].arena = upto(in, 4) ? ARENA : (uint16_t)number(in, 2);
-		table[n].page = upto(in, 4) ? upto(in, PAGES) : (uint32_t)number(in, 4);
-		break;
-	case 3:
-		n = REF(RING_PAGES + upto(in, PAGES - RING_PAGES));
-		if (upto(in, 2))
-			pvf_grant_end(&table[n]);
-		else if (!pvf_grant_maps(&table[n]))
-			pvf_grant_begin(&table[n], BACK, ARENA, upto(in, PAGES), upto(in, 2));
-		break;
-	default:
-		((unsigned char *)channel)[upto(in, 256)] = (unsigned char)number(in, 1);
-	}
-}
-
 static void turn(void)
 {
 	uint64_t next;
@@ -229,7 +163,7 @@ static void turn(void)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct input in = {data, data + size};
-	uint32_t bad, maps = 0;
+	uint32_t bad;
 
 	if (!bb)
 		connect_once();
@@ -266,11 +200,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		r->kept[r->kept_ref[i]] = (struct bb_kept){0};
 	}
 	r->kept_count = 0;
-	for (uint32_t i = 0; i < REFS; i++)
-		maps += pvf_grant_maps(&table[i]);
-	CHECK_EQ(maps, RING_PAGES);
-	for (uint32_t i = 0; i < REFS; i++)
-		if (table[i].word && !pvf_grant_maps(&table[i]))
-			memset(&table[i], 0, sizeof(table[i]));
+	only_the_rings_are_mapped();
 	return 0;
 }

@@ -9,44 +9,21 @@
  */
 #include "fuzz.h"
 
-#include <sys/mman.h>
 #include <sys/socket.h>
 
 /* The control ring's consumer itself: its parts are static. */
 #include "../host/netback_ctrl.c"
 
 #define QUEUES 2u
-#define RINGS (2 * QUEUES + 1) /* of the arena: first the rings' pages, the control ring's last */
 #define PAGES 40u
-#define KEEP 6u
-#define FRONT 7
-#define BACK 0
-#define ARENA 3
+#define RINGS (2 * QUEUES + 1) /* pages of rings, the control ring's last */
 #define REFS 160u /* references that are ever granted */
-#define REF(page) (20u + 3u * (page))
+#include "fuzz_frontend.h"
+
+#define KEEP 6u
 
 static struct pvf_nb *nb;
-static struct pvf_grant *table;
-static unsigned char *arena;
-static struct pvf_channel *channel;
 static int network[QUEUES]; /* the other ends of the TAPs */
-
-static void *memory(size_t bytes, int *fd)
-{
-	*fd = memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	CHECK(*fd >= 0 && !ftruncate(*fd, (off_t)bytes) && !fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK));
-	void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
-
-	CHECK(p != MAP_FAILED);
-	return p;
-}
-
-static void grants(void)
-{
-	for (uint32_t i = RINGS; i < PAGES; i++)
-		if (!pvf_grant_maps(&table[REF(i)]))
-			pvf_grant_begin(&table[REF(i)], BACK, ARENA, i, i % 4 != 3);
-}
 
 /* Everything that is expensive, once. */
 static void connect_once(void)
@@ -54,13 +31,7 @@ static void connect_once(void)
 	int table_fd, track_fd, arena_fd, channel_fd, pair[2];
 	char why[PVF_NB_TEXT];
 
-	table = memory(PVF_GRANTS * sizeof(*table), &table_fd);
-	memory(PVF_GRANTS * sizeof(uint32_t), &track_fd);
-	arena = memory(PAGES * NB_PAGE, &arena_fd);
-	channel = memory(4096, &channel_fd);
-	pvf_channel_init(channel);
-	for (uint32_t i = 0; i < RINGS; i++)
-		pvf_grant_begin(&table[REF(i)], BACK, ARENA, i, true);
+	frontend_once(&table_fd, &track_fd, &arena_fd, &channel_fd);
 	CHECK((nb = pvf_nb_new()));
 	CHECK(!pvf_nb_connect(nb, table_fd, track_fd, BACK, FRONT, -1, PVF_NB_SG | PVF_NB_GSO4 | PVF_NB_GSO6,
 			      KEEP));
@@ -77,19 +48,19 @@ static void connect_once(void)
 
 static void reset(struct input *in)
 {
-	memset(arena, 0, PAGES * NB_PAGE);
+	memset(arena, 0, PAGES * PAGE);
 	for (uint32_t i = 0; i < QUEUES; i++) {
 		struct nb_queue *q = nb->queue[i];
 
 		SHARED_RING_INIT(q->tx.sring);
 		SHARED_RING_INIT(q->rx.sring);
-		BACK_RING_INIT(&q->tx, q->tx.sring, NB_PAGE);
-		BACK_RING_INIT(&q->rx, q->rx.sring, NB_PAGE);
+		BACK_RING_INIT(&q->tx, q->tx.sring, PAGE);
+		BACK_RING_INIT(&q->rx, q->rx.sring, PAGE);
 		q->tx_published = 0;
 		memset(&q->stats, 0, sizeof(q->stats));
 	}
 	SHARED_RING_INIT(nb->ctrl.ring.sring);
-	BACK_RING_INIT(&nb->ctrl.ring, nb->ctrl.ring.sring, NB_PAGE);
+	BACK_RING_INIT(&nb->ctrl.ring, nb->ctrl.ring.sring, PAGE);
 	nb->ctrl.holds = 0;
 	nb->ctrl.release = false;
 	nb->hash = (struct nb_hash){0};
@@ -116,13 +87,6 @@ static void rules(struct input *in)
 			.value = upto(in, 2) ? upto(in, 8) : number(in, 8),
 		};
 	CHECK(!pvf_nb_set_rules(nb, rule, n));
-}
-
-static uint32_t a_ref(struct input *in)
-{
-	uint32_t n = upto(in, 256);
-
-	return n < PAGES ? REF(n) : n < 250 ? REF(n % PAGES) + n / 128 : (uint32_t)number(in, 4);
 }
 
 /* The frontend */
@@ -158,7 +122,7 @@ static void ask(struct input *in)
 /* References in a page, as for static grants, or small numbers, as for a mapping. */
 static void list(struct input *in)
 {
-	unsigned char *page = arena + (RINGS + upto(in, PAGES - RINGS)) * NB_PAGE;
+	unsigned char *page = arena + (RINGS + upto(in, PAGES - RINGS)) * PAGE;
 	struct xen_netif_gref *g = (void *)page;
 	uint32_t n = upto(in, 16);
 	bool numbers = upto(in, 2);
@@ -235,38 +199,6 @@ static void come(struct input *in)
 		return; /* as a TAP whose queue is full */
 }
 
-static void mutate(struct input *in)
-{
-	uint32_t n;
-
-	switch (upto(in, 5)) {
-	case 0:
-		arena[upto(in, RINGS * NB_PAGE)] = (unsigned char)number(in, 1);
-		break;
-	case 1:
-		((uint32_t *)(void *)(arena + upto(in, RINGS) * NB_PAGE))[upto(in, 4)] +=
-			(uint32_t)(int8_t)number(in, 1);
-		break;
-	case 2: /* not the word, with which the maps are counted, nor what has a map: the hub's rules */
-		n = a_ref(in) % REFS;
-		if (pvf_grant_maps(&table[n]))
-			break;
-		table[n].domid = (uint16_t)upto(in, 2);
-		table[n].arena = upto(in, 4) ? ARENA : (uint16_t)number(in, 2);
-		table[n].page = upto(in, 4) ? upto(in, PAGES) : (uint32_t)number(in, 4);
-		break;
-	case 3:
-		n = REF(RINGS + upto(in, PAGES - RINGS));
-		if (upto(in, 2))
-			pvf_grant_end(&table[n]);
-		else if (!pvf_grant_maps(&table[n]))
-			pvf_grant_begin(&table[n], BACK, ARENA, upto(in, PAGES), upto(in, 2));
-		break;
-	default:
-		((unsigned char *)channel)[upto(in, 256)] = (unsigned char)number(in, 1);
-	}
-}
-
 static void turn(void)
 {
 	static unsigned char taken[NB_FRAME + 64];
@@ -294,7 +226,6 @@ static void turn(void)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct input in = {data, data + size};
-	uint32_t maps = 0;
 
 	if (!nb)
 		connect_once();
@@ -339,11 +270,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		for (uint32_t ref = 0; ref < REFS; ref++)
 			if (nb->queue[i]->kept[ref].page)
 				forget_ref(nb->queue[i], ref);
-	for (uint32_t i = 0; i < REFS; i++)
-		maps += pvf_grant_maps(&table[i]);
-	CHECK_EQ(maps, RINGS);
-	for (uint32_t i = 0; i < REFS; i++)
-		if (table[i].word && !pvf_grant_maps(&table[i]))
-			memset(&table[i], 0, sizeof(table[i]));
+	only_the_rings_are_mapped();
 	return 0;
 }
