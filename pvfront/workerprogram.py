@@ -11,6 +11,7 @@ import pwd
 import signal
 import socket
 import stat
+import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,7 @@ from .errors import PvfrontError
 
 USER = "pvfront"
 STATS_NAME = "/memfd:pvfront-stats"
+_HELLO_WITHIN = 10.0  # seconds
 
 
 def binary() -> Path:
@@ -59,7 +61,15 @@ def worker_ids() -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
-def start(name: str, path: Path, *, queues: int, change_user: bool, options: Sequence[str]) -> int:
+def start(
+    name: str,
+    path: Path,
+    *,
+    queues: int,
+    change_user: bool,
+    options: Sequence[str],
+    stderr: int = 2,
+) -> int:
     """Starts a worker that listens at `path`, and returns its pid; see `Worker.spawn`."""
     program = binary()
     argv = [str(program), "--name", name, "--queues", str(queues)]
@@ -79,11 +89,42 @@ def start(name: str, path: Path, *, queues: int, change_user: bool, options: Seq
             str(program),
             argv,
             env,
-            file_actions=[(os.POSIX_SPAWN_DUP2, listener.fileno(), 3)],
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, listener.fileno(), 3),
+                (os.POSIX_SPAWN_DUP2, stderr, 2),
+            ],
             setsid=True,
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
             setsigmask=(),
         )
+
+
+def try_start(*, change_user: bool) -> None:
+    """Starts a worker that is nobody's, and ends it when it has confined itself and said HELLO.
+
+    `change_user`: as for `start`. Raises PvfrontError with what it said instead: a library is
+    missing, a privilege.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "try.sock"
+        with tempfile.TemporaryFile() as said:
+            pid = start(
+                "try", path, queues=1, change_user=change_user, options=(), stderr=said.fileno()
+            )
+            hello = b""
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+                    link.settimeout(_HELLO_WITHIN)
+                    with contextlib.suppress(OSError):  # it has ended, or says nothing
+                        link.connect(str(path))
+                        hello = link.recv(1 << 16)
+            finally:
+                ended = kill_and_reap(pid)
+            said.seek(0)
+            text = " ".join(said.read(4096).decode(errors="replace").split())
+    if not hello:
+        hint = "apt-get install libseccomp2" if "libseccomp" in text else None
+        raise PvfrontError(f"the worker program does not run: {text or ended}", hint=hint)
 
 
 def kill_and_reap(pid: int) -> str:

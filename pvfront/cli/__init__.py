@@ -20,6 +20,7 @@ from .output import complain
 
 VERBS = {
     "agent": "agent",
+    "doctor": "doctor",
     "ledger": "ledger",
     "list": "list_",
     "release": "release",

@@ -163,3 +163,18 @@ async def test_status_shows_counters_for_people() -> None:
         )
         assert [queue["queue"] for queue in found["statistics_queues"]] == [0]
         assert sum(found["statistics_queues"][0]["write"]["latency"]) >= 3
+
+
+async def test_the_doctor_finds_nothing_wrong_with_a_served_disk_and_then_what_is() -> None:
+    async with place(RICH) as it:
+        await it.status()
+        found = {one["subject"]: one for one in json.loads(await pvfront(it, "doctor", "--json"))}
+        assert {one["level"] for one in found.values()} == {"OK"}, found
+        assert found["xvdb"]["text"].startswith("served as nbd+unix://")
+        assert found["worker"]["text"] == "it starts, confines itself and answers"
+        (it.host.directory / "limits.json").write_text('{"gntalloc": 300}')
+        write_config(it, "max_queues = 2\n")
+        said = await pvfront(it, "doctor", status=1)
+        assert "FAIL  settings" in said
+        assert "vbd.conf:1: a setting before any section" in said
+        assert "WARN  limits" in said

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What `pvfront doctor` says of facts, one wrong thing at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pvfront.doctor import Finding, Level, examine, failed, release
+from pvfront.facts import DeviceFacts, Facts, Node, Service
+from pvfront.holdings import Holder, Holdings
+from pvfront.inventory import Device
+
+DISK = Device("vbd", 51728, "xvdb", 0, "Connected (4)", "Connected (4)", "pvfront", "/dev/nbd0", 7)
+VIF = Device("vif", 0, "vif0", 0, "Connected (4)", "Connected (4)", "kernel", "enX0", 8)
+SERVED = DeviceFacts(DISK, {"phase": "connected", "worker_runs": True})
+WELL = Facts(
+    xen="4.17.7",
+    kernel="6.1.0-40-amd64",
+    modules={"xen-evtchn": "loaded", "xen-gntalloc": "loaded", "nbd": "there", "tun": "there",
+             "ublk_drv": "missing"},
+    nodes={name: Node() for name in ("xen/xenbus", "xen/evtchn", "xen/gntalloc")},
+    limit=16384,
+    services={"vbd": Service(7, enabled=True), "vif": Service(8, enabled=True, realtime=1)},
+    suspend={"armed": True},
+    devices=[SERVED, DeviceFacts(VIF, used="the default route goes through enX0")],
+)  # fmt: skip
+"""A guest in which nothing is wrong."""
+
+
+def worst(facts: Facts) -> list[Finding]:
+    return [finding for finding in examine(facts) if finding.level is not Level.OK]
+
+
+def only(facts: Facts) -> Finding:
+    """The one thing that is wrong; it has a fix, and both are a line."""
+    (finding,) = worst(facts)
+    assert finding.fix
+    assert "\n" not in finding.text + finding.fix
+    return finding
+
+
+def test_nothing_is_wrong_with_a_guest_that_is_well() -> None:
+    assert worst(WELL) == []
+    assert not failed(examine(WELL))
+    texts = [f"{finding.subject}: {finding.text}" for finding in examine(WELL)]
+    assert texts[0] == "guest: HVM guest of Xen 4.17.7, Linux 6.1.0-40-amd64"
+    assert "xvdb: served as /dev/nbd0" in texts
+    assert (
+        "vif0: the kernel's as enX0, in use: the default route goes through enX0" in texts
+    )  # no trouble, but why it is not ours
+
+
+def test_outside_of_a_guest_nobody_misses_its_modules() -> None:
+    finding = only(Facts(guest=""))
+    assert (finding.level, finding.text) == (Level.FAIL, "this is not a guest of Xen")
+
+
+def test_on_an_embedded_host_the_machine_s_modules_and_suspends_do_not_matter() -> None:
+    host = replace(Facts(guest="", embedded="/tmp/h", limit=1024), can_suspend=False)
+    assert worst(host) == []
+    assert examine(host)[0].text == "none: the embedded host at /tmp/h"
+
+
+def test_who_is_not_root_learns_that_most_is_not_known() -> None:
+    finding = only(Facts(root=False))
+    assert (finding.level, finding.fix) == (Level.FAIL, "run it again with sudo")
+
+
+CASES: list[tuple[dict[str, Any], Level, str, str]] = [
+    ({"domain0": True}, Level.WARN, "it is domain 0", "guest"),
+    ({"kernel": "5.10.0-30-amd64"}, Level.WARN, "Linux 5.10.0", "6.1"),
+    ({"worker": ("the worker program does not run: libseccomp.so.2", "apt-get install x")},
+     Level.FAIL, "libseccomp", "apt-get"),
+    ({"user": ("there is no user 'pvfront'", "systemd-sysusers")}, Level.FAIL, "no user", "sysu"),
+    ({"config": ("vbd.conf:3: max_qeues: no such setting", "there are: max_queues")},
+     Level.FAIL, "vbd.conf:3", "max_queues"),
+    ({"modules": WELL.modules | {"xen-evtchn": "there"}}, Level.FAIL, "xen-evtchn is not loaded",
+     "modprobe xen-evtchn"),
+    ({"modules": WELL.modules | {"xen-gntalloc": "missing"}}, Level.FAIL, "no xen-gntalloc",
+     "CONFIG_XEN_GRANT_DEV_ALLOC"),
+    ({"modules": WELL.modules | {"nbd": "missing"}}, Level.FAIL, "neither ublk_drv nor nbd",
+     "--target socket"),
+    ({"modules": WELL.modules | {"tun": "missing"}, "tun": Node("ENOENT")}, Level.FAIL, "no tun",
+     "CONFIG_TUN"),
+    ({"nodes": WELL.nodes | {"xen/evtchn": Node("EPERM")}}, Level.FAIL, "/dev/xen/evtchn",
+     "DeviceAllow"),
+    ({"nodes": WELL.nodes | {"xen/xenbus": Node("ENOENT")}}, Level.FAIL, "ENOENT", "devtmpfs"),
+    ({"nodes": WELL.nodes | {"xen/gntalloc": Node("", 0o660)}}, Level.WARN, "mode 0660",
+     "chmod 600"),
+    ({"store": ("the store does not answer within 10 s", "look at dom0's xenstored")},
+     Level.FAIL, "does not answer", "xenstored"),
+    ({"limit": 1024}, Level.WARN, "1024 granted pages", "limit="),
+    ({"holdings": Holdings([Holder(9, "x", 1, 1, 16000)])}, Level.WARN, "16000 held", "limit="),
+    ({"holdings": Holdings(ports=1000)}, Level.WARN, "1000 event channels", "max_event_channels"),
+    ({"services": WELL.services | {"vbd": Service(7, enabled=True, locked=65536)}}, Level.WARN,
+     "65536 bytes", "LimitMEMLOCK"),
+    ({"services": WELL.services | {"vif": Service(8, enabled=True, realtime=0)}}, Level.WARN,
+     "real-time", "LimitRTPRIO=1"),
+    ({"services": WELL.services | {"vif": Service(8, enabled=False, realtime=1)}}, Level.WARN,
+     "after the next boot", "systemctl enable pvfront-vif"),
+    ({"can_suspend": False}, Level.FAIL, "kept from suspending", "CONFIG_PM_SLEEP"),
+    ({"may_veto": False}, Level.FAIL, "hold up a suspend", "CAP_BLOCK_SUSPEND"),
+    ({"cgroup2": False}, Level.WARN, "no cgroup v2", "unified_cgroup_hierarchy"),
+    ({"suspend": {"armed": False, "why_unarmed": "a wakeup source"}}, Level.WARN,
+     "a wakeup source", "journal"),
+    ({"holdings": Holdings([Holder(9, "x", 1, 0, 0, parker=True)])}, Level.WARN, "parked",
+     "reboot"),
+    ({"absent": ("the disk service does not run", "systemctl start pvfront-vbd")}, Level.WARN,
+     "does not run", "systemctl start"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "level", "text", "fix"), CASES, ids=[c[2] for c in CASES])
+def test_one_wrong_thing_is_one_finding_with_its_fix(
+    changed: dict[str, Any], level: Level, text: str, fix: str
+) -> None:
+    facts = replace(WELL, **changed)
+    finding = only(facts)
+    assert finding.level is level
+    assert text in finding.text
+    assert fix in finding.fix
+    assert failed(examine(facts)) is (level is Level.FAIL)
+
+
+def device(owner: str = "pvfront", **changed: Any) -> Device:
+    return replace(DISK, owner=owner, **changed)
+
+
+@pytest.mark.parametrize(
+    ("one", "level", "text"),
+    [
+        (DeviceFacts(device(), {"phase": "reconnecting", "reason": "waits for the backend"}),
+         Level.WARN, "reconnecting: waits for the backend"),
+        (DeviceFacts(device(), {"phase": "connected", "worker_outdated": True}), Level.WARN,
+         "another version"),
+        (DeviceFacts(device("kernel", os_device="xvdb"), used="xvdb1 is mounted at /srv"),
+         Level.OK, "the kernel's as xvdb, in use: xvdb1 is mounted at /srv"),
+        (DeviceFacts(device("kernel", os_device="xvdb"), used="xvdb1 is the root file system",
+                     fixed=True), Level.OK, "stays with the kernel as xvdb"),
+        (DeviceFacts(device("kernel", os_device="xvdb"), {"refused": "xvdb is in use"}),
+         Level.WARN, "not served: xvdb is in use"),
+        (DeviceFacts(device("kernel", os_device="xvdb")), Level.OK, "it can be taken"),
+        (DeviceFacts(device("none")), Level.WARN, "nobody has it"),
+        (DeviceFacts(device("kernel", klass="console", name="console-0")), Level.OK,
+         "does not serve"),
+    ],
+)  # fmt: skip
+def test_a_device_is_ours_can_be_or_says_why_not(one: DeviceFacts, level: Level, text: str) -> None:
+    finding = examine(replace(WELL, devices=[one]))[-1]
+    assert (finding.level, finding.subject) == (level, one.device.name)
+    assert text in finding.text
+
+
+def test_a_worker_without_its_service_is_what_refuses_the_next_suspend() -> None:
+    alone = DeviceFacts(device(supervisor_pid=None), {"phase": "connected", "worker_runs": True})
+    finding = only(replace(WELL, devices=[alone]))
+    assert (finding.subject, finding.fix) == ("suspend", "systemctl start pvfront-vbd")
+
+
+def test_a_module_that_is_not_loaded_is_not_said_again_of_its_node() -> None:
+    facts = replace(
+        WELL,
+        modules=WELL.modules | {"xen-evtchn": "there"},
+        nodes=WELL.nodes | {"xen/evtchn": Node("ENOENT")},
+    )
+    assert only(facts).subject == "modules"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("6.1.0-40-amd64", (6, 1)), ("6.12.9", (6, 12)), ("5.10", (5, 10)), ("next", (99, 0)),
+     ("6-rc1", (99, 0)), ("", (99, 0))],
+)  # fmt: skip
+def test_the_release_of_a_kernel_is_two_numbers(text: str, found: tuple[int, int]) -> None:
+    assert release(text) == found

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Facts for the doctor, gathered below roots that merely look like a guest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvfront import workerprogram
+from pvfront.errors import PvfrontError
+from pvfront.facts import Node, gather, guest_type, limit, lists, module_state, xen_version
+from pvfront.platform import Xen
+from pvfront.sysfs import Roots
+from pvfront.xenstore import XenstoreError
+
+KERNEL = "6.1.0-40-amd64"
+
+
+def put(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
+    made = Roots(tmp_path)
+    monkeypatch.setattr(Xen, "roots", made)
+    monkeypatch.setattr(Xen, "grant_limit", lambda on: 16384)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    put(made.sys / "hypervisor/type", "xen\n")
+    put(made.sys / "hypervisor/guest_type", "PVH\n")
+    for what, text in (("major", "4"), ("minor", "17"), ("extra", ".7")):
+        put(made.sys / "hypervisor/version" / what, text + "\n")
+    put(made.proc / "sys/kernel/osrelease", KERNEL + "\n")
+    put(made.proc / "self/status", "Name:\tx\nCapEff:\t000001ffffffffff\n")
+    put(made.sys / "power/wakeup_count", "0\n")
+    put(made.dev / "xen/evtchn")
+    (made.dev / "xen/evtchn").chmod(0o600)
+    (made.sys / "module/xen_evtchn").mkdir(parents=True)
+    put(made.root / f"lib/modules/{KERNEL}/modules.dep",
+        "kernel/drivers/xen/xen-gntalloc.ko:\nkernel/drivers/block/nbd.ko.xz: a.ko\n")  # fmt: skip
+    put(made.root / f"lib/modules/{KERNEL}/modules.builtin", "kernel/drivers/net/tun.ko\n")
+    return made
+
+
+def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def store(on: Xen) -> None:
+        raise XenstoreError(2, "connect", "/dev/xen/xenbus")
+
+    monkeypatch.setattr(Xen, "store", store)
+
+
+async def test_a_guest_is_told_by_its_files(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_store(monkeypatch)
+    found = await gather(Xen(), try_worker=lambda other_user: None)
+    assert (found.guest, found.xen, found.kernel) == ("PVH", "4.17.7", KERNEL)
+    assert found.modules == {
+        "xen-evtchn": "loaded", "xen-gntalloc": "there", "nbd": "there", "ublk_drv": "missing",
+        "tun": "built in",
+    }  # fmt: skip
+    assert found.nodes["xen/evtchn"] == Node("", 0o600)
+    assert found.nodes["xen/gntalloc"].problem == "ENOENT"
+    assert found.can_suspend
+    assert found.may_veto
+    assert not found.cgroup2
+    assert found.store is not None
+    assert "/dev/xen/xenbus" in found.store[0]
+    assert found.worker is None
+
+
+async def test_what_no_file_says_is_not_made_up(tmp_path: Path) -> None:
+    empty = Roots(tmp_path)
+    assert guest_type(empty) == ""
+    assert xen_version(empty) == ""
+    assert module_state("nbd", KERNEL, empty) == "missing"
+
+
+async def test_a_mistake_in_the_settings_and_a_worker_that_fails_are_facts(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_store(monkeypatch)
+    put(roots.root / "etc/pvfront/vbd.conf", "[disk]\nmax_qeues = 3\n")
+
+    def broken(other_user: bool) -> None:
+        raise PvfrontError("the worker program does not run: x", hint="y")
+
+    found = await gather(Xen(), try_worker=broken)
+    assert found.config is not None
+    assert "vbd.conf:2: max_qeues: no such setting" in found.config[0]
+    assert found.worker == ("the worker program does not run: x", "y")
+
+
+@pytest.mark.parametrize("wanted_by", [True, False])
+async def test_a_unit_is_enabled_if_something_wants_it(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch, wanted_by: bool
+) -> None:
+    no_store(monkeypatch)
+    put(roots.root / "usr/lib/systemd/system/pvfront-vbd.service")
+    if wanted_by:
+        put(roots.root / "etc/systemd/system/multi-user.target.wants/pvfront-vbd.service")
+    found = await gather(Xen(), try_worker=lambda other_user: None)
+    assert found.services["vbd"].enabled is wanted_by
+    assert found.services["vif"].enabled is None, "it is not installed"
+
+
+def test_a_module_s_name_has_dashes_or_underscores(roots: Roots) -> None:
+    put(roots.root / f"lib/modules/{KERNEL}/modules.dep", "kernel/ublk-drv.ko.zst:\n")
+    assert module_state("ublk_drv", KERNEL, roots) == "there"
+    assert module_state("ublk", KERNEL, roots) == "missing"
+
+
+LIMITS = """Limit                     Soft Limit           Hard Limit           Units
+Max locked memory         65536                unlimited            bytes
+Max realtime priority     0                    0
+Max realtime timeout      unlimited            unlimited            us
+"""
+
+
+def test_limits_of_a_process_are_numbers_or_none() -> None:
+    assert limit(LIMITS, "Max locked memory") == 65536
+    assert limit(LIMITS, "Max realtime priority") == 0
+    assert limit(LIMITS, "Max realtime timeout") is None
+    assert limit("", "Max locked memory") is None
+
+
+@given(st.text(), st.text())
+def test_lists_of_modules_and_limits_may_be_any_text(text: str, name: str) -> None:
+    assert lists(text, name) in (True, False)
+    limit(text, "Max locked memory")
+    limit(f"Max locked memory {text}", "Max locked memory")
+
+
+def test_a_worker_is_tried_and_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workerprogram, "worker_ids", lambda: (65534, 65534))
+    workerprogram.try_start(change_user=True)
+
+
+def test_a_worker_that_cannot_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "pvfront-worker"
+    program.write_text("#!/bin/sh\necho 'cannot load libseccomp.so.2:\n\033 gone' >&2\nexit 127\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PVFRONT_WORKER", str(program))
+    monkeypatch.setattr(workerprogram, "worker_ids", lambda: (65534, 65534))
+    with pytest.raises(PvfrontError, match=r"does not run: cannot load libseccomp.so.2:") as caught:
+        workerprogram.try_start(change_user=True)
+    assert caught.value.hint == "apt-get install libseccomp2"
