@@ -25,10 +25,12 @@ class Resumes:
 
     def __init__(self) -> None:
         self._count = 0
+        self._watching = False
 
     async def run(self, context: Context) -> None:
         async with context.store.watch(SENTINEL) as fired:
             await anext(fired)  # only says that the watch is set
+            self._watching = True
             async for _ in fired:
                 context.resumes += 1
                 self._count = context.resumes
@@ -36,4 +38,4 @@ class Resumes:
                 context.events.publish(Resumed(context.resumes))
 
     def status(self) -> dict[str, Any]:
-        return {"count": self._count}
+        return {"watching": self._watching, "count": self._count}

@@ -20,16 +20,34 @@ from ..platform import platform
 from ..questions import answering, ask
 from ..service import keep_watchdog, sd_notify
 from ..xenstore import XenstoreLost
+from .board import Board
 from .context import Component, Context
+from .keys import VifKeys, VolumeKeys
+from .network import Network
+from .publish import Publisher
 from .resume import Resumes
 from .settings import AgentSettings
+from .system import System
+from .volumes import Volumes
 
 log = logging.getLogger(__name__)
 
 SOCKET = "agent.sock"
 PAUSES = (1.0, 60.0)  # seconds before a component that failed is begun again: first, most
 
-COMPONENTS: list[Callable[[], Component]] = [Resumes]
+
+def guest_data() -> list[Component]:
+    """What is published: collectors put keys on a board, one publisher writes them."""
+    board, vifs, volumes = Board(), VifKeys(), VolumeKeys()
+    return [
+        Publisher(board, vifs, volumes),
+        System(board),
+        Network(board, vifs),
+        Volumes(board, volumes),
+    ]
+
+
+COMPONENTS: list[Callable[[], list[Component]]] = [lambda: [Resumes()], guest_data]
 """What the agent consists of, in the order in which it is begun."""
 
 
@@ -79,17 +97,26 @@ class Agent:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, component: Component) -> None:
-        pause, most = self._pauses
+        loop = asyncio.get_running_loop()
+        first, most = self._pauses
+        pause = first
         while True:
+            # What has run for as long as it would have paused is well again.
+            well = loop.call_later(pause, self._failed.pop, component.name, None)
+            begun = loop.time()
             try:
                 await component.run(self._context)
                 await asyncio.Event().wait()  # it has nothing to do in this guest
             except XenstoreLost:
                 raise
             except (PvfrontError, OSError) as error:
+                if loop.time() - begun > pause:
+                    pause = first
                 if self._failed.get(component.name) != str(error):
                     log.warning("%s: %s", component.name, error)
                 self._failed[component.name] = str(error)
+            finally:
+                well.cancel()
             await asyncio.sleep(pause)
             pause = min(2 * pause, most)
 
@@ -112,7 +139,7 @@ async def serve(settings: AgentSettings) -> None:
     on.require()
     async with await on.store() as store:
         context = Context(on, store, settings)
-        await Agent(context, [make() for make in COMPONENTS]).run()
+        await Agent(context, [one for make in COMPONENTS for one in make()]).run()
 
 
 async def ask_status(run_dir: Path) -> dict[str, Any]:

@@ -63,6 +63,16 @@ async def test_why_a_component_does_not_work_is_in_the_status(world: AgentWorld)
         assert found["bad"]["failed"] == "no bus"
 
 
+async def test_a_component_that_works_again_is_well_and_its_next_failure_is_news(
+    world: AgentWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    part = Part("bad", PvfrontError("no bus"))
+    async with world.running(part) as agent:
+        await eventually("the second beginning", lambda: part.begun == 2)
+        await eventually("no failure any more", lambda: "failed" not in agent.status()["bad"])
+    assert [record.message for record in caplog.records] == ["bad: no bus"]
+
+
 async def test_a_lost_store_ends_the_agent(world: AgentWorld) -> None:
     lost = XenstoreLost(errno.EIO, "read", "x", "gone", "the store hung up")
     agent = Agent(world.context, [Part("bad", lost), Part("good")])
@@ -81,12 +91,12 @@ async def test_a_resume_is_counted_and_told_and_nothing_else_is(world: AgentWorl
     resumes = Resumes()
     with world.context.events.subscription() as told:
         async with world.running(resumes):
-            await eventually("the watch", lambda: any(c.watches for c in world.mem.clients))
+            await eventually("the watch", lambda: resumes.status()["watching"])
             world.set("data/x", "1")
             world.set("domid", "7", perms="n0,r5")  # as the kernel does when it sets watches anew
             assert await asyncio.wait_for(told.get(), 60) == Resumed(1)
             assert told.empty()
-    assert resumes.status() == {"count": 1}
+    assert resumes.status() == {"watching": True, "count": 1}
     assert world.context.resumes == 1
 
 
@@ -104,7 +114,7 @@ def test_a_subscriber_that_does_not_look_loses_the_oldest_events() -> None:
 
 
 def test_components_have_names_of_their_own() -> None:
-    names = [make().name for make in COMPONENTS]
+    names = [one.name for make in COMPONENTS for one in make()]
     assert len(set(names)) == len(names)
 
 
