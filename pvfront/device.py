@@ -21,7 +21,8 @@ Theory of operation
 Timers
     Each wait for the backend has a deadline (`Deadlines`), and what did not come is named. A
     failed walk is tried again after `RETRY_FIRST` seconds, doubling up to `RETRY_LAST`; a change of
-    the backend's state ends the pause at once. A connection that ended before it had lasted as long
+    the backend's state ends the pause at once. The log has a reason once, however often it is met
+    in a row. A connection that ended before it had lasted as long
     as that pause was a failed walk as well: a backend that breaks a rule in each of them must not
     keep us busy for ever.
 
@@ -105,6 +106,7 @@ class DeviceLoop:
         self.gave_up_at: float | None = None  # time.time(); see `_give_up`
         self._patient_until: float | None = None
         self._verdict = ""
+        self._failure_said = ""  # by the log, since it was last connected
         self._poked = asyncio.Event()
         self._phase_changed = asyncio.Condition()
         frontend.on_poke(self.poke)
@@ -433,7 +435,7 @@ class DeviceLoop:
         if phase is Phase.CONNECTED and self.phase is not Phase.CONNECTED:
             self.connected_since = time.time()
         log.log(
-            logging.WARNING if reason and phase in _TROUBLE else logging.INFO,
+            self._level(phase, reason),
             "%s: %s%s",
             self.device.name,
             phase.value,
@@ -447,6 +449,20 @@ class DeviceLoop:
         text = f"{phase.value}: {reason}" if reason else phase.value
         self._note(Kind.PHASE, text, phase=phase.value)
         self._tell()
+
+    def _level(self, phase: Phase, reason: str) -> int:
+        """A failed walk is tried again every few seconds, for ever: the log has each reason once,
+        and not that it was tried again.
+        """
+        if phase in (Phase.CONNECTING, Phase.RECONNECTING) and self.phase is Phase.FAILED:
+            return logging.DEBUG
+        if phase is Phase.FAILED:
+            before, self._failure_said = self._failure_said, reason
+            if reason == before:
+                return logging.DEBUG
+        else:
+            self._failure_said = ""
+        return logging.WARNING if reason and phase in _TROUBLE else logging.INFO
 
     def _noted(self, kind: Kind, text: str, /, **facts: Any) -> None:
         if kind is Kind.DIED:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Mapping
 
 import pytest
 from deviceworld import BACK, FRONT, World, world
@@ -354,6 +356,39 @@ async def test_a_failed_attach_is_tried_again_and_said(world: World) -> None:
     assert loop.reason == ""
     assert loop.last_trouble is not None
     assert loop.last_trouble[1] == "no room for 353 granted pages", "what a retry hides"
+
+
+async def test_the_log_has_why_a_walk_fails_once_for_as_long_as_it_is_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = world.disk.attach
+    reasons = ["mac=x: no address"] * 4 + ["no room"] * 3 + ["mac=x: no address"] * 2
+
+    async def attach(device: XenbusDevice) -> Mapping[str, str]:
+        if reasons:
+            raise PvfrontError(f"{device.name}: {reasons.pop(0)}")
+        return await usual(device)
+
+    monkeypatch.setattr(world.disk, "attach", attach)
+    world.nodes()
+    caplog.set_level(logging.INFO, logger="pvfront.device")
+    loop = await world.connected()
+    reasons.append("mac=x: no address")  # later, it is news again
+    world.disk.trouble = "the worker has ended"
+    world.disk.poke()
+    await world.eventually("generation 2", lambda: world.disk.generation == 2)
+    await loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
+    assert [record.getMessage().removeprefix("vbd-51728: ") for record in caplog.records] == [
+        "connecting",
+        "failed: mac=x: no address",
+        "failed: no room",
+        "failed: mac=x: no address",
+        "connected",
+        "reconnecting: the worker has ended",
+        "reconnecting",
+        "failed: mac=x: no address",
+        "connected",
+    ]
 
 
 async def test_closing_closes_the_os_device_first_so_that_its_users_end(world: World) -> None:
