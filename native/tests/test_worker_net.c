@@ -5,6 +5,9 @@
  */
 #include "networker.h"
 
+static struct pvf_worker next; /* which takes over */
+static pthread_t next_thread;
+
 static void both_ways(uint32_t n, uint32_t ports)
 {
 	struct pvf_ctl_simple simple;

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from networld import OURS4, SPEC, THEIRS4, Network, Transfer, network, networks, require
+from networld import (
+    OURS4,
+    PYTHON,
+    SPEC,
+    THEIRS4,
+    Network,
+    Transfer,
+    network,
+    networks,
+    require,
+)
 from waiting import PATIENCE, eventually
 
 from pvfront.host.service import DiskServiceError
@@ -76,6 +86,50 @@ async def test_status_takes_each_name_and_counts_as_ethtool_does(it: Network, na
     assert found["statistics"]["tx"]["packets"] >= summed("tx_packets")
     assert found["statistics_queues"][0]["queue"] == 0
     assert (found["mtu"], found["carrier"], found["mac"]) == (1500, True, "00:16:3e:07:00:02")
+
+
+INEXPRESSIBLE = """
+import socket, struct, sys
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+sock.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR
+sock.bind((sys.argv[1], 0))
+frame = bytes.fromhex("ffffffffffff 020000000001 88b5") + bytes(86)
+# A checksum to be finished where only SCTP has one, in a frame that is no SCTP.
+unfinished = struct.pack("=BBHHHH", 1, 0, 0, 0, 34, 8)
+for _ in range(int(sys.argv[2])):
+    sock.send(unfinished + frame)
+sock.send(bytes(10) + frame[:-1] + b"!")
+"""
+
+FRAME_IN = """
+import socket, sys
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5))
+sock.bind((sys.argv[1], 0x88B5))
+print("ready", flush=True)
+print(sock.recv(65536)[-1:].decode(), flush=True)
+"""
+
+
+async def test_a_packet_that_netif_cannot_express_is_dropped_and_status_says_why(
+    it: Network,
+) -> None:
+    async def dropped() -> tuple[int, int]:
+        """For that reason, and for any."""
+        found = [
+            (words[0].endswith("_tx_dropped_csum:"), int(words[1]))
+            for line in (await pvfront(it, "status", "enX0")).splitlines()
+            if re.match(r"queue_\d+_tx_dropped_", line.strip()) and (words := line.split())
+        ]
+        return sum(n for why, n in found if why), sum(n for _, n in found)
+
+    before = await dropped()
+    log = it.host.directory / "frame-in.log"
+    receiver = it.net.start_command("the receiver", [*PYTHON, FRAME_IN, "vif1.0"], log)
+    await eventually("the receiver", lambda: "ready" in log.read_text(), why=log.read_text)
+    await it.python(it.guest, INEXPRESSIBLE, "enX0", "7")
+    await eventually("its end", lambda: receiver.process.poll() is not None, why=log.read_text)
+    assert log.read_text().split() == ["ready", "!"], "none of the seven was sent"
+    assert await dropped() == (before[0] + 7, before[1] + 7)
 
 
 async def test_the_carrier_follows_the_keys_of_both_ends(it: Network) -> None:
