@@ -13,7 +13,7 @@ FUZZ_SECONDS ?= 600
 SOURCES := $(shell git ls-files -co --exclude-standard pvfront native examples meson.build meson_options.txt pyproject.toml 2>/dev/null)
 LAB := PYTHONPATH=ci/xen-nested $(BIN)/python -m lab
 
-.PHONY: help setup setup-lab build demo demo-xen bench bench-xen test test-fast test-xen soak \
+.PHONY: help setup setup-lab build deb demo demo-xen bench bench-xen test test-fast test-xen soak \
 	xen-shell lint clean native native-asan native-tsan unit fuzz hostile mutate
 
 help: ## this list
@@ -49,6 +49,12 @@ $(VENV)/.installed: $(VENV)/.base $(SOURCES)
 		-C build-dir=build/wheel -w build/dist . || { echo "build: pip wheel failed" >&2; exit 1; }
 	@$(BIN)/pip install -q --no-deps --force-reinstall build/dist/*.whl
 	@touch $@
+
+deb: build ## the Debian package: build/dist/*.deb
+	@tools/setup tools/apt-deb.txt
+	@echo "deb: package"
+	@$(BIN)/python tools/deb.py
+	@ls -sh build/dist/*.deb
 
 demo: build ## the main job at once: a disk and a vif from an xl config, served, used and verified, without Xen
 	@$(BIN)/python -P -m pvfront.host.demo

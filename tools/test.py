@@ -33,7 +33,7 @@ JUNIT = ROOT / "build" / "junit"
 LOGS = ROOT / "build" / "log"
 
 LINT = ["ruff", "mypy"]
-FAST = [*LINT, "unit", "hostile", "native", "asan", "tsan", "fuzz", "mutate"]
+FAST = [*LINT, "unit", "hostile", "native", "asan", "tsan", "fuzz", "mutate", "deb"]
 AGAINST = [
     *(f"tests/unit/test_{name}.py" for name in (
         "device", "device_suspend", "disk_frontend", "supervisor", "supervisor_says", "suspend",
@@ -148,6 +148,10 @@ def stage(name: str) -> int:
             )  # fmt: skip
         case "hostile":
             return run(BIN / "pytest", "-q", f"--junit-xml={junit}", "tests/hostile")
+        case "deb":
+            if run("make", "--no-print-directory", "deb"):
+                return 1
+            return run(BIN / "pytest", "-q", f"--junit-xml={junit}", "tests/package")
         case "native":
             return meson("native")
         case "asan":

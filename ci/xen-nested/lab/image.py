@@ -237,7 +237,7 @@ def apt_sources() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _apt_options() -> list[str]:
+def apt_options() -> list[str]:
     """The host's acquisition settings (proxies, checks), handed to mmdebstrap's apt."""
     dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True).stdout
     pattern = r"Acquire::(http|https|ftp|Retries|Check-|Max-|ForceIPv)"
@@ -294,7 +294,7 @@ def _mmdebstrap(name: str, tree: Path, sources: Path, debs: Path, log: Path) -> 
     excluded += [f"/lib/modules/*/kernel/{part}*" for part in UNUSED_MODULES]
     archives = "/var/cache/apt/archives"
     _run(["mmdebstrap", "--mode=root", "--variant=apt", f"--include={','.join(packages(name))}",
-          *_apt_options(), *[f"--dpkgopt=path-exclude={path}" for path in excluded],
+          *apt_options(), *[f"--dpkgopt=path-exclude={path}" for path in excluded],
           "--dpkgopt=force-unsafe-io", "--skip=essential/unlink",
           f'--setup-hook=mkdir -p "$1"{archives}', f"--setup-hook=sync-in {debs} {archives}",
           f"--customize-hook=sync-out {archives} {debs}",
