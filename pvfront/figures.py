@@ -37,11 +37,11 @@ def duration(bucket: int | None, buckets: int) -> str:
     if bucket is None:
         return "-"
     if bucket == buckets - 1:
-        return ">" + _time(1 << bucket)
-    return "<" + _time(1 << (bucket + 1))
+        return ">" + time_text(1 << bucket)
+    return "<" + time_text(1 << (bucket + 1))
 
 
-def _time(microseconds: int) -> str:
+def time_text(microseconds: int) -> str:
     if microseconds < 1000:
         return f"{microseconds}us"
     if microseconds < 1000_000:

@@ -34,7 +34,7 @@ PVFRONT = "pvfront"
 NONE = "none"
 
 _ANSWER_DEADLINE = 180.0  # a release may drain, close and hand over
-_MAX_ID_DIGITS = 10
+MAX_ID_DIGITS = 10
 _SERVICES = {"vbd": "disk", "vif": "network"}
 _UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
 
@@ -106,7 +106,7 @@ async def devices(
         pid = supervisor(klass, on.run_dir)
         for name in await _directory(store, f"device/{klass}"):
             # device/suspend/event-channel and the like are no devices.
-            if name.isascii() and name.isdigit() and len(name) <= _MAX_ID_DIGITS:
+            if name.isascii() and name.isdigit() and len(name) <= MAX_ID_DIGITS:
                 device = await _device(store, claims, klass, int(name), on.run_dir)
                 if device is not None:
                     found.append(replace(device, supervisor_pid=pid))

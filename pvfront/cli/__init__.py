@@ -26,6 +26,7 @@ VERBS = {
     "release": "release",
     "status": "status",
     "store": "store",
+    "top": "top",
     "trace": "trace",
     "upgrade": "upgrade",
     "vbd": "vbd",

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""The tools that watch devices, while one does something: `top`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pty
+import signal
+import sys
+import termios
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from test_admin import pvfront
+from test_negotiation import RICH, Place, place
+from waiting import PATIENCE, eventually, wait_for
+
+PVFRONT = [sys.executable, "-P", "-m", "pvfront"]
+
+
+@contextlib.asynccontextmanager
+async def busy(it: Place) -> AsyncIterator[None]:
+    """Reads and writes all the while."""
+    process = await asyncio.create_subprocess_exec(
+        "qemu-img", "bench", "-f", "raw", "-c", "100000000", "-d", "4", "-s", "4096", it.uri,
+        stdout=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_top_tells_what_a_disk_does_and_that_it_has_gone() -> None:
+    async with place(RICH) as it:
+        await it.status()
+        process = await asyncio.create_subprocess_exec(
+            *PVFRONT, "top", "--json", "-i", "0.3", env={**os.environ, **it.host.environ},
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+
+        async def until(holds: object) -> dict[str, object]:
+            """The first interval that has a disk like this."""
+            while True:
+                line = await asyncio.wait_for(process.stdout.readline(), PATIENCE)  # type: ignore[union-attr]
+                found: dict[str, object] = json.loads(line)
+                if holds(found["devices"]):  # type: ignore[operator]
+                    return found
+
+        try:
+            async with busy(it):
+                found = await until(lambda devices: devices and (devices[0]["read_iops"] or 0) > 0)
+                (disk,) = found["devices"]  # type: ignore[misc]
+                assert disk["name"] == "xvdb"
+                assert disk["read_bytes_per_second"] == pytest.approx(4096 * disk["read_iops"])
+                assert disk["notifies_per_second"] > 0
+                assert disk["cpu_percent"] is not None
+                assert disk["latency_p50_us"] <= disk["latency_p99_us"]
+            await until(lambda devices: devices and devices[0]["read_iops"] == 0)
+            table = await pvfront(it, "top", "-i", "0.1", "-c", "1")
+            assert "READ MB/S" in table
+            assert "xvdb" in table
+            assert "\x1b" not in table, "no terminal"
+            await it.host.detach_disk(1, 51728)
+            await until(lambda devices: devices == [])
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+            assert await process.wait() == 0
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, master: int, slave: int) -> None:
+        self.master, self.slave = master, slave
+        self.said = b""
+
+    def read(self) -> bytes:
+        with contextlib.suppress(BlockingIOError):
+            self.said += os.read(self.master, 1 << 16)
+        return self.said
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[Terminal]:
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    os.set_blocking(master, False)
+    try:
+        yield Terminal(master, slave)
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+async def test_on_a_terminal_top_is_one_screen_and_leaves_it_as_it_was_however_it_ends() -> None:
+    async with place(RICH) as it:
+        await it.status()
+        for end, status in ((None, 0), (signal.SIGINT, 0), (signal.SIGTERM, 143)):
+            with terminal() as shown:
+                await watched(it, shown, end, status)
+
+
+async def watched(it: Place, shown: Terminal, end: signal.Signals | None, status: int) -> None:
+    """Watches the disk until `end`, None: the key."""
+    before = termios.tcgetattr(shown.slave)
+    process = await asyncio.create_subprocess_exec(
+        *PVFRONT, "top", "-i", "0.2",
+        env={**os.environ, **it.host.environ, "TERM": "xterm"},
+        stdin=shown.slave, stdout=shown.slave, stderr=shown.slave,
+    )  # fmt: skip
+    await eventually("the disk", lambda: b"xvdb" in shown.read(), why=shown.read)
+    assert b"\x1b[?1049h" in shown.said, "the other screen"
+    assert termios.tcgetattr(shown.slave)[3] & termios.ICANON == 0, "key by key"
+    if end is None:
+        os.write(shown.master, b"q")
+    else:
+        process.send_signal(end)
+    assert await asyncio.wait_for(process.wait(), PATIENCE) == status
+    wait_for("the usual screen", lambda: b"\x1b[?1049l" in shown.read())
+    assert termios.tcgetattr(shown.slave) == before
