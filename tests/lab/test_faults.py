@@ -5,18 +5,16 @@ them, and backends let go of a disk or stop answering: applications notice a pau
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lab import paths, payload
 from lab.guest import Guest
-from lab.pvf import VDEV, Pvfront, end_fio, fio
-from lab.scenario import Lab, wait_until
+from lab.pvf import VDEV, Overlapping, Pvfront, end_fio, fio
+from lab.scenario import Lab, Record, wait_until
 
 pytestmark = pytest.mark.survive
 
@@ -31,43 +29,12 @@ MOUNT = "/mnt/xvdb"
 MIB = 1 << 20
 BLKBACK = "/sys/bus/xen-backend/drivers/vbd"
 
-Record = Callable[[str, object], None]
-
-
-@pytest.fixture
-def record(request: pytest.FixtureRequest) -> Record:
-    """A figure, by name, for the end of the run and JUnit's file."""
-    return lambda name, value: request.node.user_properties.append((name, value))
-
 
 @pytest.fixture
 def pvf(lab: Lab, guest: Guest) -> Pvfront:
     service = Pvfront(lab, guest)
     service.start("--all")
     return service
-
-
-class Overlapping:
-    """Thirty-two threads at eight blocks (overlapping.py), until `end`."""
-
-    def __init__(self, guest: Guest, path: str, offset: int = 0) -> None:
-        program = "/run/overlapping.py"
-        guest.push(Path(__file__).with_name("overlapping.py"), program)
-        command = ["/usr/bin/python3", program, path, str(offset)]
-        self.job = guest.start(command, unit="overlapping")
-
-    def measure(self) -> None:
-        """From now on."""
-        self.job.kill(10)
-
-    def end(self) -> float:
-        """The longest time in which nothing was answered, in seconds."""
-        self.job.kill(2)
-        result = self.job.wait()
-        assert result.ok, result
-        figures: dict[str, Any] = json.loads(result.stdout)
-        assert figures["overlaps"] > 100, figures
-        return float(figures["pause"])
 
 
 def goes_on(pvf: Pvfront, what: str) -> None:
@@ -123,6 +90,13 @@ def restart(pvf: Pvfront) -> None:
     pvf.guest.run("systemctl restart pvfront-vbd", timeout=300)
 
 
+def stop(pvf: Pvfront) -> None:
+    """And, when it has been used without a supervisor, start."""
+    pvf.stop()
+    goes_on(pvf, "of the worker that is left")
+    pvf.guest.run("systemctl start pvfront-vbd", timeout=300)
+
+
 def kill_supervisor(pvf: Pvfront) -> None:
     pvf.guest.run(f"kill -KILL {pvf.pid()}")
 
@@ -165,6 +139,7 @@ def upgrade(pvf: Pvfront) -> None:
     "end",
     [
         pytest.param(restart, marks=pytest.mark.long),
+        pytest.param(stop, marks=pytest.mark.long),
         pytest.param(kill_supervisor, marks=pytest.mark.long),
         pytest.param(kill_worker, marks=pytest.mark.long),
         pytest.param(upgrade, marks=pytest.mark.long),
@@ -192,7 +167,7 @@ def test_a_busy_file_system_notices_a_pause_when_our_processes_are_ended_and_beg
             pvf.wait_restarted(pid)
             assert pvf.status()["generation"] == generation, "the data path was not to end"
         goes_on(pvf, "after")
-        record(f"busy file system, {end.__name__}", f"pause {overlapping.end():.2f} s")
+        record(f"busy file system, {end.__name__}", f"pause {overlapping.end()['pause']:.2f} s")
         assert churn.running, "it must not have failed"
         churn.kill()
         churn.wait()
@@ -318,7 +293,7 @@ def test_a_backend_whose_driver_is_unbound_and_bound_again_costs_a_pause(
         lab.dom0.run(f"echo {device} >{BLKBACK}/bind")
         goes_on(pvf, "after")
         pvf.wait_served()
-        record("backend unbound and bound again", f"pause {overlapping.end():.2f} s")
+        record("backend unbound and bound again", f"pause {overlapping.end()['pause']:.2f} s")
         nothing_was_noticed(guest)
 
 
@@ -329,6 +304,7 @@ def test_a_stalled_backend_is_named_and_its_disk_can_be_unplugged_in_the_toolsta
     backing = lab.delayed_disk(16)
     guest.block_attach(backing.spec("xvdb"))
     pvf.wait_served()
+    guest.run("udevadm settle")  # the request that stalls is to be the reader's, and not its probe
     # Not even what waits in its queue is let go, as a change of the delay would.
     lab.dom0.run(["dmsetup", "suspend", "--noflush", "--nolockfs", backing.name])
     try:
@@ -344,8 +320,8 @@ def test_a_stalled_backend_is_named_and_its_disk_can_be_unplugged_in_the_toolsta
         )
         assert not reader.wait().ok, "what was never read must not be taken for read"
         assert not guest.has(NODE)
-        guest.run("dmesg -C")  # of the read that failed, for the tests that look for such
     finally:
+        guest.run("dmesg -C")  # of the read that failed, for the tests that look for such
         lab.dom0.run(["dmsetup", "resume", backing.name])
     wait_until("the disk let go of", lambda: lab.dom0.output(
         f"dmsetup info -c --noheadings -o open {backing.name}") == "0")  # fmt: skip

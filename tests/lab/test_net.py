@@ -16,7 +16,17 @@ import pytest
 from lab.guest import Guest
 from lab.pvf import UNIT as DISKS
 from lab.scenario import Lab, wait_until
-from lab.vifs import CHECKER, FRAME, UNIT, Networks, Vif, checker, install_checker, report
+from lab.vifs import (
+    CHECKER,
+    FRAME,
+    UNIT,
+    Networks,
+    Stream,
+    Vif,
+    checker,
+    install_checker,
+    report,
+)
 
 pytestmark = pytest.mark.net
 
@@ -367,22 +377,15 @@ def test_streams_go_on_through_a_dead_worker_a_restart_and_a_suspend(
 ) -> None:
     with net.vif() as vif:
         vif.ping()
-        progress = "/run/lab/answered"
-        server = checker(lab.dom0, "stream-serve", vif.dom0, vif.port, ready=True)
-        stream = checker(guest, "stream-send", vif.dom0, vif.port, progress)
+        stream = Stream(vif)
         vif.iperf("-n", "1M")  # its server
         pace = ("-b", STREAM, "--pacing-timer", "50000")
         load = guest.start(vif.iperf_line("-t", "3000", *pace))
 
-        def answered() -> int:
-            (seen,) = guest.look(progress)
-            return int(seen.text or 0) if seen else 0
-
         def goes_on() -> None:
-            before, sent = answered(), vif.counter("tx_bytes")
-            wait_until("the stream's answers", lambda: answered() > before + 10, 300)
+            sent = vif.counter("tx_bytes")
+            stream.goes_on()
             wait_until("iperf3's bytes", lambda: vif.counter("tx_bytes") > sent + (1 << 19), 300)
-            assert stream.running
             assert load.running
 
         goes_on()
@@ -412,9 +415,7 @@ def test_streams_go_on_through_a_dead_worker_a_restart_and_a_suspend(
         load.kill(2)
         ended = load.wait()
         assert "interrupt" in ended.stdout + ended.stderr, ended
-        stream.kill(15)
-        sent = report(stream)
-        assert report(server)["blocks"] == sent["sent"] == sent["answered"]
+        stream.end()
         assert "BUG" not in guest.output("dmesg")
 
 

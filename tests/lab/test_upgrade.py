@@ -19,7 +19,8 @@ from lab.scenario import Lab, wait_until
 
 pytestmark = pytest.mark.survive
 
-UPGRADES = 30 if int(os.environ.get("PVFRONT_REPEATS", "1")) > 1 else 3
+# Ten rounds of ten in a soak.
+UPGRADES = 10 if int(os.environ.get("PVFRONT_REPEATS", "1")) > 1 else 3
 DELAY_MS = 400
 MOUNT = "/mnt/xvdb"
 LOAD = (
@@ -66,6 +67,7 @@ def upgraded(guest: Guest) -> re.Match[str]:
         assert "did not answer in time" in ended.stderr, ended
 
 
+@pytest.mark.usefixtures("soak_round")
 @pytest.mark.timeout(900)
 def test_a_mounted_disk_at_depth_32_gets_other_workers_and_both_ends_stay_connected(
     pvf: Pvfront, guest: Guest, lab: Lab, program: str, capsys: pytest.CaptureFixture[str]

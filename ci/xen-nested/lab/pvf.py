@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from . import paths
 from .client import Job, Seen
 from .disks import BackingDisk
 from .guest import Guest
@@ -34,7 +35,7 @@ def start_service(guest: Guest, unit: str, line: str, before: str = ":") -> None
     started, pid = guest.services.get(unit, ("", 0))
     if started == line:
         (seen,) = guest.look(f"/proc/{pid}/cmdline")
-        if seen and "serve" in (seen.text or ""):
+        if seen and f"{unit.removeprefix('pvfront-')}\0serve\0" in (seen.text or ""):
             return
     settings = f"/etc/default/{unit}"
     said = guest.output(
@@ -146,10 +147,9 @@ class Pvfront:
             backing.remove()
 
     def detach(self, name: str = "xvdb") -> None:
-        if not self.lab.xl("block-detach", self.guest.kind, name, check=False).ok:
-            # libxl waits 10 s, which may pass on a machine that is busy elsewhere; then once more.
-            wait_until(f"{name} gone", lambda: not self.guest.has(f"/dev/pvfront/{name}"))
-            self.guest.block_detach(name)
+        self.lab.detach(
+            self.guest, "block-detach", name, lambda: not self.guest.has(f"/dev/pvfront/{name}")
+        )
         wait_until(
             f"{name} gone from dom0's store",
             lambda: self.lab.vbd_state(self.guest, VDEV[name]) == (None, None),
@@ -207,3 +207,31 @@ def end_fio(guest: Guest, *loads: Job, timeout: float = 300.0) -> None:
         errors = [line.split(";")[4] for line in lines]
         assert errors, result
         assert set(errors) == {"0"}, result
+
+
+class Overlapping:
+    """Threads whose writes overlap all the time (scripts/overlapping.py), until `end`."""
+
+    def __init__(
+        self, guest: Guest, path: str, offset: int = 0, *, blocks: int = 8, writers: int = 20,
+        readers: int = 12,
+    ) -> None:  # fmt: skip
+        program = "/run/overlapping.py"
+        guest.push(paths.LAB / "scripts" / "overlapping.py", program)
+        numbers = map(str, (offset, blocks, writers, readers))
+        self.job = guest.start(["/usr/bin/python3", program, path, *numbers], unit="overlapping")
+
+    def measure(self) -> None:
+        """From now on."""
+        self.job.kill(10)
+
+    def end(self) -> dict[str, float]:
+        """The longest times in which nothing was answered, in seconds: "pause" by the guest's
+        CLOCK_MONOTONIC, "away" by its CLOCK_BOOTTIME. Raises AssertionError if a read was wrong.
+        """
+        self.job.kill(2)
+        result = self.job.wait()
+        assert result.ok, result
+        figures: dict[str, Any] = json.loads(result.stdout)
+        assert figures["overlaps"] > 100, figures
+        return figures

@@ -71,6 +71,12 @@ def wait_until(
         time.sleep(every)
 
 
+Record = Callable[[str, object], None]
+"""Keeps a figure that a test has measured, by name: the fixture `record`."""
+
+GAVE_UP = re.compile(r"timed out|unable to remove device")
+"""What xl says of a detach that took longer than libxl waits."""
+
 D = TypeVar("D", bound=BackingDisk)
 
 
@@ -259,6 +265,21 @@ class Lab:
         read = f"for k in {front} {back}; do xenstore-read $k 2>/dev/null || echo; done"
         states = self.dom0.run(read).stdout.split("\n")
         return states[0] or None, states[1] or None
+
+    def detach(self, guest: Guest, verb: str, device: str, gone: Callable[[], bool]) -> None:
+        """`xl block-detach` or `network-detach` (`verb`); once more if libxl has given up.
+
+        It waits 10 s for the guest, which may pass on a machine that is busy elsewhere, and then
+        leaves the device's nodes behind. `gone`: whether the guest has let go of it.
+        """
+        ended = self.xl(verb, guest.kind, device, check=False)
+        if ended.ok:
+            return
+        if not GAVE_UP.search(ended.stderr):
+            raise CommandFailed(f"{guest.kind}: xl {verb} {device}: {ended}")
+        say(f"{guest.kind}: xl gave up on {verb} {device}; once more")
+        wait_until(f"{device} gone in the guest", gone)
+        self.xl(verb, guest.kind, device)
 
     def check_services(self) -> None:
         """Raise LabError(services) if one of Xen's daemons in dom0 has died."""

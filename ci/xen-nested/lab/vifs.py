@@ -183,6 +183,33 @@ def report(job: Job, timeout: float = 300.0) -> dict[str, Any]:
     return answer
 
 
+class Stream:
+    """Blocks over TCP from the guest to dom0, each compared there and answered, until `end`."""
+
+    def __init__(self, vif: Vif) -> None:
+        self.guest = vif.guest
+        self._progress = f"/run/lab/answered-{vif.net}"
+        self._server = checker(vif.lab.dom0, "stream-serve", vif.dom0, vif.port, ready=True)
+        self._job = checker(vif.guest, "stream-send", vif.dom0, vif.port, self._progress)
+
+    def answered(self) -> int:
+        """How many blocks were. Quick: for waiting."""
+        (seen,) = self.guest.look(self._progress)
+        return int(seen.text or 0) if seen else 0
+
+    def goes_on(self) -> None:
+        """Returns once some more were answered."""
+        before = self.answered()
+        wait_until("the stream's answers", lambda: self.answered() > before + 10)
+        assert self._job.running
+
+    def end(self) -> None:
+        """Raises AssertionError if a block was lost or changed."""
+        self._job.kill(15)
+        sent = report(self._job)
+        assert report(self._server)["blocks"] == sent["sent"] == sent["answered"]
+
+
 @dataclass
 class Networks:
     """The network service of one guest, and the guest's vifs."""
@@ -289,13 +316,13 @@ class Networks:
 
     def detach(self, vif: Vif) -> None:
         """`xl network-detach`; returns once nothing of it is left on either side."""
-        detach = ("network-detach", self.guest.kind, str(vif.devid))
-        if not self.lab.xl(*detach, check=False).ok:
-            # libxl waits 10 s, which may pass on a machine that is busy elsewhere; then once more.
-            wait_until(f"{vif.name} gone", lambda: not self.guest.has(f"/sys/class/net/{vif.name}"))
-            self.lab.xl(*detach)
+
+        def gone() -> bool:
+            return not self.guest.has(f"/sys/class/net/{vif.name}")
+
+        self.lab.detach(self.guest, "network-detach", str(vif.devid), gone)
         wait_until("the vif gone from the store", lambda: vif.states() == (None, None))
-        wait_until(f"{vif.name} gone", lambda: not self.guest.has(f"/sys/class/net/{vif.name}"))
+        wait_until(f"{vif.name} gone", gone)
         self._nets.discard(vif.net)
 
     @contextlib.contextmanager

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """Writes that overlap in flight, and reads that know which of them they may return.
 
-    overlapping.py PATH OFFSET [BLOCKS]
+    overlapping.py PATH OFFSET [BLOCKS [WRITERS READERS]]
 
 Runs in a guest, past the page cache, on a device or a file. Threads write blocks of 4 KiB, several
 times more threads than blocks, so that writes to the same place are always under way together; fio
@@ -11,7 +11,9 @@ acknowledged, what had been acknowledged before that one began is gone for good:
 shows it again was written by a request that somebody sent too late, or twice.
 
 SIGUSR1 begins the measurement of pauses anew. SIGINT ends it: it prints one line of JSON and
-exits with 0 if no operation failed and no read was wrong.
+exits with 0 if no operation failed and no read was wrong. `pause`: the longest time without an
+answer by the clock that programs wait by (CLOCK_MONOTONIC); `away`: by the one that goes on while
+the domain is a file (CLOCK_BOOTTIME).
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ import threading
 import time
 
 BLOCK, SECTOR = 4096, 512
-WRITERS, READERS = 20, 12
 STAMP = struct.Struct("<QQ")  # block, number of the write
+
+
+def clocks() -> tuple[float, ...]:
+    return time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Register:
@@ -58,7 +63,10 @@ class Register:
 
 
 class Work:
-    def __init__(self, path: str, offset: int, blocks: int) -> None:
+    def __init__(
+        self, path: str, offset: int, blocks: int = 8, writers: int = 20, readers: int = 12
+    ) -> None:
+        self.acts = ["write"] * writers + ["read"] * readers
         self.fd = os.open(path, os.O_RDWR | os.O_DIRECT)
         self.offset = offset
         self.blocks = [Register() for _ in range(blocks)]
@@ -67,8 +75,8 @@ class Work:
         self.errors: list[str] = []
         self.clock = 0
         self.writes = self.reads = self.overlaps = 0
-        self.last = time.monotonic()
-        self.pause = 0.0
+        self.last = clocks()
+        self.longest: tuple[float, ...] = (0.0, 0.0)
 
     def now(self) -> int:
         self.clock += 1
@@ -76,13 +84,14 @@ class Work:
 
     def answered(self) -> None:
         """An operation has ended: how long was it since the one before?"""
-        moment = time.monotonic()
-        self.pause = max(self.pause, moment - self.last)
-        self.last = moment
+        now = clocks()
+        gaps = (after - before for after, before in zip(now, self.last, strict=True))
+        self.longest = tuple(map(max, self.longest, gaps))
+        self.last = now
 
     def measure(self) -> None:
         with self.lock:
-            self.last, self.pause = time.monotonic(), 0.0
+            self.last, self.longest = clocks(), (0.0, 0.0)
 
     def write(self, buffer: mmap.mmap, block: int) -> None:
         register = self.blocks[block]
@@ -127,10 +136,7 @@ class Work:
         with mmap.mmap(-1, BLOCK) as buffer:
             for block in range(len(self.blocks)):
                 self.write(buffer, block)
-        lanes = [
-            threading.Thread(target=self.lane, args=(act,))
-            for act in ["write"] * WRITERS + ["read"] * READERS
-        ]
+        lanes = [threading.Thread(target=self.lane, args=(act,)) for act in self.acts]
         for lane in lanes:
             lane.start()
         while signal.sigwait({signal.SIGINT, signal.SIGUSR1}) == signal.SIGUSR1:
@@ -141,9 +147,10 @@ class Work:
         with mmap.mmap(-1, BLOCK) as buffer:
             for block in range(len(self.blocks)):
                 self.read(buffer, block)
+        pause, away = self.longest
         result = {
             "writes": self.writes, "reads": self.reads, "overlaps": self.overlaps,
-            "pause": round(self.pause, 3), "errors": self.errors[:20],
+            "pause": round(pause, 3), "away": round(away, 3), "errors": self.errors[:20],
         }  # fmt: skip
         print(json.dumps(result), flush=True)
         return 1 if self.errors else 0
@@ -151,5 +158,4 @@ class Work:
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
-    blocks = int(sys.argv[3]) if sys.argv[3:] else 8
-    sys.exit(Work(sys.argv[1], int(sys.argv[2]), blocks).run())
+    sys.exit(Work(sys.argv[1], *map(int, sys.argv[2:])).run())
