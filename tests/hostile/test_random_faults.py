@@ -40,6 +40,7 @@ class Havoc:
         self.world = disk.world
         self.random = random.Random(seed)
         self.done: Counter[str] = Counter()
+        self.longest: dict[str, float] = {}  # seconds, until both ends were Connected after it
         self.past: list[str] = []
         self.kinds: list[Callable[[], Awaitable[None]]] = [
             self.late, self.late, self.unordered, self.unordered, self.failing, self.deaf,
@@ -56,11 +57,17 @@ class Havoc:
             await kind()
             await self.disk.fault()
             await self.disk.release()
+            since = time.monotonic()
             await self.settled()
+            took = time.monotonic() - since
+            self.longest[kind.__name__] = max(took, self.longest.get(kind.__name__, 0.0))
 
     @property
     def counts(self) -> str:
-        return ", ".join(f"{name} {count}" for name, count in sorted(self.done.items()))
+        return ", ".join(
+            f"{name} {count} ({self.longest.get(name, 0.0):.1f} s)"
+            for name, count in sorted(self.done.items())
+        )
 
     def __str__(self) -> str:
         return f"faults: {self.counts}; {self.past}"
@@ -162,7 +169,7 @@ async def test_random_faults_lose_no_acknowledged_write_and_return_no_wrong_byte
 
     await work.beside(wreck(), havoc)
     with capsys.disabled():
-        print(f"\n0 miscompares, {work}; faults: {havoc.counts}")
+        print(f"\n0 miscompares, {work}; faults, and the longest until connected: {havoc.counts}")
 
 
 async def test_fio_verifies_its_data_under_faults_that_keep_the_connection(
