@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""Programs of the admin's that are run when something happens to a device.
+"""Programs of the admin's that are run when something happens to a device, or to the domain.
 
 As run-parts(8): every executable file of one directory whose name has nothing but letters, digits,
 `_` and `-`, in the order of their names, with nothing on standard input. What happened is told in
-the environment. Events of a device are told one after the other; a device never waits for them.
+the environment. Events of a device are told one after the other; a device never waits for them:
+to the programs of the directory itself, and to those of `post-EVENT.d` below it. A moment in the
+domain's life (`pre-suspend`) has the programs of `MOMENT.d`, and somebody who waits for them.
 
 A hook has `LIMIT` seconds; then it and what it started are killed. What it prints goes to the log,
 line by line. It does not inherit what makes this process the last that memory pressure ends.
@@ -37,10 +39,10 @@ class Hooks:
         self._waiting: list[tuple[str, dict[str, str]]] = []
         self._task: asyncio.Task[None] | None = None
 
-    def programs(self) -> list[Path]:
-        """What there is to run now."""
+    def programs(self, below: str = "") -> list[Path]:
+        """What there is to run now; `below`: of a directory in the directory."""
         try:
-            found = sorted(self.directory.iterdir())
+            found = sorted((self.directory / below).iterdir())
         except OSError:
             return []
         return [
@@ -59,6 +61,28 @@ class Hooks:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="hooks")
 
+    async def run(
+        self, moment: str, facts: Mapping[str, object] | None = None, *, within: float | None = None
+    ) -> list[str]:
+        """Runs the programs of `moment`.d ("pre-suspend") and returns when all have ended.
+
+        within: seconds for all of them; what is not done then is killed, or not begun. Returns a
+        line for each that failed; nothing else comes of a failure.
+        """
+        values = {f"PVFRONT_{name}": str(value) for name, value in (facts or {}).items()}
+        values["PVFRONT_EVENT"] = moment
+        loop = asyncio.get_running_loop()
+        end = None if within is None else loop.time() + within
+        failures = []
+        for program in self.programs(f"{moment}.d"):
+            limit = self.limit if end is None else min(self.limit, end - loop.time())
+            if limit <= 0:
+                failures.append(f"{program.name}: not begun: no time is left for {moment}")
+                log.warning("hook %s", failures[-1])
+            elif failure := await self._tried(program, moment, values, limit):
+                failures.append(f"{program.name}: {failure}")
+        return failures
+
     async def told(self) -> None:
         """Returns when every event so far has been told."""
         while (task := self._task) is not None:
@@ -75,42 +99,48 @@ class Hooks:
         try:
             while self._waiting:
                 event, values = self._waiting.pop(0)
-                for program in self.programs():
-                    try:
-                        await self._one(program, event, values)
-                    except OSError as error:
-                        log.warning("hook %s: %s", program.name, error)
+                for program in (*self.programs(), *self.programs(f"post-{event}.d")):
+                    await self._tried(program, event, values, self.limit)
         finally:
             self._task = None
 
-    async def _one(self, program: Path, event: str, values: Mapping[str, str]) -> None:
-        process = await asyncio.create_subprocess_exec(
-            str(program),
-            cwd="/",
-            env={**os.environ, **values},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
-        _make_common(process.pid)
-        assert process.stdout is not None
+    async def _tried(
+        self, program: Path, event: str, values: Mapping[str, str], limit: float
+    ) -> str:
+        """Runs one; why it failed, "" if it did not. The log has been told."""
         try:
-            async with asyncio.timeout(self.limit):
-                await _log_lines(program.name, process.stdout)
-                status = await process.wait()
-        except TimeoutError:
-            log.warning(
-                "hook %s: killed: not done with %s in %g s", program.name, event, self.limit
-            )
-            return
-        finally:
-            # Whatever it has left behind too: the group is its own.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-        if status:
-            log.warning("hook %s: %s: ended with status %d", program.name, event, status)
+            failure = await _one(program, event, values, limit)
+        except OSError as error:
+            failure = str(error)
+        if failure:
+            log.warning("hook %s: %s", program.name, failure)
+        return failure
+
+
+async def _one(program: Path, event: str, values: Mapping[str, str], limit: float) -> str:
+    process = await asyncio.create_subprocess_exec(
+        str(program),
+        cwd="/",
+        env={**os.environ, **values},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+    )
+    _make_common(process.pid)
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(limit):
+            await _log_lines(program.name, process.stdout)
+            status = await process.wait()
+    except TimeoutError:
+        return f"killed: not done with {event} in {limit:g} s"
+    finally:
+        # Whatever it has left behind too: the group is its own.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    return f"{event}: ended with status {status}" if status else ""
 
 
 def _make_common(pid: int) -> None:

@@ -29,6 +29,7 @@ _PR_SET_IO_FLUSHER = 57  # linux/prctl.h
 _PR_SET_THP_DISABLE = 41
 _LOG_QUEUE = 4096
 _SYSTEMD = Path("/run/systemd/system")  # there if systemd is the init, sd_booted(3)
+_KINDS = ("poweroff", "reboot", "halt", "kexec", "soft-reboot")
 _SYSTEMCTL_DEADLINE = 5.0
 _LAST_WORDS = 2.0  # seconds that the log gets at the end of the process
 _SYSLOG_LEVEL = {
@@ -184,6 +185,24 @@ async def keep_watchdog(environ: Mapping[str, str] = os.environ) -> None:
 async def system_is_stopping() -> bool:
     """Whether the whole machine is on its way down, as far as systemd says so in time."""
     return (await _systemctl("is-system-running")).strip() == "stopping"
+
+
+async def shutdown_kind() -> str:
+    """What the machine is on its way down for: poweroff, reboot, halt, kexec, or shutdown if
+    systemd names none of them; "" if it is not on its way down, as far as systemd says in time.
+    """
+    if not await system_is_stopping():
+        return ""
+    return kind_of(await _systemctl("list-jobs", "--plain", "--no-legend"))
+
+
+def kind_of(jobs: str) -> str:
+    """The kind of shutdown among the jobs (number, unit, type, state)."""
+    for line in jobs.splitlines():
+        match line.split():
+            case [_, unit, "start", *_] if unit.removesuffix(".target") in _KINDS:
+                return unit.removesuffix(".target")
+    return "shutdown"
 
 
 async def service_restarts(cgroup: Path = Path("/proc/self/cgroup")) -> bool:

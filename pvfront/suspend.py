@@ -55,6 +55,7 @@ from typing import Any, Protocol
 from .cgroup import FreezeFailed, Freezer
 from .errors import PvfrontError
 from .fssync import sync_devices
+from .hooks import Hooks
 from .suspend_group import Devices, Group, NotOwner, Participants, SuspendError, Watched
 from .suspend_machine import (
     Action,
@@ -186,10 +187,12 @@ class Suspend(Watched):
         effects: Effects | None = None,
         limits: Limits | None = None,
         run_dir: Path = RUN_DIR,
+        hooks: Hooks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`participants`: every device that has, or may have, a port bound; asked when it matters.
-        `on_change` is called when something that `status` says has changed.
+        `on_change` is called when something that `status` says has changed. `hooks`: the admin's
+        programs, told before programs are frozen and when all is over (`_step`, `_freeze`).
 
         Raises CannotVeto or DeviceUnavailable: this process or kernel cannot own suspend.
         """
@@ -204,6 +207,8 @@ class Suspend(Watched):
         self.owns = False
         """Whether this process owns suspend, and so says when ports may be bound."""
         self._run_dir = run_dir
+        self._hooks = hooks or Hooks(Path("/nonexistent"))
+        self._hooked = False  # they were told of this request
         self._clock = clock
         self.machine = Machine(limits=self._limits)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -370,8 +375,10 @@ class Suspend(Watched):
                 self._set_open(True)
             if before is Stage.SUSPENDING:
                 self._leave_suspending()
-            if after is Stage.WATCHING and self.machine.last_refusal:
-                log.error("suspend refused: %s", self.machine.last_refusal)
+            if after is Stage.WATCHING:
+                if self.machine.last_refusal:
+                    log.error("suspend refused: %s", self.machine.last_refusal)
+                self._spawn(self._over())
         self._tell()
         for action in actions:
             self._act(action)
@@ -454,7 +461,22 @@ class Suspend(Watched):
         for group in self._groups():
             group.poison()
 
+    async def _over(self) -> None:
+        """Hooks that undo what `pre-suspend` did; programs run again."""
+        self._hooked = False
+        machine = self.machine
+        outcome = "refused" if machine.last_refusal else "resumed"
+        if not machine.last_refusal and machine.cancelled:
+            outcome = "cancelled"
+        facts = {"OUTCOME": outcome, "REASON": machine.last_refusal}
+        await self._hooks.run("post-suspend", facts)
+        if outcome == "resumed":
+            await self._hooks.run("post-resume")
+
     async def _freeze(self) -> None:
+        if not self._hooked:  # else it is another attempt at the same request
+            self._hooked = True
+            await self._hooks.run("pre-suspend", within=self._limits.hooks)
         self._effects.spare(self._hub.cgroups)
         count = await self._effects.freeze(self._limits.freeze)
         log.info("suspend: %d cgroups frozen", count)
@@ -537,6 +559,8 @@ class Suspend(Watched):
             log.error("suspend: not connected again yet: %s", failure)
 
     async def _thaw(self) -> None:
+        if self.machine.suspended and self.machine.cancelled is False:
+            await self._hooks.run("pre-resume", within=self._limits.hooks)
         self._effects.thaw()
 
     @staticmethod

@@ -22,6 +22,7 @@ class Limits:
     threads) must stay below it.
     """
 
+    hooks: float = 10.0  # of the admin's programs, before that
     freeze: float = 20.0  # fsync on a slow disk: a task is frozen when its disk has answered
     settle: float = 10.0
     drain: float = 3.0  # of which waiting for nothing in flight

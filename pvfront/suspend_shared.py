@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .fssync import sync_devices
+from .hooks import Hooks
 from .platform import Platform
 from .suspend import RUN_DIR, Store, Suspend
 from .suspend_group import Devices, NotOwner, Participants, Watched
@@ -36,6 +37,7 @@ class SharedSuspend(Watched):
         make: Callable[..., Suspend] = Suspend,
         limits: Limits | None = None,
         run_dir: Path = RUN_DIR,
+        hooks: Hooks | None = None,
     ) -> None:
         """`service`: for messages, "pvfront-vbd". Raises CannotVeto or DeviceUnavailable."""
         super().__init__()
@@ -43,7 +45,12 @@ class SharedSuspend(Watched):
 
         def new() -> Suspend:
             return make(
-                store, participants, on_change=self._tell, limits=self._limits, run_dir=run_dir
+                store,
+                participants,
+                on_change=self._tell,
+                limits=self._limits,
+                run_dir=run_dir,
+                hooks=hooks,
             )
 
         self._new = new
@@ -131,4 +138,5 @@ def in_guest(
     """What a supervisor needs to take part in suspends, as `service`; None: there are none here."""
     if on.name != "xen":
         return None
-    return lambda devices: SharedSuspend(store, devices, service)
+    hooks = Hooks(on.config_dir / "hooks.d")
+    return lambda devices: SharedSuspend(store, devices, service, hooks=hooks)

@@ -4,13 +4,21 @@
 The watches of a domain fire anew when the kernel sets them in the new domain's store
 (drivers/xen/xenbus/xenbus_xs.c, `xs_resume`). `domid` never changes otherwise. A suspend that was
 cancelled sets nothing anew, and is none here.
+
+Whoever owns suspend (suspend.py) runs its hooks. Where nobody does, the kernel suspends without
+asking, and what is left to tell is told here.
 """
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
+from ..hooks import Hooks
 from .context import Context, Resumed
 
 log = logging.getLogger(__name__)
@@ -26,6 +34,7 @@ class Resumes:
     def __init__(self) -> None:
         self._count = 0
         self._watching = False
+        self._hooks: list[asyncio.Task[list[str]]] = []
 
     async def run(self, context: Context) -> None:
         async with context.store.watch(SENTINEL) as fired:
@@ -36,6 +45,26 @@ class Resumes:
                 self._count = context.resumes
                 log.info("the domain was resumed (%d since the agent's start)", context.resumes)
                 context.events.publish(Resumed(context.resumes))
+                if not owned(context.platform.run_dir):
+                    hooks = Hooks(context.platform.config_dir / "hooks.d")
+                    self._hooks.append(asyncio.create_task(hooks.run("post-resume")))
+                    self._hooks = [task for task in self._hooks if not task.done()]
 
     def status(self) -> dict[str, Any]:
         return {"watching": self._watching, "count": self._count}
+
+
+def owned(run_dir: Path) -> bool:
+    """Whether some service owns suspend now: it holds a lock."""
+    try:
+        fd = os.open(run_dir / "suspend.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)

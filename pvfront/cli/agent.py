@@ -32,6 +32,19 @@ def run(verbose: bool) -> None:
 
 
 @agent.command()
+@click.argument("moment", type=click.Choice(["pre-shutdown", "post-shutdown"]))
+def hooks(moment: str) -> None:
+    """Run the hooks of MOMENT, if the machine is on its way down; for the units of these names.
+
+    A hook that fails or hangs is said in the log, and holds up nothing but its time.
+    """
+    from ..agent.shutdown import run_hooks
+
+    prepare_log(logging.INFO)
+    asyncio.run(run_hooks(moment, platform().config_dir / "hooks.d"))
+
+
+@agent.command()
 @json_option
 def status(as_json: bool) -> None:
     """Show what the running agent does: each of its parts."""

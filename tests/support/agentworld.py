@@ -29,6 +29,10 @@ class Place(Embedded):
         super().__init__(directory)
         self.roots = Roots(directory)
 
+    @property
+    def config_dir(self) -> Path:
+        return self.directory / "etc" / "pvfront"
+
 
 @dataclass
 class AgentWorld:
@@ -59,6 +63,11 @@ class AgentWorld:
         where.parent.mkdir(parents=True, exist_ok=True)
         where.write_text(text)
         return where
+
+    def hook(self, moment: str, body: str) -> None:
+        """A program of the admin's."""
+        path = self.file(f"etc/pvfront/hooks.d/{moment}.d/hook", f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
 
     @contextlib.asynccontextmanager
     async def running(self, *components: Component) -> AsyncIterator[Agent]:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 
 from waiting import PATIENCE
 
 from pvfront.cgroup import FreezeFailed
+from pvfront.hooks import Hooks
 from pvfront.suspend import Suspend
 from pvfront.suspend_machine import Limits, Stage
 from pvfront.veto import Line, LogEvent
@@ -181,6 +182,23 @@ class FakeDevice:
         return self.busy
 
 
+class FakeHooks(Hooks):
+    """The admin's programs, which say when they are told and with what."""
+
+    def __init__(self, story: list[str]) -> None:
+        super().__init__(Path("/nonexistent"))
+        self.story = story
+        self.takes = 0.0
+
+    async def run(
+        self, moment: str, facts: Mapping[str, object] | None = None, *, within: float | None = None
+    ) -> list[str]:
+        assert within is not None or moment.startswith("post-"), "somebody waits for it"
+        await asyncio.sleep(self.takes)
+        self.story.append(" ".join([moment, *(str(v) for v in (facts or {}).values() if v)]))
+        return []
+
+
 class World:
     """One domain: kernel, store, devices and the owner of suspend."""
 
@@ -190,12 +208,14 @@ class World:
         self.kernel = FakeKernel(self.story)
         self.devices = [FakeDevice("xvdb", self.story)]
         self.store.on_write = self.kernel_takes
+        self.hooks = FakeHooks([])
         self.suspend = Suspend(
             self.store,
             lambda: self.devices,
             effects=self.kernel,
             limits=limits,
             run_dir=run_dir,
+            hooks=self.hooks,
             clock=asyncio.get_running_loop().time,
         )
         self.kernel_obeys = True

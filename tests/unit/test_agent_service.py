@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from agentworld import AgentWorld, agent_world
 from waiting import eventually
 
 from pvfront.agent.context import WAITING, Context, Events, Resumed, ShutdownAsked
-from pvfront.agent.resume import Resumes
+from pvfront.agent.resume import Resumes, owned
 from pvfront.agent.service import COMPONENTS, Agent, ask_status
 from pvfront.errors import PvfrontError
 from pvfront.service import keep_watchdog
@@ -98,6 +99,26 @@ async def test_a_resume_is_counted_and_told_and_nothing_else_is(world: AgentWorl
             assert told.empty()
     assert resumes.status() == {"watching": True, "count": 1}
     assert world.context.resumes == 1
+
+
+@pytest.mark.parametrize("is_owned", [False, True])
+async def test_hooks_of_a_resume_are_the_agents_only_where_nobody_owns_suspend(
+    world: AgentWorld, is_owned: bool
+) -> None:
+    resumes, out = Resumes(), world.root / "out"
+    world.hook("post-resume", f"echo $PVFRONT_EVENT > {out}")
+    lock = world.file("run/pvfront/suspend.lock", "1\n")
+    with lock.open() as file, world.context.events.subscription() as told:
+        if is_owned:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        async with world.running(resumes):
+            await eventually("the watch", lambda: resumes.status()["watching"])
+            world.set("domid", "7", perms="n0,r5")
+            await asyncio.wait_for(told.get(), 60)
+            assert owned(lock.parent) is is_owned
+            if not is_owned:
+                await eventually("the hook", lambda: out.exists() and out.read_text())
+    assert out.exists() is not is_owned
 
 
 def test_a_subscriber_that_does_not_look_loses_the_oldest_events() -> None:

@@ -16,7 +16,7 @@ from pvfront.hooks import Hooks
 
 
 def program(directory: Path, name: str, body: str, mode: int = 0o755) -> Path:
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / name
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(mode)
@@ -136,3 +136,40 @@ async def test_close_ends_what_runs(tmp_path: Path) -> None:
     pid = int(await asyncio.wait_for(asyncio.to_thread(pids.read_text), PATIENCE))
     await to.close()
     await eventually("its end", lambda: ended(pid))
+
+
+async def test_a_size_is_told_to_the_programs_of_its_own_directory_too(tmp_path: Path) -> None:
+    made, out = tmp_path / "hooks.d", tmp_path / "out"
+    program(made, "all", f'echo "all $PVFRONT_EVENT" >> {out}')
+    program(made / "post-resize.d", "grow", f'echo "grow $PVFRONT_EVENT" >> {out}')
+    program(made / "pre-suspend.d", "no", f"echo no >> {out}")
+    to = Hooks(made)
+    to.tell("resize", {})
+    to.tell("eject", {})
+    await told(to)
+    assert out.read_text().splitlines() == ["all resize", "grow resize", "all eject"]
+
+
+async def test_a_moment_is_over_when_its_programs_are_and_says_which_failed(
+    tmp_path: Path,
+) -> None:
+    made, out = tmp_path / "hooks.d", tmp_path / "out"
+    program(made / "pre-suspend.d", "1-well", f'echo "$PVFRONT_EVENT $PVFRONT_WHY" >> {out}')
+    program(made / "pre-suspend.d", "2-bad", "exit 3")
+    (made / "pre-suspend.d" / "3-none").write_text("no program, though it may be run")
+    (made / "pre-suspend.d" / "3-none").chmod(0o755)
+    failures = await Hooks(made).run("pre-suspend", {"WHY": "migration"})
+    assert out.read_text() == "pre-suspend migration\n"
+    assert failures[0] == "2-bad: pre-suspend: ended with status 3"
+    assert "Exec format error" in failures[1]
+    assert await Hooks(made).run("post-suspend") == []
+
+
+async def test_a_hook_that_hangs_costs_the_moment_no_more_than_its_time(tmp_path: Path) -> None:
+    made, out = tmp_path / "hooks.d", tmp_path / "out"
+    program(made / "pre-suspend.d", "1-hangs", f"echo $$ > {out}; sleep 1000")
+    program(made / "pre-suspend.d", "2-late", "true")
+    failures = await asyncio.wait_for(Hooks(made).run("pre-suspend", within=1.0), PATIENCE)
+    assert failures[0].startswith("1-hangs: killed: not done with pre-suspend in ")
+    assert failures[1] == "2-late: not begun: no time is left for pre-suspend"
+    await eventually("the end of what hung", lambda: ended(int(out.read_text())))

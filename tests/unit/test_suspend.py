@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from suspendworld import QUICK, SUSPENDED, VETOED, FakeDevice, World
 from vclock import VirtualLoop
-from waiting import PATIENCE
+from waiting import PATIENCE, eventually
 
+from pvfront.errors import PvfrontError
 from pvfront.suspend_group import NotOwner
 from pvfront.suspend_machine import Commanded, Event, Limits, Stage
 from pvfront.veto import CannotVeto, Line, LogEvent
@@ -57,6 +58,38 @@ async def test_a_suspend_goes_in_order_and_comes_back_in_reverse(tmp_path: Path)
         assert world.devices[0].cancelled == [False]
         assert world.suspend.status()["suspended"] == 1
         assert world.suspend.armed
+
+
+async def test_hooks_are_told_while_programs_run_and_before_they_go_on(tmp_path: Path) -> None:
+    async with running(World(tmp_path)) as world:
+        world.story.clear()
+        world.hooks.story = world.story
+        world.toolstack_asks()
+        await world.until_settled()
+        await eventually("the last hook", lambda: "post-resume" in world.story)
+        assert [what for what in world.story if what in ("freeze", "thaw") or "-" in what] == [
+            "pre-suspend",
+            "freeze",
+            "freeze",
+            "pre-resume",
+            "thaw",
+            "post-suspend resumed",
+            "post-resume",
+        ]
+
+
+async def test_a_suspend_that_is_tried_again_and_refused_has_its_hooks_once(
+    tmp_path: Path,
+) -> None:
+    async with running(World(tmp_path, replace(QUICK, retry_before=2.0))) as world:
+        world.devices[0].failures = [PvfrontError("stuck")] * 1000
+        world.devices[0].prepare_takes = 0.2
+        world.hooks.takes = 1.0
+        world.toolstack_asks()
+        await world.until(lambda s: s.machine.counts.refused == 1)
+        await eventually("the last hook", lambda: len(world.hooks.story) == 2)
+        assert world.hooks.story[0] == "pre-suspend"
+        assert world.hooks.story[1].startswith("post-suspend refused cannot be closed: xvdb: stuck")
 
 
 async def test_the_kernels_freeze_timeout_is_short_only_during_our_suspend(tmp_path: Path) -> None:
