@@ -5,7 +5,6 @@ it, what is on it is mounted and activated as from any other disk, and taken dow
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -41,17 +40,6 @@ def enabled(lab: Lab, guest: Guest) -> Iterator[Pvfront]:
     yield pvf
     # The next start may be a destroy.
     guest.run(f"rm -f {WANTED}; touch {STARTED}; sync", check=False)
-
-
-@contextlib.contextmanager
-def root_of(guest: Guest) -> Iterator[str]:
-    """The root file system of a guest that is down, in dom0."""
-    where = f"/tmp/root-{guest.kind}"
-    guest.dom0.run(f"mkdir -p {where} && mount {guest.root} {where}")
-    try:
-        yield where
-    finally:
-        guest.dom0.run(f"umount {where} && blockdev --flushbufs {guest.root}")
 
 
 def with_files(lab: Lab) -> tuple[BackingDisk, VolumeDisk]:
@@ -131,7 +119,7 @@ def test_at_boot_fstab_mounts_our_disk_and_lvm_finds_its_volume_on_it(
     guest.destroy()
     data, volume = with_files(lab)
     specs = {"xvdb": data.spec("xvdb"), "xvdc": volume.below.spec("xvdc")}
-    with root_of(guest) as root:
+    with guest.root_in_dom0() as root:
         lab.dom0.run(
             f"{enable(root)} && echo PVFRONT_DISKS=--all >{root}/etc/default/{UNIT} "
             f"&& mkdir -p {root}/srv/data {root}/srv/volume "
@@ -159,7 +147,7 @@ def test_at_boot_fstab_mounts_our_disk_and_lvm_finds_its_volume_on_it(
             pvf.detach(name)
     except BaseException:
         guest.destroy()
-        with root_of(guest) as root:
+        with guest.root_in_dom0() as root:
             lab.dom0.run(f": >{root}/etc/fstab; rm -f {root}{WANTED}")
         raise
     for backing in (data, volume):

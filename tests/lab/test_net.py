@@ -35,7 +35,7 @@ STREAM = "2M"
 guest's one emulated processor. iperf3 would wake up 1000 times a second to keep a rate:
 that takes all of it."""
 SOAK = int(os.environ.get("PVFRONT_REPEATS", "1")) > 1
-CYCLES = 200 if SOAK else 10
+CYCLES = int(os.environ.get("PVFRONT_CYCLES", 200 if SOAK else 10))
 FRAMES = 5000 if SOAK else 250
 LARGEST = 65517  # MTU: netback's
 HOLES_KIB = 2048
@@ -420,18 +420,98 @@ def test_streams_go_on_through_a_dead_worker_a_restart_and_a_suspend(
 
 
 @pytest.mark.long
-def test_a_cable_that_the_toolstack_pulls_is_seen_and_so_is_its_return(
+def test_a_cable_that_is_pulled_by_any_key_of_dom0_is_seen_and_so_is_its_return(
     net: Networks, lab: Lab, guest: Guest
 ) -> None:
     with net.vif() as vif:
         vif.ping()
-        key = f"/local/domain/{guest.number}/device/vif/{vif.devid}/disconnect"
-        carrier = f"/sys/class/net/{vif.name}/carrier"
-        lab.xenstore_write(key, "1")
-        wait_until("no carrier", lambda: guest.read(carrier) == b"0\n")
-        lab.xenstore_write(key, "0")
-        wait_until("a carrier", lambda: guest.read(carrier) == b"1\n")
+        front = f"/local/domain/{guest.number}/device/vif/{vif.devid}"
+        back = f"/local/domain/0/backend/vif/{guest.number}/{vif.devid}"
+        sys = f"/sys/class/net/{vif.name}"
+        for key, down, up in (
+            (f"{front}/disconnect", "1", "0"),
+            (f"{back}/carrier", "0", "1"),
+            (f"{front}/speed", "0", "10G"),
+        ):
+            lab.xenstore_write(key, down)
+            wait_until("no carrier", lambda: guest.read(f"{sys}/carrier") == b"0\n")
+            assert key.rpartition("/")[2] in net.state(vif)["no_carrier_because"]
+            lab.xenstore_write(key, up)
+            wait_until("a carrier", lambda: guest.read(f"{sys}/carrier") == b"1\n")
+            vif.ping(56, 4000)
+        assert guest.read(f"{sys}/speed") == b"10000\n"
+        assert "Speed: 10000Mb/s" in guest.output(["ethtool", vif.name])
+
+
+AT_BOOT = "/etc/systemd/system/multi-user.target.wants"
+
+
+@pytest.mark.long
+def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_order(
+    lab: Lab, guest: Guest
+) -> None:
+    """Both services take all there is before anybody uses it, but the control vif."""
+    net = 99
+    vif = Vif(lab, guest, 1, f"00:16:3e:77:63:{net:02x}", net, "eth1")
+    theirs, ours = vif.addresses(1), vif.addresses(2)
+    backing = lab.loop_disk(16)
+    guest.shutdown()
+    guest.dirty = True
+    network = "".join((
+        f"[Match]\nMACAddress={vif.mac}\n[Network]\nLinkLocalAddressing=no\n",
+        f"Address={ours[0]}/24\nAddress={ours[1]}/64\n",
+    ))  # fmt: skip
+    with guest.root_in_dom0() as root:
+        lab.dom0.write(f"{root}/etc/systemd/network/10-lab.network", network)
+        lab.dom0.run(
+            f"cd {root} && for s in {DISKS} {UNIT}; do "
+            f"ln -sfn /etc/systemd/system/$s.service .{AT_BOOT}/$s.service; rm -f etc/default/$s; "
+            "done && "
+            f"ln -sfn /lib/systemd/system/systemd-networkd.service .{AT_BOOT}/ && "
+            # Its default route, of which it is known that it is to be left alone.
+            "echo 'ip route add default via 10.0.2.2 dev \"${n##*/}\"' >>lab/guest-net"
+        )
+    try:
+        guest.create(
+            disks=[backing.spec("xvdb")],
+            vifs=[f"type=vif,mac={vif.mac},script=vif-lab,ip={theirs[0]}/24 {theirs[1]}/64"],
+        )
+        service = Networks(lab, guest)
+        service.wait_served(vif)
+        assert not is_the_kernels(guest, vif)
+        wait_until(
+            "networkd's word that it is configured",
+            lambda: "(configured)" in guest.output("networkctl --no-pager status eth1"),
+        )
+        said = guest.output("ip -o address show dev eth1")
+        assert all(address in said for address in ours)
+        since = "systemctl show --value -p ActiveEnterTimestampMonotonic"
+        vifs, networkd = (
+            int(guest.output(f"{since} {unit}")) for unit in (UNIT, "systemd-networkd")
+        )
+        assert 0 < vifs < networkd
+        assert is_the_kernels(guest, Vif(lab, guest, 0, guest.mac, 0, "eth0"))
+        wait_until("the disk", lambda: guest.has("/dev/pvfront/xvdb", "b"))
         vif.ping(56, 4000)
+        vif.fetch(4)
+        vif.iperf("-n", "1M")  # its server
+        guest.start(vif.iperf_line("-t", "3000", "-b", STREAM, "--pacing-timer", "50000"))
+        sent = vif.counter("tx_bytes")
+        wait_until("iperf3's bytes", lambda: vif.counter("tx_bytes") > sent + (1 << 19), 300)
+        before = len(guest.console())
+        guest.shutdown(timeout=180)
+        assert not re.search(r"BUG|WARNING|Call Trace|hung task", guest.console()[before:])
+        assert vif.states() == (None, None)
+    finally:
+        guest.destroy()
+        with guest.root_in_dom0() as root:
+            lab.dom0.run(
+                f"cd {root} && rm -f etc/systemd/network/10-lab.network "
+                f".{AT_BOOT}/pvfront-*.service .{AT_BOOT}/systemd-networkd.service && "
+                "sed -i '/^ip route/d' lab/guest-net",
+                check=False,
+            )
+    backing.remove()
 
 
 def is_the_kernels(guest: Guest, vif: Vif) -> bool:

@@ -8,9 +8,10 @@ and printed. Nothing else is ever repeated.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -358,6 +359,16 @@ class Guest(Machine):
         self._begin_twice_if_tcg_faults(
             "restor", lambda: self.dom0.run(["xl", "restore", path], timeout=CREATE_DEADLINE)
         )
+
+    @contextlib.contextmanager
+    def root_in_dom0(self) -> Iterator[str]:
+        """Where dom0 has the root file system of a guest that is down."""
+        where = f"/tmp/root-{self.kind}"
+        self.dom0.run(f"mkdir -p {where} && mount {self.root} {where}")
+        try:
+            yield where
+        finally:
+            self.dom0.run(f"umount {where} && blockdev --flushbufs {self.root}")
 
     # -- devices ----------------------------------------------------------------------------
 
