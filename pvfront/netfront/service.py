@@ -24,8 +24,8 @@ from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
 from . import link, tap
 from .frontend import NetFrontend
-from .linkconfig import built_on, default_routes
 from .settings import NetSettings
+from .uplink import note_of, refuse_if_relied_on
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Networks(DeviceClass):
             return
         ifname = link.kernels_name(name, ifname, self.platform.roots)
         if not force:
-            _refuse_if_relied_on(ifname)
+            refuse_if_relied_on(name, ifname, note_of(self.platform.roots))
         note = link.note_path(name, self.platform.run_dir)
         link.take_over(name, ifname, self.platform.run_dir)
         try:
@@ -155,19 +155,6 @@ class Networks(DeviceClass):
         self._frontends.pop(name, None)
         self._names.pop(name, None)
         link.note_path(name, self.platform.run_dir).unlink(missing_ok=True)
-
-
-def _refuse_if_relied_on(ifname: str) -> None:
-    if ifname in default_routes():
-        raise PvfrontError(
-            f"it is {ifname}, the interface of the default route",
-            hint="--force takes it all the same: its connections pause meanwhile",
-        )
-    if above := built_on(ifname):
-        raise PvfrontError(
-            f"it is {ifname}, which {', '.join(above)} is built on, and would go with it",
-            hint="--force takes it all the same; they are not made again",
-        )
 
 
 def find(name: str, present: Collection[int], on: Platform) -> int:

@@ -448,11 +448,10 @@ AT_BOOT = "/etc/systemd/system/multi-user.target.wants"
 
 @pytest.mark.long
 def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_order(
-    lab: Lab, guest: Guest
+    net: Networks, lab: Lab, guest: Guest
 ) -> None:
-    """Both services take all there is before anybody uses it, but the control vif."""
-    net = 99
-    vif = Vif(lab, guest, 1, f"00:16:3e:77:63:{net:02x}", net, "eth1")
+    """Both services take all there is before anybody uses it, but what had the default route."""
+    vif = Vif(lab, guest, 1, "00:16:3e:77:63:63", 99, "eth1")
     theirs, ours = vif.addresses(1), vif.addresses(2)
     backing = lab.loop_disk(16)
     guest.shutdown()
@@ -467,17 +466,14 @@ def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_o
             f"cd {root} && for s in {DISKS} {UNIT}; do "
             f"ln -sfn /etc/systemd/system/$s.service .{AT_BOOT}/$s.service; rm -f etc/default/$s; "
             "done && "
-            f"ln -sfn /lib/systemd/system/systemd-networkd.service .{AT_BOOT}/ && "
-            # Its default route, of which it is known that it is to be left alone.
-            "echo 'ip route add default via 10.0.2.2 dev \"${n##*/}\"' >>lab/guest-net"
+            f"ln -sfn /lib/systemd/system/systemd-networkd.service .{AT_BOOT}/"
         )
     try:
         guest.create(
             disks=[backing.spec("xvdb")],
             vifs=[f"type=vif,mac={vif.mac},script=vif-lab,ip={theirs[0]}/24 {theirs[1]}/64"],
         )
-        service = Networks(lab, guest)
-        service.wait_served(vif)
+        net.wait_served(vif)
         assert not is_the_kernels(guest, vif)
         wait_until(
             "networkd's word that it is configured",
@@ -507,8 +503,7 @@ def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_o
         with guest.root_in_dom0() as root:
             lab.dom0.run(
                 f"cd {root} && rm -f etc/systemd/network/10-lab.network "
-                f".{AT_BOOT}/pvfront-*.service .{AT_BOOT}/systemd-networkd.service && "
-                "sed -i '/^ip route/d' lab/guest-net",
+                f".{AT_BOOT}/pvfront-*.service .{AT_BOOT}/systemd-networkd.service",
                 check=False,
             )
     backing.remove()

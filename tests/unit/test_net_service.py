@@ -8,6 +8,7 @@ goes with it. Everything else is this machine's kernel, in a namespace of the te
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,6 +214,48 @@ async def test_the_interface_of_the_default_route_is_taken_by_force_only(
     assert not kernel.bound("vif-1")
     await networks.give_back(device)
     assert f"default via {gateway} dev eth1" in ip(family, "route", "show", "default")
+
+
+async def test_at_boot_the_interface_that_had_the_default_route_is_left_alone_as_before(
+    kernel: Kernel, networks: Networks
+) -> None:
+    """There is no route yet."""
+
+    def reboots() -> None:
+        for device in ("vif-0", "vif-1"):
+            if kernel.bound(device):
+                kernel.unbind(device)
+        shutil.rmtree(kernel.roots.run)
+        kernel.roots.run.mkdir()
+        for number in range(2):
+            kernel.name = f"eth{number}"
+            kernel.bind(f"vif-{number}")
+
+    for number in range(2):
+        kernel.name = f"eth{number}"
+        kernel.plug(number)
+    ip("addr", "add", "10.1.2.1/24", "dev", "eth0")
+    ip("link", "set", "eth0", "up")
+    ip("route", "add", "default", "via", "10.1.2.9", "dev", "eth0")
+    with pytest.raises(PvfrontError, match=r"the interface of the default route$"):
+        await networks.take(Device(0), force=False)
+    reboots()
+    assert ip("route", "show", "default") == ""
+    with pytest.raises(PvfrontError, match="when there was one") as refused:
+        await networks.take(Device(0), force=False)
+    assert "default-route.json" in str(refused.value.hint)
+    assert kernel.bound("vif-0")
+    await networks.take(Device(1), force=False)
+    await networks.take(Device(0), force=True)
+    assert not kernel.bound("vif-0")
+
+    reboots()  # and this time another one gets it
+    ip("addr", "add", "10.1.2.1/24", "dev", "eth1")
+    ip("link", "set", "eth1", "up")
+    ip("route", "add", "default", "via", "10.1.2.9", "dev", "eth1")
+    await networks.take(Device(0), force=False)
+    reboots()
+    await networks.take(Device(0), force=False)
 
 
 async def test_an_interface_that_others_are_built_on_is_taken_by_force_only(
