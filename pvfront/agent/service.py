@@ -22,6 +22,7 @@ from ..service import keep_watchdog, sd_notify
 from ..xenstore import XenstoreLost
 from .board import Board
 from .context import Component, Context
+from .control import Control
 from .keys import VifKeys, VolumeKeys
 from .network import Network
 from .publish import Publisher
@@ -37,13 +38,17 @@ PAUSES = (1.0, 60.0)  # seconds before a component that failed is begun again: f
 
 
 def guest_data() -> list[Component]:
-    """What is published: collectors put keys on a board, one publisher writes them."""
+    """What is published: collectors put keys on a board, one publisher writes them.
+
+    With them what has something to say on the toolstack's requests.
+    """
     board, vifs, volumes = Board(), VifKeys(), VolumeKeys()
     return [
         Publisher(board, vifs, volumes),
         System(board),
         Network(board, vifs),
         Volumes(board, volumes),
+        Control(board),
     ]
 
 

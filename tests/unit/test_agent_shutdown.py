@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from agentworld import AgentWorld, agent_world
+from waiting import eventually
 
 from pvfront import service
+from pvfront.agent.board import Board
+from pvfront.agent.context import Event, ShutdownAsked
+from pvfront.agent.control import REASON, Control
+from pvfront.agent.helper import command
 from pvfront.agent.shutdown import run_hooks
 from pvfront.service import kind_of
 
@@ -53,3 +61,141 @@ async def test_stopping_the_unit_alone_runs_no_hook(
     systemd(monkeypatch, "running\n")
     assert await run_hooks("pre-shutdown", tmp_path) == []
     assert not (tmp_path / "out").exists()
+
+
+class Machine:
+    """systemd and the kernel's handler, as far as a test lets them act."""
+
+    def __init__(self, world: AgentWorld) -> None:
+        self.world = world
+        self.board = Board()
+        self.commands: list[str] = []
+        self.going_down = ""
+        self.told: asyncio.Queue[Event] = asyncio.Queue()
+        self.control = Control(
+            self.board, run=self.run, kind=self.kind, kernel=0.05, begun=0.2, look=0.01
+        )
+
+    async def run(self, *words: str) -> str:
+        self.commands.append(" ".join(words))
+        return ""
+
+    async def kind(self) -> str:
+        return self.going_down
+
+    def ask(self, value: str) -> None:
+        self.world.set("control/shutdown", value)
+
+    async def asked(self, kind: str) -> None:
+        assert await asyncio.wait_for(self.told.get(), 60) == ShutdownAsked(kind)
+
+
+@pytest.fixture
+async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
+    async with agent_world(tmp_path) as world:
+        made = Machine(world)
+        with world.context.events.subscription() as made.told:
+            async with world.running(made.control):
+                await eventually("the watch", lambda: any(c.watches for c in world.mem.clients))
+                yield made
+
+
+def node(machine: Machine) -> str | None:
+    return machine.world.get("control/shutdown")
+
+
+async def test_what_the_kernel_takes_and_begins_is_not_done_again(machine: Machine) -> None:
+    machine.ask("poweroff")
+    await machine.asked("poweroff")
+    machine.going_down = "poweroff"
+    machine.ask("")
+    await eventually("the end of the wait", lambda: not busy(machine))
+    assert machine.commands == []
+
+
+def busy(machine: Machine) -> bool:
+    return any(not task.done() for task in machine.control._doing.values())
+
+
+@pytest.mark.parametrize(
+    ("request_", "verb"), [("poweroff", "poweroff"), ("halt", "poweroff"), ("reboot", "reboot")]
+)
+async def test_what_the_kernel_does_not_take_is_acknowledged_and_done_once(
+    machine: Machine, request_: str, verb: str
+) -> None:
+    machine.ask(request_)
+    machine.ask(request_)  # its event may come twice
+    await eventually("the command", lambda: machine.commands)
+    assert node(machine) == ""
+    await eventually("the end", lambda: not busy(machine))
+    assert machine.commands == [f"systemctl {verb}"]
+
+
+async def test_what_the_kernel_took_and_did_not_begin_is_not_lost(machine: Machine) -> None:
+    machine.ask("reboot")
+    await machine.asked("reboot")
+    machine.ask("")
+    await eventually("the command", lambda: machine.commands == ["systemctl reboot"])
+
+
+async def test_a_shutdown_of_which_only_the_acknowledgement_is_seen_is_told_by_its_kind(
+    machine: Machine,
+) -> None:
+    machine.going_down = "reboot"
+    machine.ask("")
+    await machine.asked("reboot")
+    assert machine.commands == []
+
+
+async def test_a_suspend_is_the_kernels_alone(machine: Machine) -> None:
+    machine.ask("suspend")
+    await machine.asked("suspend")
+    machine.ask("poweroff")
+    await machine.asked("poweroff")
+    assert not any("suspend" in text for text in machine.commands)
+
+
+async def test_s3_is_done_where_the_kernel_can_and_refused_with_a_reason_where_not(
+    machine: Machine,
+) -> None:
+    machine.ask("s4")
+    await machine.asked("s4")
+    await eventually("the reason", lambda: "cannot" in machine.board.wanted().get(REASON, ""))
+    assert node(machine) == ""
+    assert machine.commands == []
+    machine.world.file("sys/power/state", "freeze mem\n")
+    machine.ask("s3")
+    await eventually("the command", lambda: machine.commands == ["systemctl suspend"])
+    await eventually("no reason any more", lambda: machine.board.wanted()[REASON] == "")
+
+
+async def test_a_crash_is_asked_of_systemd_outside_of_the_sandbox(machine: Machine) -> None:
+    machine.ask("crash")
+    await eventually("the command", lambda: machine.commands)
+    assert machine.commands[0].startswith("systemd-run ")
+    assert machine.commands[0].endswith("echo c >/proc/sysrq-trigger")
+    assert node(machine) == ""
+
+
+@pytest.mark.parametrize("value", ["\x1b[2Jpoweroff", "x" * 2000, "POWEROFF", "poweroff\n", "0"])
+async def test_what_nobody_knows_is_left_alone_and_logged_once_and_printable(
+    machine: Machine, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.ask(value)
+    machine.ask(value)
+    await eventually("the line", lambda: "unknown" in caplog.text)
+    machine.ask("suspend")
+    await machine.asked("suspend")
+    assert node(machine) == "suspend"
+    lines = [record.message for record in caplog.records if "unknown" in record.message]
+    assert len(lines) == 1
+    assert lines[0].isprintable()
+    assert len(lines[0]) < 200
+    assert machine.commands == []
+
+
+async def test_a_program_that_fails_or_is_missing_says_so_in_a_line() -> None:
+    assert await command("true") == ""
+    assert await command("sh", "-c", "echo one >&2; echo two >&2; exit 3") == "sh: two"
+    assert await command("sh", "-c", "exit 3") == "sh: status 3"
+    assert await command("/no/such/program") == "/no/such/program: No such file or directory"

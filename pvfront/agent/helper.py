@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""Programs that do what the agent itself may not: its unit lets it change nothing but the store.
+
+systemd does it, which root may ask on its private socket, whatever the sandbox (systemd-run(1)).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+WITHIN = 30.0  # seconds of one program
+
+Command = Callable[..., Awaitable[str]]
+"""Runs a program (its words); "" if it went well, else one line that says what is wrong."""
+
+
+async def command(*words: str) -> str:
+    """A `Command` as the agent's own child: systemctl and its like."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        return f"{words[0]}: {error.strerror}"
+    try:
+        _, said = await asyncio.wait_for(process.communicate(), WITHIN)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return f"{words[0]}: not done within {WITHIN:g} s"
+    if process.returncode == 0:
+        return ""
+    lines = said.decode(errors="replace").strip().splitlines()
+    return f"{words[0]}: {lines[-1] if lines else f'status {process.returncode}'}"
+
+
+async def outside(*words: str, run: Command = command) -> str:
+    """A `Command` that systemd runs, outside of the sandbox. "": it was begun."""
+    return await run("systemd-run", "--quiet", "--collect", "--no-block", "--", *words)
