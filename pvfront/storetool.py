@@ -48,7 +48,7 @@ async def tree(store: Xenstore, path: str, *, permissions: bool = False) -> list
     if path not in ("", "/"):
         path = path.rstrip("/")
     if path == "":
-        path = await _home(store)
+        path = await home(store)
     found: list[Node] = []
     pending = [(child, 0) for child in reversed(await _children(store, path))]
     while pending:
@@ -95,7 +95,7 @@ async def remove_all(store: Xenstore, paths: Sequence[str]) -> None:
                 await transaction.remove(path)
 
 
-async def _home(store: Xenstore) -> str:
+async def home(store: Xenstore) -> str:
     """The domain's own directory. `domid` is readable in every guest; dom0 has it too."""
     domid = await store.read_opt("domid")
     if domid is None or not domid.isdigit():

@@ -8,3 +8,5 @@ of tests/unit/test_interfaces.py hold it: they compare what there is with tests/
 
 API = "1.0"
 """Of the Python names in `pvfront.api`."""
+DBUS = "1.0"
+"""Of XENIFACE's interfaces on D-Bus, as its property Version."""

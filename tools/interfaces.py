@@ -16,21 +16,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 import interfaces
 
 from pvfront import api, versions
+from pvfront.agent.xeniface.bus import INTROSPECTION
 
 
 def main() -> int:
     if sys.argv[1:] != ["record"]:
         print(__doc__, file=sys.stderr)
         return 2
-    name, version, now = "api.json", versions.API, interfaces.api_surface(api)
-    if (interfaces.RECORDS / name).exists():
-        before, has = interfaces.record(name)
-        verdict = interfaces.judge("pvfront.api", (before, version), has, now, "versions.API")
-        if verdict and (before == version or "is not recorded" not in verdict):
-            print(verdict, file=sys.stderr)
-            return 1
-    interfaces.write_record(name, version, now)
-    return 0
+    failed = False
+    for what, constant, name, now in (
+        ("pvfront.api", "API", "api.json", interfaces.api_surface(api)),
+        ("XENIFACE", "DBUS", "dbus.json", interfaces.dbus_surface(INTROSPECTION)),
+    ):
+        version = getattr(versions, constant)
+        if (interfaces.RECORDS / name).exists():
+            before, has = interfaces.record(name)
+            said = interfaces.judge(what, (before, version), has, now, f"versions.{constant}")
+            if said and not said.endswith(interfaces.RECORD_IT):
+                print(said, file=sys.stderr)
+                failed = True
+                continue
+        interfaces.write_record(name, version, now)
+    return int(failed)
 
 
 if __name__ == "__main__":

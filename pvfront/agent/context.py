@@ -21,7 +21,7 @@ WAITING = 64
 class Resumed:
     """The domain goes on as a new one: restored, migrated. Its store is another."""
 
-    count: int  # of them, since the agent's start
+    count: int  # of them, since the guest's boot
 
 
 @dataclass(frozen=True, slots=True)

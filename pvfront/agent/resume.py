@@ -7,23 +7,29 @@ cancelled sets nothing anew, and is none here.
 
 Whoever owns suspend (suspend.py) runs its hooks. Where nobody does, the kernel suspends without
 asking, and what is left to tell is told here.
+
+The count is of the guest's boot: it is kept in the run directory, together with the domain's id.
+One that nobody saw, because no agent ran, is still seen by another id.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from ..hooks import Hooks
+from ..statefile import write_json
 from .context import Context, Resumed
 
 log = logging.getLogger(__name__)
 
 SENTINEL = "domid"
+FILE = "resumes.json"
 
 
 class Resumes:
@@ -37,18 +43,23 @@ class Resumes:
         self._hooks: list[asyncio.Task[list[str]]] = []
 
     async def run(self, context: Context) -> None:
+        path = context.platform.run_dir / FILE
         async with context.store.watch(SENTINEL) as fired:
-            await anext(fired)  # only says that the watch is set
+            await anext(fired)  # it is set: from here on none is missed
+            domid = await context.store.read(SENTINEL)
+            self._count = context.resumes = max(context.resumes, _counted(path, domid))
+            _save(path, domid, self._count)
             self._watching = True
             async for _ in fired:
                 context.resumes += 1
                 self._count = context.resumes
-                log.info("the domain was resumed (%d since the agent's start)", context.resumes)
+                log.info("the domain was resumed (%d since its boot)", context.resumes)
                 context.events.publish(Resumed(context.resumes))
                 if not owned(context.platform.run_dir):
                     hooks = Hooks(context.platform.config_dir / "hooks.d")
                     self._hooks.append(asyncio.create_task(hooks.run("post-resume")))
                     self._hooks = [task for task in self._hooks if not task.done()]
+                _save(path, await context.store.read(SENTINEL), context.resumes)
 
     def status(self) -> dict[str, Any]:
         return {"watching": self._watching, "count": self._count}
@@ -68,3 +79,20 @@ def owned(run_dir: Path) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def _counted(path: Path, domid: str) -> int:
+    """What an agent before this one has counted, and the one that it cannot have seen."""
+    try:
+        saved = json.loads(path.read_text())
+        missed = saved["domid"] != domid
+        return int(saved["count"]) + int(missed)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _save(path: Path, domid: str, count: int) -> None:
+    try:
+        write_json(path, {"domid": domid, "count": count})
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)

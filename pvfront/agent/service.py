@@ -30,6 +30,7 @@ from .resume import Resumes
 from .settings import AgentSettings
 from .system import System
 from .volumes import Volumes
+from .xeniface.component import Xeniface
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def guest_data() -> list[Component]:
     ]
 
 
-COMPONENTS: list[Callable[[], list[Component]]] = [lambda: [Resumes()], guest_data]
+COMPONENTS: list[Callable[[], list[Component]]] = [lambda: [Resumes(), Xeniface()], guest_data]
 """What the agent consists of, in the order in which it is begun."""
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .xeniface.policy import Settings as XenifaceSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +17,5 @@ class AgentSettings:
     memory_floor_mib: int = 64  # what memory/target may go down to
     static_ip: bool = False  # obey xenserver/device/vif/N/static-ip-setting
     set_hostname: bool = False  # obey control/setcomputername
+    xeniface: XenifaceSettings = field(default_factory=XenifaceSettings)
+    """Section [agent.xeniface]: who may write on D-Bus, and what only root may read."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """What others build on, as text that can be recorded and compared: names and signatures of a Python
-module. `judge` says whether a change of it went with its version.
+module, members of interfaces on D-Bus. `judge` says whether a change of it went with its version.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 RECORDS = Path(__file__).resolve().parents[1] / "interfaces"
 
@@ -97,6 +98,27 @@ def _signature(value: Any) -> str:
     return kind + re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
 
 
+# -- D-Bus -------------------------------------------------------------------------------------
+
+
+def dbus_surface(introspection: str) -> Surface:
+    """Each method, signal and property of an introspection document, with its types."""
+    found: Surface = {}
+    for interface in ElementTree.fromstring(introspection).iter("interface"):
+        for part in interface:
+            name = f"{interface.get('name')}.{part.get('name')}"
+            if part.tag == "property":
+                notes = "".join(f" {each.get('value')}" for each in part)
+                found[name] = f"property {part.get('type')} {part.get('access')}{notes}"
+                continue
+            ends: dict[str, list[str]] = {"in": [], "out": []}
+            for arg in part.iter("arg"):
+                given = arg.get("direction") or ("in" if part.tag == "method" else "out")
+                ends[given].append(f"{arg.get('name')}: {arg.get('type')}")
+            found[name] = f"{part.tag} ({', '.join(ends['in'])}) -> ({', '.join(ends['out'])})"
+    return found
+
+
 # -- records -----------------------------------------------------------------------------------
 
 
@@ -109,6 +131,9 @@ def record(name: str) -> tuple[str, dict[str, Any]]:
 def write_record(name: str, version: str, has: Mapping[str, Any]) -> None:
     text = json.dumps({"version": version, "has": has}, indent=1, sort_keys=True)
     (RECORDS / name).write_text(text + "\n")
+
+
+RECORD_IT = "run tools/interfaces.py record and commit what it writes."
 
 
 def judge(
@@ -142,10 +167,7 @@ def judge(
             f"{what} calls itself {version}, but after {before} this must be {wanted} or later: "
             f"{changes or 'nothing has changed'}. Set {constant}."
         )
-    return (
-        f"{what} {version} is not recorded (that is {before}): run tools/interfaces.py record "
-        "and commit what it writes."
-    )
+    return f"{what} {version} is not recorded (that is {before}): {RECORD_IT}"
 
 
 def _parts(version: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import pytest
 from interfaces import judge
 
 from pvfront import api, versions
+from pvfront.agent.xeniface.bus import INTROSPECTION
 
 POLICY = Path(__file__).resolve().parents[2] / "docs" / "interfaces.md"
 
@@ -58,6 +59,20 @@ def test_the_python_api_is_what_was_recorded_for_its_version():
     before, has = interfaces.record("api.json")
     now = interfaces.api_surface(api)
     assert not judge("pvfront.api", (before, versions.API), has, now, "versions.API")
+
+
+def test_the_d_bus_interfaces_are_what_was_recorded_for_their_version():
+    before, has = interfaces.record("dbus.json")
+    now = interfaces.dbus_surface(INTROSPECTION)
+    assert not judge("XENIFACE", (before, versions.DBUS), has, now, "versions.DBUS")
+
+
+def test_the_surface_of_d_bus_knows_methods_signals_and_properties():
+    surface = interfaces.dbus_surface(INTROSPECTION)
+    name = "org.pvfront.Xeniface1"
+    assert surface[f"{name}.Store.Write"] == "method (path: s, value: s) -> ()"
+    assert surface[f"{name}.Session.WatchFired"] == "signal () -> (watch: u, path: s)"
+    assert surface[f"{name}.Version"] == "property s read const"
 
 
 def test_the_surface_knows_methods_attributes_and_constants():
