@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from networld import (
     OURS4,
+    OURS6,
     PYTHON,
     SPEC,
     THEIRS4,
@@ -269,6 +270,42 @@ async def test_what_was_configured_is_there_again_after_stop_and_start(it: Netwo
     assert f"{OURS4}/24" in await run("ip", "addr", "show", "enX0")
     assert f"default via {THEIRS4} dev enX0" in await run("ip", "route")
     await eventually("an answer", lambda: ping(it), why=lambda: it.log)
+
+
+TOLD = """
+import socket, sys
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL, everywhere
+v4, v6 = socket.inet_aton(sys.argv[1]), socket.inet_pton(socket.AF_INET6, sys.argv[2])
+print("ready", flush=True)
+while True:
+    data = sock.recv(65536)
+    if data[12:14] == b"\\x08\\x06" and data[28:32] == data[38:42] == v4:
+        print("arp", flush=True)
+    if data[12:14] == b"\\x86\\xdd" and data[54] == 136 and data[62:78] == v6:
+        print("solicited" if data[58] & 0x40 else "unsolicited", flush=True)
+"""
+
+
+async def test_the_neighbours_are_told_after_each_connection_where_the_addresses_are(
+    it: Network,
+) -> None:
+    log = it.host.directory / "told.log"
+    listener = it.net.start_command("the listener", [*PYTHON, TOLD, OURS4, OURS6], log)
+    try:
+        await eventually("the listener", lambda: "ready" in log.read_text(), why=log.read_text)
+        for times in (1, 2):
+            before = log.read_text().split()
+            generation = it.state()["generation"]
+            await it.backend_dies()
+            await it.connected(after=generation)
+
+            def told(before: list[str] = before) -> bool:
+                now = log.read_text().split()
+                return all(now.count(w) >= before.count(w) + 2 for w in ("arp", "unsolicited"))
+
+            await eventually(f"told, connection {times}", told, why=log.read_text)
+    finally:
+        await listener.stop(signal.SIGKILL)
 
 
 async def test_a_name_that_is_taken_is_said_and_waited_for() -> None:
