@@ -23,6 +23,7 @@ VERBS = {
     "doctor": "doctor",
     "ledger": "ledger",
     "list": "list_",
+    "metrics": "metrics",
     "release": "release",
     "status": "status",
     "store": "store",

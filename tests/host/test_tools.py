@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""The tools that watch devices, while one does something: `top`."""
+"""The tools that watch devices, while one does something: `top` and `metrics`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import signal
 import sys
 import termios
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_admin import pvfront
 from test_negotiation import RICH, Place, place
 from waiting import PATIENCE, eventually, wait_for
+
+from pvfront.metrics import OPENMETRICS
 
 PVFRONT = [sys.executable, "-P", "-m", "pvfront"]
 
@@ -125,3 +129,55 @@ async def watched(it: Place, shown: Terminal, end: signal.Signals | None, status
     assert await asyncio.wait_for(process.wait(), PATIENCE) == status
     wait_for("the usual screen", lambda: b"\x1b[?1049l" in shown.read())
     assert termios.tcgetattr(shown.slave) == before
+
+
+async def test_metrics_are_those_of_the_device_printed_in_a_file_and_on_a_socket(
+    tmp_path: Path,
+) -> None:
+    async with place(RICH) as it:
+        await it.status()
+        await it.verify()
+        await it.until("writes", lambda s: s["statistics"]["write"]["requests"] >= 3)
+        printed = written(await pvfront(it, "metrics"))
+        assert printed >= 3
+        file = tmp_path / "pvfront.prom"
+        await pvfront(it, "metrics", "--textfile", str(file))
+        line = 'pvfront_vbd_requests_total{device="xvdb",operation="write",queue="0"}'
+        assert f"{line} {printed}" in file.read_text()
+        assert "cannot" not in await pvfront(it, "metrics", "--textfile", str(file))
+        said = await pvfront(it, "metrics", "--textfile", "/none/x.prom", status=1)
+        assert said == "pvfront: /none/x.prom: ENOENT (No such file or directory)\n"
+        path = it.host.directory / "metrics.sock"
+        process = await asyncio.create_subprocess_exec(
+            *PVFRONT, "metrics", "--listen", str(path), env={**os.environ, **it.host.environ}
+        )
+        await eventually("the socket", path.exists)
+        assert path.stat().st_mode & 0o777 == 0o600
+        for _ in range(2):
+            head, _, body = (await asked(path, "/metrics")).partition("\r\n\r\n")
+            assert head.startswith("HTTP/1.1 200 OK\r\n")
+            assert f"Content-Type: {OPENMETRICS}" in head
+            assert written(body) == printed
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+        assert not path.exists()
+
+
+async def asked(path: Path, target: str) -> str:
+    """What an HTTP client gets there."""
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    writer.write(f"GET {target} HTTP/1.1\r\nHost: x\r\nAccept: {OPENMETRICS}\r\n\r\n".encode())
+    said = await asyncio.wait_for(reader.read(), PATIENCE)
+    writer.close()
+    await writer.wait_closed()
+    return said.decode()
+
+
+def written(text: str) -> float:
+    """Writes of the disk, in OpenMetrics."""
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    return sum(
+        sample.value
+        for sample in families["pvfront_vbd_requests"].samples
+        if sample.labels["operation"] == "write" and sample.labels["device"] == "xvdb"
+    )
