@@ -27,6 +27,13 @@ VDEV = {
 """xvda to xvdaz, by name."""
 
 
+END_LOADS = (
+    "for n in $(seq 50); do pkill -x fio; pkill -KILL -f /run/[o]verlapping.py; "
+    "pgrep -x fio || break; sleep 0.2; done"
+)
+"""Those that a test which failed has left: a file system that they use cannot be unmounted."""
+
+
 def start_service(guest: Guest, unit: str, line: str, before: str = ":") -> None:
     """Starts a service with that line as its settings, if it does not run so; first, `before`.
 
@@ -141,7 +148,7 @@ class Pvfront:
                 self.wait_served(name)
                 yield backing
             finally:
-                self.guest.run(f"umount -q /mnt/{name}; pkill -x fio; true", check=False)
+                self.guest.run(f"{END_LOADS}; umount -q /mnt/{name}; true", check=False)
                 self.detach(name)
         finally:
             backing.remove()
