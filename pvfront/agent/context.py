@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,6 +66,8 @@ class Context:
     settings: AgentSettings = field(default_factory=AgentSettings)
     events: Events = field(default_factory=Events)
     resumes: int = 0
+    status: Callable[[], dict[str, Any]] = dict
+    """What every component says of itself."""
 
 
 class Component(Protocol):

@@ -7,6 +7,7 @@ systemd does it, which root may ask on its private socket, whatever the sandbox 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 WITHIN = 30.0  # seconds of one program
@@ -29,9 +30,12 @@ async def command(*words: str) -> str:
     try:
         _, said = await asyncio.wait_for(process.communicate(), WITHIN)
     except TimeoutError:
-        process.kill()
-        await process.wait()
         return f"{words[0]}: not done within {WITHIN:g} s"
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()
     if process.returncode == 0:
         return ""
     lines = said.decode(errors="replace").strip().splitlines()

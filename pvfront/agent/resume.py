@@ -14,17 +14,17 @@ One that nobody saw, because no agent ran, is still seen by another id.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from ..hooks import Hooks
 from ..statefile import write_json
 from .context import Context, Resumed
+from .helper import Command, command, outside
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ class Resumes:
 
     name = "resume"
 
-    def __init__(self) -> None:
+    def __init__(self, *, run: Command = command) -> None:
+        self._run = run
         self._count = 0
         self._watching = False
-        self._hooks: list[asyncio.Task[list[str]]] = []
 
     async def run(self, context: Context) -> None:
         path = context.platform.run_dir / FILE
@@ -56,10 +56,14 @@ class Resumes:
                 log.info("the domain was resumed (%d since its boot)", context.resumes)
                 context.events.publish(Resumed(context.resumes))
                 if not owned(context.platform.run_dir):
-                    hooks = Hooks(context.platform.config_dir / "hooks.d")
-                    self._hooks.append(asyncio.create_task(hooks.run("post-resume")))
-                    self._hooks = [task for task in self._hooks if not task.done()]
+                    await self._tell_hooks()
                 _save(path, await context.store.read(SENTINEL), context.resumes)
+
+    async def _tell_hooks(self) -> None:
+        # The admin's programs are not to live in the agent's sandbox.
+        words = (sys.executable, "-P", "-m", "pvfront", "agent", "hooks", "post-resume")
+        if failure := await outside(*words, run=self._run):
+            log.warning("hooks of post-resume are not run: %s", failure)
 
     def status(self) -> dict[str, Any]:
         return {"watching": self._watching, "count": self._count}

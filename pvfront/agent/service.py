@@ -21,9 +21,12 @@ from ..questions import answering, ask
 from ..service import keep_watchdog, sd_notify
 from ..xenstore import XenstoreLost
 from .board import Board
+from .clock import Clock
 from .context import Component, Context
 from .control import Control
+from .debug import Debug
 from .keys import VifKeys, VolumeKeys
+from .memory import Memory
 from .network import Network
 from .publish import Publisher
 from .resume import Resumes
@@ -53,7 +56,11 @@ def guest_data() -> list[Component]:
     ]
 
 
-COMPONENTS: list[Callable[[], list[Component]]] = [lambda: [Resumes(), Xeniface()], guest_data]
+COMPONENTS: list[Callable[[], list[Component]]] = [
+    lambda: [Resumes(), Xeniface()],
+    guest_data,
+    lambda: [Clock(), Memory(), Debug()],
+]
 """What the agent consists of, in the order in which it is begun."""
 
 
@@ -68,6 +75,7 @@ class Agent:
         pauses: tuple[float, float] = PAUSES,
     ) -> None:
         self._context = context
+        context.status = self.status
         self._components = list(components)
         self._pauses = pauses
         self._failed: dict[str, str] = {}

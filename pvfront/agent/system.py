@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, sysfs
+from ..facts import guest_type
 from ..sysfs import Roots
 from .board import Board
 from .context import Context
@@ -67,6 +68,39 @@ def feature_keys(roots: Roots) -> Keys:
     }
 
 
+_EMULATED_NICS = {"0x10ec:0x8139", "0x8086:0x100e", "0x8086:0x10d3"}  # rtl8139, e1000, e1000e
+_EMULATED_DISKS = {"0x8086:0x7010", "0x8086:0x2922"}  # PIIX3 IDE, ICH9 AHCI
+
+
+def emulated(roots: Roots) -> dict[str, str]:
+    """Emulated disks and networks beside the PV ones: "unplugged", or their names. {}: no HVM.
+
+    The kernel asks QEMU to unplug them before it binds drivers (arch/x86/xen/platform-pci-unplug.c);
+    what it has unplugged has no device behind its controller any more.
+    """
+    if guest_type(roots) != "HVM":
+        return {}
+    found: dict[str, list[str]] = {"disks": [], "networks": []}
+    for kind, directory, known in (
+        ("disks", roots.sys / "block", _EMULATED_DISKS),
+        ("networks", roots.sys / "class" / "net", _EMULATED_NICS),
+    ):
+        for name in sysfs.listdir(directory):
+            at = (directory / name).resolve()
+            if any(_pci_id(parent) in known for parent in at.parents) and not _is_cdrom(at):
+                found[kind].append(name)
+    return {kind: ", ".join(names) or "unplugged" for kind, names in found.items()}
+
+
+def _pci_id(device: Path) -> str:
+    return f"{sysfs.read(device / 'vendor')}:{sysfs.read(device / 'device')}"
+
+
+def _is_cdrom(disk: Path) -> bool:
+    """Those stay: the unplug protocol leaves them (docs/misc/hvm-emulated-unplug.pandoc of Xen)."""
+    return sysfs.read(disk / "device" / "type") == "5"
+
+
 class System:
     """Puts `attr/PVAddons`, `data/os_*`, `drivers`, `control/feature-*`, `data/meminfo_*`."""
 
@@ -76,9 +110,11 @@ class System:
         self._board = board
         self._every = every
         self._memory: tuple[int, int] | None = None
+        self._emulated: dict[str, str] = {}
 
     async def run(self, context: Context) -> None:
         roots = context.platform.roots
+        self._emulated = emulated(roots)
         self._board.put("version", version_keys(__version__))
         self._board.put("os", os_keys(os_release(roots.root), os.uname().release))
         self._board.put("features", feature_keys(roots))
@@ -98,4 +134,7 @@ class System:
         if self._memory is None:
             return {}
         total, available = self._memory
-        return {"memory_total_kib": total, "memory_available_kib": available}
+        found: dict[str, Any] = {"memory_total_kib": total, "memory_available_kib": available}
+        if self._emulated:
+            found["emulated"] = self._emulated
+        return found

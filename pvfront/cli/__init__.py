@@ -28,6 +28,7 @@ VERBS = {
     "status": "status",
     "store": "store",
     "top": "top",
+    "time": "time",
     "trace": "trace",
     "upgrade": "upgrade",
     "vbd": "vbd",

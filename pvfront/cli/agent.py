@@ -32,9 +32,9 @@ def run(verbose: bool) -> None:
 
 
 @agent.command()
-@click.argument("moment", type=click.Choice(["pre-shutdown", "post-shutdown"]))
+@click.argument("moment", type=click.Choice(["pre-shutdown", "post-shutdown", "post-resume"]))
 def hooks(moment: str) -> None:
-    """Run the hooks of MOMENT, if the machine is on its way down; for the units of these names.
+    """Run the hooks of MOMENT; those of a shutdown only if the machine is on its way down.
 
     A hook that fails or hangs is said in the log, and holds up nothing but its time.
     """

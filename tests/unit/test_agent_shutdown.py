@@ -63,6 +63,15 @@ async def test_stopping_the_unit_alone_runs_no_hook(
     assert not (tmp_path / "out").exists()
 
 
+async def test_hooks_of_a_resume_are_run_while_the_machine_stays_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook(tmp_path, "post-resume", f'echo "$PVFRONT_EVENT" > {tmp_path}/out')
+    systemd(monkeypatch, "running\n")
+    assert await run_hooks("post-resume", tmp_path) == []
+    assert (tmp_path / "out").read_text() == "post-resume\n"
+
+
 class Machine:
     """systemd and the kernel's handler, as far as a test lets them act."""
 

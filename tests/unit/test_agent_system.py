@@ -13,7 +13,7 @@ from waiting import eventually
 from pvfront.agent.board import Board
 from pvfront.agent.keys import Volume, VolumeKeys
 from pvfront.agent.settings import AgentSettings
-from pvfront.agent.system import System, feature_keys, meminfo, os_release
+from pvfront.agent.system import System, emulated, feature_keys, meminfo, os_release
 from pvfront.agent.volumes import Volumes, extents, look, mounts
 from pvfront.sysfs import Roots
 
@@ -98,6 +98,26 @@ def test_features_are_those_of_this_kernel(tmp_path: Path) -> None:
         "control/feature-s3": "1",
         "control/feature-s4": "0",
     }
+
+
+def test_emulated_devices_are_named_unless_they_were_unplugged(tmp_path: Path) -> None:
+    roots = Roots(tmp_path)
+    assert emulated(roots) == {}
+    (roots.sys / "hypervisor").mkdir(parents=True)
+    (roots.sys / "hypervisor/type").write_text("xen")
+    (roots.sys / "hypervisor/guest_type").write_text("HVM")
+    ide = roots.sys / "devices/pci0000:00/0000:00:01.1"
+    for name, kind in (("sda", "0"), ("sr0", "5")):
+        (ide / "ata1/block" / name / "device").mkdir(parents=True)
+        (ide / "ata1/block" / name / "device" / "type").write_text(kind)
+    (ide / "vendor").write_text("0x8086\n")
+    (ide / "device").write_text("0x7010\n")
+    for directory in ("block", "class/net"):
+        (roots.sys / directory).mkdir(parents=True)
+    (roots.sys / "block/sr0").symlink_to(ide / "ata1/block/sr0")
+    assert emulated(roots) == {"disks": "unplugged", "networks": "unplugged"}
+    (roots.sys / "block/sda").symlink_to(ide / "ata1/block/sda")
+    assert emulated(roots) == {"disks": "sda", "networks": "unplugged"}
 
 
 async def test_the_board_has_the_system_and_which_services_run(world: AgentWorld) -> None:
