@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from . import holdings, inventory, sysfs, workerprogram
-from .blkfront import inuse, settings
+from . import config, holdings, inventory, sysfs, workerprogram
+from .blkfront import inuse
 from .errors import PvfrontError
 from .holdings import Holdings
 from .inventory import KERNEL, Device
@@ -133,7 +133,7 @@ async def gather(
         store=store,
         worker=_problem(lambda: (try_worker or _try_worker)(not embedded)),
         user=_problem(workerprogram.worker_ids) if root and not embedded else None,
-        config=_problem(lambda: settings.load(on.config_dir / settings.FILE)),
+        config=_problem(lambda: config.check_file(on.config_dir / config.FILE)),
         can_suspend=(roots.sys / "power/wakeup_count").exists(),
         may_veto=may_block_suspend(sysfs.read(roots.proc / "self/status") or ""),
         cgroup2=(roots.sys / "fs/cgroup/cgroup.controllers").exists(),

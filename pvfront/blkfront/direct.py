@@ -26,6 +26,7 @@ from typing import Any
 
 from pvfront.blkfront._direct import ffi, lib
 
+from ..config import PerDevice
 from ..device import Phase
 from ..errors import PvfrontError
 from ..platform import Platform, platform
@@ -33,7 +34,7 @@ from ..worker import Worker
 from ..xenbus import Bus
 from .lend import LentDisks, pair, supervisor
 from .service import find
-from .settings import Settings
+from .settings import DiskSettings
 from .vdev import vdev_name
 
 __all__ = ["DirectDisk", "Info", "ffi", "lib"]
@@ -110,7 +111,7 @@ class DirectDisk:
         on: Platform | None = None,
         *,
         force: bool = False,
-        settings: Settings | None = None,
+        settings: PerDevice[DiskSettings] | None = None,
         deadline: float = CONNECT_DEADLINE,
     ) -> AsyncIterator[DirectDisk]:
         """Takes the disk, gives it back at the end.

@@ -28,6 +28,7 @@ from collections.abc import Callable, Collection, Sequence
 from importlib import resources
 from typing import Any, Protocol
 
+from ..config import FILE, PerDevice, load
 from ..errors import PvfrontError
 from ..parking import CannotPark, park
 from ..platform import Platform, platform
@@ -41,7 +42,7 @@ from .blockdisk import Feature
 from .features import DiskGeometry
 from .frontend import DiskFrontend
 from .service import Disks, find
-from .settings import FILE, Settings, load
+from .settings import DiskSettings, from_config
 from .target import Clients
 from .vdev import vdev_name
 
@@ -166,10 +167,15 @@ class LentDisks(Disks):
     """Vbds that are lent."""
 
     def __init__(
-        self, on: Platform, borrower: Borrower, *, expected: int, settings: Settings | None = None
+        self,
+        on: Platform,
+        borrower: Borrower,
+        *,
+        expected: int,
+        settings: PerDevice[DiskSettings] | None = None,
     ) -> None:
         """`settings`: None, those of the file that `pvfront vbd serve` reads."""
-        settings = settings or load(on.config_dir / FILE, needed=False)
+        settings = settings or from_config(load(on.config_dir / FILE)).disks
         super().__init__(on, settings=settings, expected=expected)
         self.borrower = borrower
         self.lent: list[str] = []
@@ -324,7 +330,7 @@ async def lend(
     command: Sequence[str],
     *,
     force: bool = False,
-    settings: Settings | None = None,
+    settings: PerDevice[DiskSettings] | None = None,
 ) -> int:
     """Runs `command` with the named disks, gives them back when it has ended; its status."""
     on = platform()

@@ -6,16 +6,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..budget import Budget
+from ..claimed import is_pattern, left_running, names_disk
+from ..config import FILE, PerDevice, load
 from ..deviceclass import DeviceClass
 from ..errors import PvfrontError
 from ..hooks import Hooks
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
 from ..states import XenbusState
-from ..supervisor import Supervisor
+from ..supervisor import Supervisor, nothing_named
 from ..suspend_shared import in_guest
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
@@ -23,16 +25,13 @@ from . import nbd, ublk, ublkcontrol
 from .features import VIRTUAL_DEVICE
 from .frontend import DiskFrontend
 from .nbdexport import SocketTarget
-from .settings import FILE, Settings, load
+from .settings import SECTION, DiskSettings, Export, from_config
 from .target import NbdTarget, Target
 from .vdev import parse_name, vdev_name
 
 log = logging.getLogger(__name__)
 
 GIVE_BACK_DEADLINE = 10.0
-
-Export = Literal["auto", "nbd", "ublk", "socket"]
-
 
 class Disks(DeviceClass):
     """Vbds."""
@@ -45,7 +44,7 @@ class Disks(DeviceClass):
         on: Platform,
         export: Export | None = None,
         *,
-        settings: Settings | None = None,
+        settings: PerDevice[DiskSettings] | None = None,
         expected: int = 0,
         on_ublk: Collection[int] = (),
     ) -> None:
@@ -55,7 +54,7 @@ class Disks(DeviceClass):
         `expected`: how many disks there will be, as far as that is known.
         """
         super().__init__(on)
-        self.settings = settings or Settings()
+        self.settings = settings or PerDevice(DiskSettings)
         self.budget = Budget(on.grant_limit, expected=expected)
         self.hooks = Hooks(on.config_dir / "hooks.d")
         self.export: Export = export or on.default_target
@@ -168,16 +167,23 @@ async def serve(
     config: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> int:
-    """Serves the named disks, or every disk, until SIGTERM; returns the exit status.
+    """Serves the named disks, or every disk, or those that the file of settings names, until
+    SIGTERM; returns the exit status.
 
     `config`: the file of settings instead of the usual one; `options`: settings above it.
     """
     on = platform()
     on.require()
-    settings = load(config or on.config_dir / FILE, needed=config is not None)
-    settings.override(options or {})
+    path = config or on.config_dir / FILE
+    settings = from_config(load(path, needed=config is not None))
+    settings.disks.override(options or {})
+    patterns = ("*",) if everything else settings.service.claim
+    if not names and not patterns and not left_running(on.run_dir, "vbd"):
+        return nothing_named(path, "disk", 'claim = ["xvdb"]', SECTION)
     on_ublk: frozenset[int] = frozenset()
-    export = export or on.default_target
+    if export is None:
+        asked = settings.service.target
+        export = on.default_target if asked == "auto" else asked
     if export != "socket":
         export, on_ublk = await choose(export)
     store = await on.store()
@@ -185,13 +191,18 @@ async def serve(
         present = await Bus(store, "vbd").ids()
         named = [find(name, present) for name in names]
         wanted: Callable[[int], bool] = (
-            (lambda devid: True) if everything else (lambda devid: devid in named)
+            (lambda devid: devid in named)
+            if names
+            else (lambda devid: names_disk(patterns, devid))
         )
+        for pattern in () if names else patterns:
+            if not is_pattern(pattern) and not any(names_disk([pattern], d) for d in present):
+                log.info("%s: named in %s, and not there (yet)", pattern, path)
         disks = Disks(
             on,
             export,
-            settings=settings,
-            expected=len(present) if everything else len(named),
+            settings=settings.disks,
+            expected=sum(map(wanted, present)),
             on_ublk=on_ublk,
         )
         supervisor = Supervisor(
@@ -200,7 +211,7 @@ async def serve(
             wanted,
             run_dir=on.run_dir,
             named=named,
-            hot_plug=everything,
+            hot_plug=not names,
             force=force,
             suspend=in_guest(on, store, "pvfront-vbd"),
         )

@@ -20,6 +20,7 @@ from .output import complain
 
 VERBS = {
     "agent": "agent",
+    "config": "config",
     "doctor": "doctor",
     "ledger": "ledger",
     "list": "list_",

@@ -25,10 +25,11 @@ def agent() -> None:
 def run(verbose: bool) -> None:
     """Run the agent until SIGTERM: tell the toolstack of this guest, do what it asks for."""
     from ..agent.service import serve
-    from ..agent.settings import AgentSettings
+    from ..agent.settings import from_config
+    from ..config import FILE, load
 
     prepare_log(logging.DEBUG if verbose else logging.INFO)
-    asyncio.run(serve(AgentSettings()))
+    asyncio.run(serve(from_config(load(platform().config_dir / FILE))))
 
 
 @agent.command()

@@ -16,7 +16,7 @@ from ..service import prepare_process
 from .ofclass import add_list_and_status
 
 if TYPE_CHECKING:
-    from ..blkfront.service import Export
+    from ..blkfront.settings import Export
 
 
 def _options(texts: Iterable[str]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ add_list_and_status(vbd, "disks", "disk (xvdb, 51728)")
 @click.option(
     "--config",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The file of settings instead of /etc/pvfront/vbd.conf.",
+    help="The file of settings instead of /etc/pvfront/pvfront.toml.",
 )
 @click.option(
     "-o",
@@ -82,7 +82,8 @@ def serve(
 
     NAME is the disk's name in the xl config (xvdb) or its virtual device number. The disk
     appears as /dev/pvfront/NAME, or with --target socket at
-    nbd+unix:///?socket=/run/pvfront/NAME.nbd, for one client at a time. With --all, disks
+    nbd+unix:///?socket=/run/pvfront/NAME.nbd, for one client at a time. Without a NAME, the
+    disks that /etc/pvfront/pvfront.toml names are served, and with --all every disk; then those
     attached later are served as they come, and a disk that is in use by the kernel's driver is
     left alone.
 
@@ -93,7 +94,7 @@ def serve(
     Where PVFRONT_HOST names the directory of an embedded host, its disks are served, without
     root, with sockets as the default.
     """
-    if bool(names) == everything:
+    if names and everything:
         raise click.UsageError("name the disks to serve, or say --all")
     # Netlink and cffi take their time to import: other verbs, and --help, do without.
     from ..blkfront.service import serve as serve_disks

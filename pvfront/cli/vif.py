@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -40,6 +41,11 @@ add_list_and_status(vif, "network interfaces", "network interface (vif0, 0, enX0
 @click.option("--all", "everything", is_flag=True, help="Every vif, also those attached later.")
 @click.option("--force", is_flag=True, help="Take the interface of the default route, too.")
 @click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file of settings instead of /etc/pvfront/pvfront.toml.",
+)
+@click.option(
     "-o",
     "--option",
     "options",
@@ -54,25 +60,32 @@ def serve(
     names: tuple[str, ...],
     everything: bool,
     force: bool,
+    config: Path | None,
     options: dict[str, Any],
     verbose: bool,
 ) -> None:
     """Serve network interfaces in user space until SIGTERM.
 
     NAME is a vif's number in the xl config, or vif0, or the interface's name (enX0). The interface
-    keeps its name, its addresses and its routes. With --all, vifs attached later are served as
-    they come, and the interface of the default route is left to the kernel unless --force is said.
+    keeps its name, its addresses and its routes. Without a NAME, those that
+    /etc/pvfront/pvfront.toml names are served, and with --all every one; then vifs attached later
+    are served as they come, and the interface of the default route is left to the kernel unless
+    --force is said.
 
     On SIGTERM interfaces are given back to the kernel, with their addresses and routes. Where
     systemd restarts the service they are not: workers go on, and the next `pvfront vif serve`
     adopts them.
     """
-    if bool(names) == everything:
+    if names and everything:
         raise click.UsageError("name the interfaces to serve, or say --all")
     from ..netfront.service import serve as serve_networks
 
     in_guest = platform().name == "xen"
     prepare_process(logging.DEBUG if verbose else logging.INFO, relied_on=in_guest)
     raise SystemExit(
-        asyncio.run(serve_networks(names, everything=everything, force=force, options=options))
+        asyncio.run(
+            serve_networks(
+                names, everything=everything, force=force, config=config, options=options
+            )
+        )
     )

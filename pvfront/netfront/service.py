@@ -13,18 +13,20 @@ from typing import Any
 
 from ..budget import Budget
 from ..claim import load_module
+from ..claimed import is_pattern, left_running, names_vif
+from ..config import FILE, PerDevice, load
 from ..deviceclass import DeviceClass
 from ..errors import PvfrontError
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
 from ..states import XenbusState
-from ..supervisor import Supervisor
+from ..supervisor import Supervisor, nothing_named
 from ..suspend_shared import in_guest
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
 from . import link, tap
 from .frontend import NetFrontend
-from .settings import NetSettings
+from .settings import SECTION, NetSettings, from_config, parse_name
 from .uplink import note_of, refuse_if_relied_on
 
 log = logging.getLogger(__name__)
@@ -42,12 +44,16 @@ class Networks(DeviceClass):
     kept_over_restart = True
 
     def __init__(
-        self, on: Platform, settings: NetSettings | None = None, *, expected: int = 0
+        self,
+        on: Platform,
+        settings: PerDevice[NetSettings] | None = None,
+        *,
+        expected: int = 0,
     ) -> None:
         """`expected`: how many vifs there will be, as far as that is known at the start."""
         super().__init__(on)
         self.budget = Budget(on.grant_limit, expected=expected)
-        self.settings = settings or NetSettings()
+        self.settings = settings or PerDevice(NetSettings)
         self._frontends: dict[str, NetFrontend] = {}
         self._names: dict[str, str] = {}  # interfaces', of what was taken
         self._naming = threading.Lock()
@@ -104,7 +110,7 @@ class Networks(DeviceClass):
             device.devid,
             self._names[device.name],
             self.platform,
-            settings=self.settings,
+            settings=self.settings.of(device.devid),
             budget=self.budget,
             stolen=lambda: self.stolen(device.name),
         )
@@ -157,22 +163,25 @@ class Networks(DeviceClass):
         link.note_path(name, self.platform.run_dir).unlink(missing_ok=True)
 
 
+def interfaces(devid: int, on: Platform) -> list[str]:
+    """What the vif's network interface is called now: the kernel's, or ours."""
+    ours = tap.find(f"vif-{devid}")
+    found = (on.claims().os_device(f"vif-{devid}"), ours[1] if ours is not None else "")
+    return [ifname for ifname in found if ifname]
+
+
 def find(name: str, present: Collection[int], on: Platform) -> int:
     """The number of a vif given as a number, "vif0", or its interface. Raises NoSuchDevice."""
-    claims = on.claims()
     for devid in present:
-        ours = tap.find(f"vif-{devid}")
-        if name and name in (claims.os_device(f"vif-{devid}"), ours[1] if ours is not None else ""):
+        if name in interfaces(devid, on):
             return devid
-    number = name
-    for prefix in ("vif-", "vif/", "vif", "enX"):
-        number = number.removeprefix(prefix)
-    if not (number.isascii() and number.isdigit()) or int(number) not in present:
+    number = parse_name(name)
+    if number is None or number not in present:
         raise NoSuchDevice(
             f"there is no network interface {name!r}",
             hint=f"there are: {', '.join(f'vif{n}' for n in present) or 'none'}",
         )
-    return int(number)
+    return number
 
 
 def _prepare() -> None:
@@ -187,14 +196,22 @@ async def serve(
     *,
     everything: bool,
     force: bool,
+    config: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> int:
-    """Serves the named vifs, or every vif, until SIGTERM; returns the exit status.
+    """Serves the named vifs, or every vif, or those that the file of settings names, until SIGTERM;
+    returns the exit status.
 
-    `options`: settings (settings.py).
+    `config`: the file of settings instead of the usual one; `options`: settings above it.
     """
     on = platform()
     on.require()
+    path = config or on.config_dir / FILE
+    settings = from_config(load(path, needed=config is not None))
+    settings.vifs.override(options or {})
+    patterns = ("*",) if everything else settings.service.claim
+    if not names and not patterns and not left_running(on.run_dir, "vif"):
+        return nothing_named(path, "network interface", 'claim = ["vif1"]', SECTION)
     await in_daemon_thread("modprobe tun", _prepare)
     # Its debug messages are of every packet of netlink.
     logging.getLogger("pyroute2").setLevel(logging.INFO)
@@ -202,13 +219,22 @@ async def serve(
     try:
         present = await Bus(store, "vif").ids()
         named = await in_daemon_thread("find", lambda: [find(name, present, on) for name in names])
+        # One that is attached later has no name yet: the kernel does not bind it.
+        called = await in_daemon_thread("find", lambda: {d: interfaces(d, on) for d in present})
         wanted: Callable[[int], bool] = (
-            (lambda devid: True) if everything else (lambda devid: devid in named)
+            (lambda devid: devid in named)
+            if names
+            else (lambda devid: names_vif(patterns, devid, called.get(devid, ())))
         )
+        for pattern in () if names else patterns:
+            if not is_pattern(pattern) and not any(
+                names_vif([pattern], devid, called[devid]) for devid in present
+            ):
+                log.info("%s: named in %s, and not there (yet)", pattern, path)
         networks = Networks(
             on,
-            NetSettings(**(options or {})),
-            expected=len(present) if everything else len(named),
+            settings.vifs,
+            expected=sum(map(wanted, present)),
         )
         supervisor = Supervisor(
             store,
@@ -216,8 +242,8 @@ async def serve(
             wanted,
             run_dir=on.run_dir,
             named=named,
-            hot_plug=everything,
-            force=force,
+            hot_plug=not names,
+            force=force or settings.service.force,
             suspend=in_guest(on, store, "pvfront-vif"),
         )
         following = asyncio.create_task(link.follow(networks.link_changed), name="links")

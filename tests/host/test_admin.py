@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ DISK = "/local/domain/0/backend/vbd/1/51728"
 def write_config(it: Place, text: str) -> None:
     directory = it.host.directory / "etc"
     directory.mkdir(exist_ok=True)
-    (directory / "vbd.conf").write_text(text)
+    (directory / "pvfront.toml").write_text(text)
 
 
 def write_hook(it: Place) -> Path:
@@ -122,8 +123,8 @@ async def test_settings_of_the_file_and_of_one_disk_are_used() -> None:
         write_config(
             it,
             "[disk]\nmax_ring_page_order = 3\nmax_indirect_segments = 128\n"
-            "[disk xvdb]\nmax_indirect_segments = 32\nmax_pool_pages = 100\n"
-            "feature_persistent = no\n",
+            "[disk.xvdb]\nmax_indirect_segments = 32\nmax_pool_pages = 100\n"
+            "feature_persistent = false\n",
         )
         it.service = await DiskService.start(it.host, "xvdb")
         rings = (await it.status())["rings"]
@@ -138,13 +139,41 @@ async def test_a_mistake_in_the_file_is_one_line_with_its_place() -> None:
         await it.service.stop()
         write_config(it, "[disk]\nmax_queues = 2\nmax_qeues = 3\n")
         said = await pvfront(it, "vbd", "serve", "--all", status=1)
-        path = it.host.directory / "etc/vbd.conf"
+        path = it.host.directory / "etc/pvfront.toml"
         assert f"pvfront: {path}:3: max_qeues: no such setting (there are: max_ring_page" in said
         assert "Traceback" not in said
         said = await pvfront(it, "vbd", "serve", "--all", "-o", "max_queues=many", status=2)
         assert "max_queues = 'many': must be a number from 0 to 16" in said
         said = await pvfront(it, "vbd", "serve", "--all", "--config", "/none", status=1)
         assert "pvfront: /none: there is no such file" in said
+
+
+async def test_without_a_name_what_the_file_names_is_served_also_if_it_comes_later() -> None:
+    async with place(POOR) as it:
+        await it.service.stop()
+        said = await pvfront(it, "vbd", "serve", status=1)
+        assert "pvfront.toml names no disk to serve" in said
+        assert 'claim = ["xvdb"]' in said
+        write_config(it, '[disk]\nclaim = ["xvd[b-d]", "xvdq"]\n')
+        it.service = await DiskService.start(it.host, "--verbose")  # and no name
+        await it.until("served", lambda s: s["phase"] == "connected")
+        await it.says("xvdq: named in")
+        await it.verify()
+
+
+async def test_a_service_of_systemd_that_has_nothing_to_serve_is_ready_and_ends(
+    tmp_path: Path,
+) -> None:
+    async with place(POOR) as it:
+        await it.service.stop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+            told.bind(str(tmp_path / "notify"))
+            os.environ["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+            try:
+                await pvfront(it, "vbd", "serve", status=0)
+            finally:
+                del os.environ["NOTIFY_SOCKET"]
+            assert told.recv(4096).startswith(b"READY=1\nSTATUS=")
 
 
 async def test_status_shows_counters_for_people() -> None:
@@ -176,5 +205,5 @@ async def test_the_doctor_finds_nothing_wrong_with_a_served_disk_and_then_what_i
         write_config(it, "max_queues = 2\n")
         said = await pvfront(it, "doctor", status=1)
         assert "FAIL  settings" in said
-        assert "vbd.conf:1: a setting before any section" in said
+        assert "pvfront.toml:1: [max_queues]: no such section" in said
         assert "WARN  limits" in said

@@ -5,6 +5,8 @@ it, what is on it is mounted and activated as from any other disk, and taken dow
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator
 
 import pytest
@@ -16,12 +18,19 @@ from lab.scenario import Lab, wait_until
 pytestmark = [pytest.mark.disk, pytest.mark.pv]
 
 STARTED = "/run/pvfront/started"
+CONFIG = "/etc/pvfront/pvfront.toml"
 WANTED = f"/etc/systemd/system/multi-user.target.wants/{UNIT}.service"
 
 
 def enable(root: str = "") -> str:
     """`systemctl enable`, without its reload."""
     return f"ln -sfn /etc/systemd/system/{UNIT}.service {root}{WANTED}"
+
+
+def claim(*patterns: str, root: str = "") -> str:
+    """A command that names the disks to be served."""
+    text = f"[disk]\nclaim = {json.dumps(patterns)}\n"
+    return f"mkdir -p {root}/etc/pvfront && printf %s {shlex.quote(text)} >{root}{CONFIG}"
 
 
 def fstab(volume: VolumeDisk) -> str:
@@ -36,10 +45,10 @@ def enabled(lab: Lab, guest: Guest) -> Iterator[Pvfront]:
     """The service is enabled; in the end it is not, as in the image."""
     pvf = Pvfront(lab, guest)
     pvf.start("--all")
-    guest.run(enable())
+    guest.run(f"{claim('*')} && {enable()}")
     yield pvf
     # The next start may be a destroy.
-    guest.run(f"rm -f {WANTED}; touch {STARTED}; sync", check=False)
+    guest.run(f"rm -f {WANTED} {CONFIG}; touch {STARTED}; sync", check=False)
 
 
 def with_files(lab: Lab) -> tuple[BackingDisk, VolumeDisk]:
@@ -89,9 +98,10 @@ def test_until_the_service_has_started_a_disk_that_will_be_ours_is_hidden(
         "systemd's forgetting it",
         lambda: not guest.run("systemctl is-active -q dev-xvdb.device", check=False).ok,
     )
-    for disks, hides in (("xvdc", False), ("xvdc xvdb", True), ("--all", True)):
-        guest.run(f"echo PVFRONT_DISKS={disks} >/etc/default/{UNIT} && {trigger}")
+    for disks, hides in ((["xvdc"], False), (["xvdc", "51728"], True), (["xvd[bd]"], True)):
+        guest.run(f"{claim(*disks)} && {trigger}")
         assert ("ID_FS_TYPE" not in properties(guest, "/dev/xvdb")) is hides, disks
+    guest.run(claim("*"))
     guest.run("udevadm trigger --settle --action=add --sysname-match=xvda")
     root = properties(guest, "/dev/xvda")
     assert root["ID_FS_TYPE"] == "ext4", "the root disk is in use, and so never becomes ours"
@@ -121,7 +131,7 @@ def test_at_boot_fstab_mounts_our_disk_and_lvm_finds_its_volume_on_it(
     specs = {"xvdb": data.spec("xvdb"), "xvdc": volume.below.spec("xvdc")}
     with guest.root_in_dom0() as root:
         lab.dom0.run(
-            f"{enable(root)} && echo PVFRONT_DISKS=--all >{root}/etc/default/{UNIT} "
+            f"{enable(root)} && rm -f {root}/etc/default/{UNIT} && {claim('xvd[bc]', root=root)} "
             f"&& mkdir -p {root}/srv/data {root}/srv/volume "
             f"&& printf '%s' '{fstab(volume)}' >{root}/etc/fstab"
         )
@@ -141,14 +151,14 @@ def test_at_boot_fstab_mounts_our_disk_and_lvm_finds_its_volume_on_it(
             assert pvf.state(name)["phase"] == "connected"
         guest.run(
             f"umount /srv/data /srv/volume && vgchange -q -an {volume.name} && : >/etc/fstab "
-            f"&& rm {WANTED} && systemctl daemon-reload && sync"
+            f"&& rm {WANTED} {CONFIG} && systemctl daemon-reload && sync"
         )
         for name in nodes:
             pvf.detach(name)
     except BaseException:
         guest.destroy()
         with guest.root_in_dom0() as root:
-            lab.dom0.run(f": >{root}/etc/fstab; rm -f {root}{WANTED}")
+            lab.dom0.run(f": >{root}/etc/fstab; rm -f {root}{WANTED} {root}{CONFIG}")
         raise
     for backing in (data, volume):
         backing.remove()

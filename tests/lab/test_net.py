@@ -465,7 +465,8 @@ def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_o
         lab.dom0.run(
             f"cd {root} && for s in {DISKS} {UNIT}; do "
             f"ln -sfn /etc/systemd/system/$s.service .{AT_BOOT}/$s.service; rm -f etc/default/$s; "
-            "done && "
+            "done && mkdir -p etc/pvfront && "
+            "printf 'disk.claim=[\"*\"]\\nvif.claim=[\"*\"]\\n' >etc/pvfront/pvfront.toml && "
             f"ln -sfn /lib/systemd/system/systemd-networkd.service .{AT_BOOT}/"
         )
     try:
@@ -502,7 +503,7 @@ def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_o
         guest.destroy()
         with guest.root_in_dom0() as root:
             lab.dom0.run(
-                f"cd {root} && rm -f etc/systemd/network/10-lab.network "
+                f"cd {root} && rm -f etc/systemd/network/10-lab.network etc/pvfront/pvfront.toml "
                 f".{AT_BOOT}/pvfront-*.service .{AT_BOOT}/systemd-networkd.service",
                 check=False,
             )

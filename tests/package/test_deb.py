@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 from debianworld import DIST, ROOT, Debian
 
+CONFIG = "/etc/pvfront/pvfront.toml"
 UNITS = sorted(path.name for path in (ROOT / "systemd").glob("*.service"))
 
 
@@ -63,8 +65,17 @@ def test_it_installs_works_and_after_a_purge_nothing_is_left(debian: Debian, deb
 
 def test_an_upgrade_keeps_what_the_administrator_wrote(debian: Debian, deb: Path) -> None:
     debian.install(deb)
-    debian.run("sh", "-c", "mkdir -p /etc/pvfront && echo '[disk]' >/etc/pvfront/vbd.conf")
+    assert debian.run("pvfront", "config", "check") == f"{CONFIG}: nothing is wrong\n"
+    debian.run("sh", "-c", f"echo '[disk]' >{CONFIG}")
     debian.install(deb)
-    assert debian.run("cat", "/etc/pvfront/vbd.conf") == "[disk]\n"
+    assert debian.run("cat", CONFIG) == "[disk]\n"
     debian.run("dpkg", "--remove", "pvfront")
-    assert debian.run("cat", "/etc/pvfront/vbd.conf") == "[disk]\n", "removed, but not purged"
+    assert debian.run("cat", CONFIG) == "[disk]\n", "removed, but not purged"
+
+
+def test_as_installed_it_names_no_device_of_the_kernels(debian: Debian, deb: Path) -> None:
+    debian.install(deb)
+    named = "import tomllib, json; print(json.dumps(tomllib.load(open('" + CONFIG + "', 'rb'))))"
+    assert json.loads(debian.run("python3", "-c", named)) == {
+        "disk": {"claim": []}, "vif": {"claim": []},
+    }  # fmt: skip

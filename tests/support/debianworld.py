@@ -5,7 +5,6 @@ thrown away. As root. No systemd runs in it: what services do is the lab's to sh
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile

@@ -82,14 +82,14 @@ async def test_a_mistake_in_the_settings_and_a_worker_that_fails_are_facts(
     roots: Roots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_store(monkeypatch)
-    put(roots.root / "etc/pvfront/vbd.conf", "[disk]\nmax_qeues = 3\n")
+    put(roots.root / "etc/pvfront/pvfront.toml", "[disk]\nmax_qeues = 3\n")
 
     def broken(other_user: bool) -> None:
         raise PvfrontError("the worker program does not run: x", hint="y")
 
     found = await gather(Xen(), try_worker=broken)
     assert found.config is not None
-    assert "vbd.conf:2: max_qeues: no such setting" in found.config[0]
+    assert "pvfront.toml:2: max_qeues: no such setting" in found.config[0]
     assert found.worker == ("the worker program does not run: x", "y")
 
 

@@ -3,22 +3,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from pvfront import __version__
-from pvfront.blkfront.settings import DiskSettings
+from pvfront.agent.settings import AgentSettings
+from pvfront.agent.xeniface.policy import Settings as XenifaceSettings
+from pvfront.blkfront.settings import DiskService, DiskSettings
 from pvfront.cli import cli
+from pvfront.netfront.settings import NetService, NetSettings
 
 PAGE = Path(__file__).resolve().parents[2] / "man" / "pvfront.1"
-CONF = PAGE.with_name("pvfront-vbd.conf.5")
+CONF = PAGE.with_name("pvfront.toml.5")
 
 
 def plain(roff: str) -> str:
@@ -86,11 +91,20 @@ def test_no_option_is_made_up() -> None:
     assert words(section) <= known
 
 
-def test_every_setting_is_explained_with_its_default() -> None:
-    text = plain(CONF.read_text(encoding="utf-8"))
-    for field in fields(DiskSettings):
+@pytest.mark.parametrize(
+    "cls",
+    [DiskService, DiskSettings, NetService, NetSettings, AgentSettings, XenifaceSettings],
+)
+def test_every_setting_is_explained_with_its_default(cls: type[Any]) -> None:
+    text = plain(CONF.read_text(encoding="utf-8")).replace(r"\(dq", '"')
+    for field in fields(cls):
         value = field.default
-        default = ("no", "yes")[value] if isinstance(value, bool) else value
+        if value is MISSING:
+            assert f"[agent.{field.name}]" in text
+            continue
+        default = ("false", "true")[value] if isinstance(value, bool) else value
+        if isinstance(value, tuple) or value == "":
+            default = re.escape(json.dumps(value))
         assert re.search(rf"^{field.name} .*default {default}\)", text, re.M), field.name
 
 
