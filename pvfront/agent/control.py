@@ -37,7 +37,7 @@ from .keys import clean
 log = logging.getLogger(__name__)
 
 SHUTDOWN = "control/shutdown"
-REASON = "data/pvfront/suspend-refused"
+REASON = "data/pvfront/sleep-refused"
 KERNEL = 5.0  # seconds in which the kernel acknowledges
 BEGUN = 30.0  # and in which systemd has begun what it acknowledged
 LOOK = 0.5

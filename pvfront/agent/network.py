@@ -133,16 +133,9 @@ class Network:
 
     name = "network"
 
-    def __init__(
-        self,
-        board: Board,
-        keys: VifKeys,
-        *,
-        on_links: Callable[[list[Vif]], None] = lambda vifs: None,
-    ) -> None:
+    def __init__(self, board: Board, keys: VifKeys) -> None:
         self._board = board
         self._keys = keys
-        self._on_links = on_links
         self._vifs: list[Vif] = []
         self._looks = 0
 
@@ -173,7 +166,10 @@ class Network:
         self._looks += 1
         self._vifs = found
         self._board.put("network", self._keys.keys(found))
-        self._on_links(found)
+
+    def ifname(self, devid: int) -> str:
+        """What vif `devid` is called now; "" if there is none."""
+        return next((vif.ifname for vif in self._vifs if vif.devid == devid), "")
 
     def status(self) -> dict[str, Any]:
         return {

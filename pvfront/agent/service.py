@@ -29,8 +29,10 @@ from .keys import VifKeys, VolumeKeys
 from .memory import Memory
 from .network import Network
 from .publish import Publisher
+from .requests import HostName, StaticAddresses
 from .resume import Resumes
 from .settings import AgentSettings
+from .suspendable import Suspendable
 from .system import System
 from .volumes import Volumes
 from .xeniface.component import Xeniface
@@ -50,9 +52,12 @@ def guest_data() -> list[Component]:
     return [
         Publisher(board, vifs, volumes),
         System(board),
-        Network(board, vifs),
+        network := Network(board, vifs),
         Volumes(board, volumes),
         Control(board),
+        Suspendable(board),
+        StaticAddresses(board, network.ifname),
+        HostName(board),
     ]
 
 

@@ -75,8 +75,8 @@ _EMULATED_DISKS = {"0x8086:0x7010", "0x8086:0x2922"}  # PIIX3 IDE, ICH9 AHCI
 def emulated(roots: Roots) -> dict[str, str]:
     """Emulated disks and networks beside the PV ones: "unplugged", or their names. {}: no HVM.
 
-    The kernel asks QEMU to unplug them before it binds drivers (arch/x86/xen/platform-pci-unplug.c);
-    what it has unplugged has no device behind its controller any more.
+    The kernel asks QEMU to unplug them before it binds drivers (platform-pci-unplug.c); what it has
+    unplugged has no device behind its controller any more.
     """
     if guest_type(roots) != "HVM":
         return {}

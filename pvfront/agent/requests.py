@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What XAPI may ask a guest to set, if its administrator allows: an address, a name.
+
+Off by default (`static_ip`, `set_hostname`). The keys are those that the Windows agent obeys:
+
+    xenserver/device/vif/N/static-ip-setting/{enabled,address,gateway} and with a 6 at the end
+    control/setcomputername/{action,name}, answered by state and error
+
+A request is done when its `enabled` or `action` is removed. Every value is hostile until parsed:
+what reaches a command line is an address, a name of an interface that we have found ourselves, or
+labels of letters, digits and hyphens.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import PvfrontError
+from ..xenstore import Xenstore
+from ..xswire import printable
+from .board import Board
+from .context import Context
+from .helper import Command, command
+from .keys import MAX_VIFS
+
+log = logging.getLogger(__name__)
+
+VIFS = "xenserver/device/vif"
+NAME = "control/setcomputername"
+_LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
+_OUTSIDE = ("systemd-run", "--quiet", "--collect", "--wait", "--")
+
+Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+Gateway = ipaddress.IPv4Address | ipaddress.IPv6Address | None
+
+
+def parse_address(family: int, address: str, gateway: str) -> tuple[Interface, Gateway]:
+    """An address with its prefix, and the gateway if one is named. Raises PvfrontError."""
+    try:
+        found = ipaddress.ip_interface(address)
+        way = ipaddress.ip_address(gateway) if gateway else None
+    except ValueError as error:
+        raise PvfrontError(printable(str(error)[:100])) from None
+    if found.version != family or (way is not None and way.version != family):
+        raise PvfrontError(f"no address of IPv{family}")
+    if getattr(found, "scope_id", None) or getattr(way, "scope_id", None):
+        raise PvfrontError("an address with a scope")
+    if "/" not in address or found.is_multicast or found.is_unspecified or found.is_loopback:
+        raise PvfrontError(f"{found} is no address for an interface, or has no prefix")
+    return found, way
+
+
+def parse_name(name: str) -> str:
+    """A host name: labels with dots between. Raises PvfrontError."""
+    if len(name) > 64 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
+        raise PvfrontError(f"no host name: {printable(name[:40])!r}")
+    return name
+
+
+class StaticAddresses:
+    """`static-ip-setting` of every vif, where the administrator allows it."""
+
+    name = "static-ip"
+
+    def __init__(
+        self, board: Board, ifname_of: Callable[[int], str], *, run: Command = command
+    ) -> None:
+        """`ifname_of`: the interface of a vif, "" if it has none."""
+        self._board = board
+        self._ifname_of = ifname_of
+        self._run = run
+        self._set: dict[tuple[int, int], Interface] = {}
+
+    async def run(self, context: Context) -> None:
+        if not context.settings.static_ip:
+            return
+        self._board.put("static-ip", {"control/feature-static-ip-setting": "1"})
+        async with context.store.watch(VIFS) as events:
+            async for _ in events:
+                for devid in (await _children(context.store, VIFS))[:MAX_VIFS]:
+                    for family, end in ((4, ""), (6, "6")):
+                        await self._one(context.store, devid, family, end)
+
+    async def _one(self, store: Xenstore, devid: str, family: int, end: str) -> None:
+        base = f"{VIFS}/{devid}/static-ip-setting"
+        enabled = await store.read_opt(f"{base}/enabled{end}")
+        if enabled is None or not (devid.isascii() and devid.isdigit() and len(devid) < 6):
+            return
+        problem = ""
+        try:
+            if enabled == "1":
+                address = await store.read_opt(f"{base}/address{end}") or ""
+                gateway = await store.read_opt(f"{base}/gateway{end}") or ""
+                await self._apply(int(devid), *parse_address(family, address, gateway))
+            else:
+                await self._undo(int(devid), family)
+        except PvfrontError as error:
+            problem = str(error)
+            log.warning("static-ip-setting of vif%s: %s", devid, problem)
+        await store.write(f"{base}/error-code", "1" if problem else "0")
+        await store.write(f"{base}/error-msg", problem)
+        await store.remove(f"{base}/enabled{end}", missing_ok=True)
+
+    async def _apply(self, devid: int, address: Interface, gateway: Gateway) -> None:
+        ifname = self._interface(devid)
+        old = self._set.get((devid, address.version))
+        if old is not None and old != address:
+            await self._undo(devid, address.version)
+        await self._ip(address.version, "address", "replace", str(address), "dev", ifname)
+        self._set[devid, address.version] = address
+        if gateway is not None:
+            way = ("via", str(gateway), "dev", ifname)
+            await self._ip(address.version, "route", "replace", "default", *way)
+        log.warning("vif%d (%s): %s set on the toolstack's word", devid, ifname, address)
+
+    async def _undo(self, devid: int, family: int) -> None:
+        """Takes back what was set here; what the guest's own configuration says is not touched."""
+        if (address := self._set.pop((devid, family), None)) is not None:
+            where = ("dev", self._interface(devid))
+            await self._ip(family, "address", "delete", str(address), *where)
+
+    def _interface(self, devid: int) -> str:
+        ifname = self._ifname_of(devid)
+        if not ifname:
+            raise PvfrontError(f"vif{devid} has no interface here")
+        return ifname
+
+    async def _ip(self, family: int, *words: str) -> None:
+        if failure := await self._run(*_OUTSIDE, "ip", f"-{family}", *words):
+            raise PvfrontError(f"ip {' '.join(words)}: {failure}")
+
+    def status(self) -> dict[str, Any]:
+        return {f"vif{devid} IPv{v}": str(address) for (devid, v), address in self._set.items()}
+
+
+class HostName:
+    """`control/setcomputername`, where the administrator allows it."""
+
+    name = "hostname"
+
+    def __init__(self, board: Board, *, run: Command = command) -> None:
+        self._board = board
+        self._run = run
+        self._last = ""
+
+    async def run(self, context: Context) -> None:
+        if not context.settings.set_hostname:
+            return
+        self._board.put("hostname", {"control/feature-setcomputername": "1"})
+        async with context.store.watch(NAME) as events:
+            async for _ in events:
+                if await context.store.read_opt(f"{NAME}/action") == "set":
+                    await self._set(context.store)
+
+    async def _set(self, store: Xenstore) -> None:
+        problem = ""
+        try:
+            name = parse_name(await store.read_opt(f"{NAME}/name") or "")
+            if failure := await self._run(*_OUTSIDE, "hostnamectl", "set-hostname", name):
+                raise PvfrontError(failure)
+            self._last = name
+            log.warning("host name %s set on the toolstack's word", name)
+        except PvfrontError as error:
+            problem = str(error)
+            log.warning("setcomputername: %s", problem)
+        await store.write(f"{NAME}/error", problem)
+        await store.write(f"{NAME}/state", "Failed" if problem else "Succeeded")
+        await store.remove(f"{NAME}/action", missing_ok=True)
+
+    def status(self) -> dict[str, Any]:
+        return {"last": self._last}
+
+
+async def _children(store: Xenstore, path: str) -> list[str]:
+    try:
+        return sorted(await store.directory(path))
+    except (FileNotFoundError, PermissionError):
+        return []

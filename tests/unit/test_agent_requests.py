@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""What XAPI may ask a guest to set; whether it can be suspended, and why not."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from agentworld import AgentWorld, agent_world
+from waiting import eventually
+
+from pvfront.agent.board import Board
+from pvfront.agent.requests import (
+    NAME,
+    VIFS,
+    HostName,
+    StaticAddresses,
+    parse_address,
+    parse_name,
+)
+from pvfront.agent.settings import AgentSettings
+from pvfront.agent.suspendable import FEATURE, REASON, Judge, Suspendable, read_state
+from pvfront.errors import PvfrontError
+
+ALLOWED = AgentSettings(static_ip=True, set_hostname=True)
+SETTING = f"{VIFS}/0/static-ip-setting"
+
+
+class Outside:
+    """What systemd would run."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+        self.failure = ""
+
+    async def run(self, *words: str) -> str:
+        assert words[:5] == ("systemd-run", "--quiet", "--collect", "--wait", "--")
+        self.commands.append(" ".join(words[5:]))
+        return self.failure
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[AgentWorld]:
+    async with agent_world(tmp_path, ALLOWED) as made:
+        made.set("xenserver/device/vif", "")
+        made.set(NAME, "")
+        yield made
+
+
+@pytest.fixture
+def outside() -> Outside:
+    return Outside()
+
+
+def addresses(outside: Outside, board: Board | None = None) -> StaticAddresses:
+    names = {0: "enX0"}
+    return StaticAddresses(board or Board(), lambda n: names.get(n, ""), run=outside.run)
+
+
+def ask(world: AgentWorld, end: str = "", **keys: str) -> None:
+    for key, value in keys.items():
+        world.set(f"{SETTING}/{key}{end}", value)
+    world.set(f"{SETTING}/enabled{end}", keys.get("enabled", "1"))
+
+
+async def done(world: AgentWorld, end: str = "") -> str | None:
+    await eventually("the end of the request", lambda: world.get(f"{SETTING}/enabled{end}") is None)
+    return world.get(f"{SETTING}/error-msg")
+
+
+async def test_an_address_is_set_and_taken_back_on_the_toolstacks_word(
+    world: AgentWorld, outside: Outside
+) -> None:
+    board = Board()
+    async with world.running(addresses(outside, board)):
+        ask(world, address="10.0.0.5/24", gateway="10.0.0.1")
+        assert await done(world) == ""
+        assert outside.commands == [
+            "ip -4 address replace 10.0.0.5/24 dev enX0",
+            "ip -4 route replace default via 10.0.0.1 dev enX0",
+        ]
+        assert world.get(f"{SETTING}/error-code") == "0"
+        ask(world, "6", address="2001:db8::5/64")
+        assert await done(world, "6") == ""
+        outside.commands.clear()
+        world.set(f"{SETTING}/enabled", "0")
+        assert await done(world) == ""
+        assert outside.commands == ["ip -4 address delete 10.0.0.5/24 dev enX0"]
+    assert board.wanted() == {"control/feature-static-ip-setting": "1"}
+
+
+async def test_an_address_that_cannot_be_set_is_answered_with_the_reason(
+    world: AgentWorld, outside: Outside
+) -> None:
+    outside.failure = "systemd-run: RTNETLINK answers: File exists"
+    async with world.running(addresses(outside)):
+        ask(world, address="10.0.0.5/24")
+        assert "File exists" in (await done(world) or "")
+        assert world.get(f"{SETTING}/error-code") == "1"
+
+
+@pytest.mark.parametrize(
+    ("address", "gateway"),
+    [
+        ("", ""),
+        ("10.0.0.5", ""),
+        ("10.0.0.5/24; reboot", ""),
+        ("10.0.0.5/33", ""),
+        ("127.0.0.1/8", ""),
+        ("224.0.0.1/24", ""),
+        ("fe80::1/64", ""),
+        ("10.0.0.5/24", "fe80::1"),
+        ("10.0.0.5/24", "$(reboot)"),
+        ("\x1b[2J" * 300, ""),
+    ],
+)
+async def test_what_is_no_address_reaches_no_command(
+    world: AgentWorld, outside: Outside, address: str, gateway: str
+) -> None:
+    async with world.running(addresses(outside)):
+        ask(world, address=address, gateway=gateway)
+        said = await done(world)
+        assert said
+        assert said.isprintable()
+        assert len(said) < 200
+    assert outside.commands == []
+
+
+def test_an_address_of_ipv6_with_a_scope_is_refused() -> None:
+    with pytest.raises(PvfrontError, match="scope"):
+        parse_address(6, "fe80::1%eth0/64", "")
+
+
+async def test_without_leave_nothing_is_watched_nor_offered(
+    world: AgentWorld, outside: Outside
+) -> None:
+    world.context.settings = AgentSettings()
+    board = Board()
+    async with world.running(addresses(outside, board), HostName(board, run=outside.run)):
+        ask(world, address="10.0.0.5/24")
+        assert not any(client.watches for client in world.mem.clients)
+    assert outside.commands == []
+    assert board.wanted() == {}
+
+
+async def test_a_host_name_is_set_and_answered(world: AgentWorld, outside: Outside) -> None:
+    async with world.running(HostName(Board(), run=outside.run)):
+        world.set(f"{NAME}/name", "web-1.example.org")
+        world.set(f"{NAME}/action", "set")
+        await eventually("the answer", lambda: world.get(f"{NAME}/state") == "Succeeded")
+        await eventually("its end", lambda: world.get(f"{NAME}/action") is None)
+        assert outside.commands == ["hostnamectl set-hostname web-1.example.org"]
+        world.set(f"{NAME}/name", "-x; reboot")
+        world.set(f"{NAME}/action", "set")
+        await eventually("the refusal", lambda: world.get(f"{NAME}/state") == "Failed")
+        assert len(outside.commands) == 1
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a-", "a..b", "a b", "x" * 65, "ü", "a\n", "--help"])
+def test_what_is_no_host_name_is_refused(name: str) -> None:
+    with pytest.raises(PvfrontError, match="no host name"):
+        parse_name(name)
+
+
+def state(*, armed: bool, stage: str = "watching", refusal: str = "") -> dict[str, object]:
+    return {"stage": stage, "armed": armed, "why_unarmed": "busy", "last_refusal": refusal}
+
+
+def test_a_guest_whose_suspend_cannot_be_held_up_says_that_it_cannot_and_why() -> None:
+    judge = Judge()
+    assert judge.keys(state(armed=True)) == {REASON: ""}
+    assert judge.keys(state(armed=False)) == {REASON: ""}  # a moment between two
+    off = judge.keys(state(armed=False))
+    assert off == {REASON: "suspend cannot be held up: busy", FEATURE: "0"}
+    assert judge.keys(state(armed=True)) == {REASON: "", FEATURE: "1"}
+    assert judge.keys(None) == {REASON: "", FEATURE: "1"}
+
+
+def test_the_reason_of_the_last_refusal_is_told_until_a_suspend_goes_well() -> None:
+    judge = Judge()
+    found = judge.keys(state(armed=True, refusal="xvdb: stuck\x1b"))
+    assert found == {REASON: "the last one: xvdb: stuck?"}
+    assert judge.keys(state(armed=False, stage="closing")) == {REASON: ""}
+
+
+async def test_what_a_dead_owner_has_left_says_nothing(world: AgentWorld) -> None:
+    run_dir = world.context.platform.run_dir
+    world.file("run/pvfront/suspend.json", json.dumps(state(armed=True, refusal="old")))
+    lock = world.file("run/pvfront/suspend.lock", "1\n")
+    assert read_state(run_dir) is None
+    board = Board()
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        async with world.running(Suspendable(board, every=0.01)):
+            await eventually("the reason", lambda: "old" in board.wanted().get(REASON, ""))
+            (run_dir / "suspend.json").write_text("[")
+            await eventually("none", lambda: board.wanted()[REASON] == "")
