@@ -104,7 +104,7 @@ bench-xen: build setup-lab ## pvfront beside the kernel's blkfront and netfront,
 	@PYTHONPATH=ci/xen-nested $(BIN)/python bench/xen.py \
 		$(if $(filter-out file,$(origin GUEST)),--guest $(GUEST))
 
-fuzz: build setup ## fuzz for a long time: FUZZ=ring|nbd|port|ctl|net|blkback|netback FUZZ_SECONDS=600 (of each)
+fuzz: build setup ## fuzz for a long time: FUZZ=ring|nbd|port|ctl|net|cons|blkback|netback FUZZ_SECONDS=600 (of each)
 	@$(BIN)/python tools/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ)
 	@$(BIN)/pytest tests/fuzz --hypothesis-profile=long --timeout=3600
 

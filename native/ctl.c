@@ -49,15 +49,19 @@ static const char *check_attach(const struct pvf_ctl_attach *a, size_t bytes, ui
 {
 	if (bytes < sizeof(*a))
 		return "ATTACH is too short";
-	if (a->pool_pages < 2 || a->pool_pages > PVF_MAX_POOL_PAGES)
-		return "ATTACH: pool_pages must be 2 to 1056";
+	bool console = a->device_class == PVF_CLASS_CONS;
+
+	if (console ? a->pool_pages : a->pool_pages < 2 || a->pool_pages > PVF_MAX_POOL_PAGES)
+		return "ATTACH: pool_pages must be 2 to 1056, a console's 0";
 	if (bytes != sizeof(*a) + (size_t)a->pool_pages * 4)
 		return "ATTACH: length does not fit pool_pages";
 	if (nfds != (a->rx_port ? 3 : 2))
 		return "ATTACH wants two descriptors, event channel and gntalloc, and RX's event channel with "
 		       "rx_port";
-	if (a->device_class != PVF_CLASS_BLK && a->device_class != PVF_CLASS_NET)
-		return "ATTACH: only disks (class 1) and networks (class 2) are served by this worker";
+	if (a->device_class != PVF_CLASS_BLK && a->device_class != PVF_CLASS_NET && !console)
+		return "ATTACH: there are disks (class 1), networks (class 2) and consoles (class 3)";
+	if (console && (a->ring_pages != 1 || a->queues != 1))
+		return "ATTACH: a console has one ring page and one queue";
 	if (a->device_class == PVF_CLASS_NET
 		    ? a->ring_pages != PVF_NET_RING_PAGES || !a->tx_pages || a->tx_pages >= a->pool_pages
 		    : a->tx_pages)
@@ -126,6 +130,13 @@ static const char *check_start_net(const struct pvf_ctl_start_net *s, size_t byt
 	return NULL;
 }
 
+static const char *check_start_cons(const struct pvf_ctl_start_cons *s, size_t bytes, uint32_t nfds)
+{
+	if (bytes != sizeof(*s) || nfds > 1)
+		return "START_CONS has a wrong length, or more than one descriptor";
+	return s->reserved ? "START_CONS: unknown flags" : NULL;
+}
+
 const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nfds)
 {
 	if (bytes < sizeof(m->hdr))
@@ -143,6 +154,8 @@ const char *pvf_ctl_check(const union pvf_ctl_down *m, size_t bytes, uint32_t nf
 		return check_start(&m->start, bytes, nfds);
 	case PVF_CTL_START_NET:
 		return check_start_net(&m->start_net, bytes, nfds);
+	case PVF_CTL_START_CONS:
+		return check_start_cons(&m->start_cons, bytes, nfds);
 	case PVF_CTL_DETACH:
 		if (bytes != sizeof(m->detach) || nfds)
 			return "DETACH has a wrong length, or descriptors";

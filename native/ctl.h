@@ -18,6 +18,7 @@ union pvf_ctl_down { /* any message from a supervisor */
 	struct pvf_ctl_hdr hdr;
 	struct pvf_ctl_start start;
 	struct pvf_ctl_start_net start_net;
+	struct pvf_ctl_start_cons start_cons;
 	struct pvf_ctl_detach detach;
 	struct pvf_ctl_simple simple;
 	uint8_t bytes[PVF_CTL_MAX];

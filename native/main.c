@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
- * pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] [--ublk] [--net] [--build ID]
+ * pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR]
+ *   [--ublk | --net | --console] [--build ID]
  *
  * One device's data path, a thread for each of up to N queues (1). Descriptor 3 is a listening AF_UNIX SOCK_SEQPACKET socket; everything
  * else comes through it (pvf_ctl.h). Status 0: told to exit; 1: could not start; 2: wrong usage.
@@ -24,8 +25,8 @@ static int usage(const char *what)
 {
 	fprintf(stderr,
 		"pvfront-worker: %s\n"
-		"usage: pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] [--ublk] [--net] "
-		"[--build ID]\n"
+		"usage: pvfront-worker --name NAME [--queues N] [--uid U --gid G] [--chroot DIR] "
+		"[--ublk | --net | --console] [--build ID]\n"
 		"descriptor 3 must be a listening AF_UNIX SOCK_SEQPACKET socket; "
 		"pvfront starts workers, not people\n",
 		what);
@@ -65,12 +66,13 @@ int main(int argc, char **argv)
 		{"chroot", required_argument, NULL, 'c'},
 		{"ublk", no_argument, NULL, 'b'},
 		{"net", no_argument, NULL, 't'},
+		{"console", no_argument, NULL, 'o'},
 		{"build", required_argument, NULL, 'v'},
 		{0},
 	};
 	struct pvf_confine confine = {0};
 	const char *name = NULL, *build = "", *why = NULL;
-	bool uid = false, gid = false, net = false;
+	bool uid = false, gid = false, net = false, console = false;
 	uint32_t queues = 1;
 	int opt, rc;
 
@@ -102,6 +104,9 @@ int main(int argc, char **argv)
 		case 't':
 			net = confine.realtime = true;
 			break;
+		case 'o':
+			console = true;
+			break;
 		case 'v':
 			build = optarg;
 			break;
@@ -127,6 +132,8 @@ int main(int argc, char **argv)
 	snprintf(worker.build, sizeof(worker.build), "%s", build);
 	if (!rc && net)
 		rc = pvf_worker_net(&worker, &why);
+	if (!rc && console)
+		rc = pvf_worker_cons(&worker, &why);
 	if (!rc && confine.uring)
 		rc = pvf_worker_uring(&worker, &why);
 	if (!rc)

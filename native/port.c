@@ -34,6 +34,8 @@ int pvf_port_map(struct pvf_port *port, int fd, const char **why)
 
 	if (rc)
 		return rc;
+	if (!port->pool_bytes)
+		return 0;
 	*why = "the pool cannot be mapped at its offset";
 	rc = map(fd, port->pool_offset, port->pool_bytes, &port->pool);
 	if (rc) {
@@ -47,7 +49,8 @@ void pvf_port_unmap(struct pvf_port *port)
 {
 	if (!port->ring_bytes)
 		return;
-	munmap(port->pool, port->pool_bytes);
+	if (port->pool_bytes)
+		munmap(port->pool, port->pool_bytes);
 	munmap(port->ring, port->ring_bytes);
 	port->ring = port->pool = NULL;
 }

@@ -125,6 +125,9 @@ void pvf_queue_free(struct pvf_queue *q)
 	if (q->net)
 		pvf_netq_drop_target(q);
 	free(q->net);
+	if (q->cons)
+		pvf_consq_drop_target(q);
+	free(q->cons);
 	close_own(q);
 	pthread_mutex_destroy(&q->lock);
 	pthread_mutex_destroy(&q->gate);
@@ -155,7 +158,7 @@ void pvf_queue_stop(struct pvf_queue *q)
 	q->serving = q->again = false;
 	if (q->net)
 		q->net->tx.pool.quarantined = q->net->rx.pool.quarantined = true;
-	else
+	else if (!q->cons)
 		q->blk.pool.quarantined = true;
 	/* A readable event channel would keep a level-triggered epoll awake. */
 	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
@@ -184,7 +187,9 @@ int pvf_queue_attach(struct pvf_queue *q, const int *fds, const struct pvf_ctl_a
 		pvf_port_release(&q->port);
 		return rc;
 	}
-	if (!q->net)
+	if (q->cons)
+		pvf_consq_attach(q);
+	else if (!q->net)
 		pvf_blk_attach(&q->blk, q->port.ring, q->port.ring_bytes, q->port.pool, a->pool_pages,
 			       a->pool_grefs, a->flags & PVF_ATTACH_SCRUB);
 	q->attached = true;
@@ -221,6 +226,8 @@ void pvf_queue_drop_target(struct pvf_queue *q)
 {
 	if (q->net)
 		return pvf_netq_drop_target(q);
+	if (q->cons)
+		return pvf_consq_drop_target(q);
 	close_target(q);
 	forget_target(q);
 	q->notes &= ~(uint32_t)PVF_NOTE_TARGET_GONE;
@@ -230,6 +237,8 @@ bool pvf_queue_has_target(const struct pvf_queue *q)
 {
 	if (q->net)
 		return q->net->tap_fd >= 0;
+	if (q->cons)
+		return q->cons->fd >= 0;
 	return q->source_ops ? !q->target.gone : q->target.fd >= 0;
 }
 
@@ -247,6 +256,8 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 		q->source_ops->deliver(q->source, &q->blk);
 	if (q->net && !keep)
 		pvf_netq_drop_target(q);
+	if (q->cons && !keep)
+		pvf_consq_drop_target(q);
 	if (!keep || q->target.gone)
 		close_target(q);
 	if (q->target.fd < 0)
@@ -260,6 +271,8 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
 	if (q->net)
 		pvf_netq_detach(q);
+	else if (q->cons)
+		pvf_cons_detach(&q->cons->ring);
 	else
 		pvf_blk_detach(&q->blk);
 	pvf_port_close(&q->port);
@@ -301,6 +314,8 @@ int pvf_queue_target(struct pvf_queue *q, int fd, const char **why)
 
 	if (q->net)
 		return pvf_netq_target(q, fd, why);
+	if (q->cons)
+		return pvf_consq_target(q, fd, why);
 	pvf_queue_drop_target(q);
 	if (!fstat(fd, &st) && S_ISCHR(st.st_mode))
 		return take_ublk(q, fd, why);
@@ -333,6 +348,8 @@ void pvf_queue_start_net(struct pvf_queue *q, uint32_t features, uint32_t stall_
 
 uint32_t pvf_queue_in_flight(const struct pvf_queue *q)
 {
+	if (q->cons)
+		return pvf_cons_unsent(&q->cons->ring);
 	return q->net ? q->net->tx.in_flight : q->blk.in_flight;
 }
 
@@ -360,6 +377,8 @@ void pvf_queue_publish(struct pvf_queue *q)
 
 	if (q->net)
 		return pvf_netq_publish(q);
+	if (q->cons)
+		return pvf_consq_publish(q);
 	s->state = q->state;
 	s->generation = q->generation;
 	s->queue = q->index;

@@ -43,6 +43,7 @@
 
 #include "batch.h"
 #include "blk.h"
+#include "cons.h"
 #include "fence.h"
 #include "net.h"
 #include "port.h"
@@ -86,6 +87,13 @@ struct pvf_netq { /* what a network's queue has instead of a disk's */
 	struct pvf_net_packet packet; /* that is received now */
 };
 
+struct pvf_consq { /* what a console's queue has instead */
+	struct pvf_cons ring; /* over all connections */
+	int fd;               /* the stream socket; -1: none */
+	bool ended;           /* its other end is gone */
+	uint64_t in_bytes, out_bytes, full, blocked;
+};
+
 struct pvf_queue {
 	pthread_mutex_t gate, lock; /* see pvf_queue_lock() */
 	pthread_t thread;
@@ -97,8 +105,9 @@ struct pvf_queue {
 	int unmask_timer, watchdog_timer, wake_fd;
 	int notes_fd;            /* an eventfd of the worker's */
 	struct pvf_fence *fence; /* shared by the device's queues */
-	void *page; /* struct pvf_blk_stats or pvf_net_stats */
-	struct pvf_netq *net; /* NULL: a disk's */
+	void *page; /* struct pvf_blk_stats, pvf_net_stats or pvf_cons_stats */
+	struct pvf_netq *net;   /* NULL: no network's */
+	struct pvf_consq *cons; /* NULL: no console's; a disk's has neither */
 	uint32_t state, generation; /* the worker's, for the statistics */
 	uint32_t queues;         /* attached: above 1, the fence holds */
 	struct pvf_blk blk;
@@ -146,6 +155,9 @@ int pvf_queue_init(struct pvf_queue *queue, uint32_t index, struct pvf_fence *fe
 
 /* Makes it a network's, for good; the multicast groups are the device's. 0 or -ENOMEM. */
 int pvf_queue_net(struct pvf_queue *queue, struct pvf_groups *groups);
+
+/* The same for a console's. */
+int pvf_queue_cons(struct pvf_queue *queue);
 
 /* Starts the queue's own thread, which is past everything that only a beginning thread does when
  * this returns: a system call filter may follow. 0 or -errno. */
@@ -210,7 +222,10 @@ void pvf_queue_start(struct pvf_queue *queue, const struct pvf_geometry *geo);
 /* The same of a network: what its backend can, PVF_NET_*. */
 void pvf_queue_start_net(struct pvf_queue *queue, uint32_t features, uint32_t stall_seconds);
 
-/* Requests, or sent slots, that are not answered. */
+/* The same of a console. */
+void pvf_queue_start_cons(struct pvf_queue *queue, uint32_t stall_seconds);
+
+/* Requests, or sent slots, that are not answered; a console's bytes that the backend has not taken. */
 uint32_t pvf_queue_in_flight(const struct pvf_queue *queue);
 
 /* The packets' trace of a network's queue goes there; NULL: nowhere. */

@@ -15,6 +15,8 @@ const char *pvf_queue_stays(const struct pvf_queue *q)
 {
 	if (q->source_ops)
 		return "its requests do not come from an NBD socket: it cannot be handed over";
+	if (q->cons)
+		return "a console is not handed over: it is connected anew";
 	if (!q->attached || q->stopped || q->blk.fault.rule)
 		return "its ring is not usable any more";
 	if (q->net)

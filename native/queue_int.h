@@ -71,4 +71,13 @@ uint32_t pvf_netq_taken(const struct pvf_queue *q);
 uint32_t pvf_netq_waiting(struct pvf_queue *q, struct pvf_fault *fault);
 void pvf_netq_publish(struct pvf_queue *q);
 
+/* Of queue_cons.c: the same of a console's. */
+void pvf_consq_attach(struct pvf_queue *q);
+int pvf_consq_target(struct pvf_queue *q, int fd, const char **why);
+void pvf_consq_drop_target(struct pvf_queue *q);
+void pvf_consq_serve(struct pvf_queue *q);
+bool pvf_consq_drained(const struct pvf_queue *q);
+uint32_t pvf_consq_waiting(struct pvf_queue *q, struct pvf_fault *fault);
+void pvf_consq_publish(struct pvf_queue *q);
+
 #endif

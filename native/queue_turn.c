@@ -162,11 +162,22 @@ static void drain(struct pvf_queue *q)
 /* Responses that nobody has taken. */
 static uint32_t waiting(struct pvf_queue *q, struct pvf_fault *fault)
 {
+	if (q->cons)
+		return pvf_consq_waiting(q, fault);
 	return q->net ? pvf_netq_waiting(q, fault) : pvf_ring_poll(&q->blk.ring, fault);
+}
+
+/* How far they were taken. */
+static uint32_t taken(const struct pvf_queue *q)
+{
+	if (q->cons)
+		return q->cons->ring.in_cons + q->cons->ring.out_cons;
+	return q->net ? pvf_netq_taken(q) : q->blk.ring.rsp_cons;
 }
 
 static void watchdog(struct pvf_queue *q)
 {
+	bool disk = !q->net && !q->cons;
 	struct pvf_blk *blk = &q->blk;
 	struct pvf_fault fault = {0};
 
@@ -188,24 +199,24 @@ static void watchdog(struct pvf_queue *q)
 		return;
 	uint64_t silent = now - q->progress_at;
 
-	if (!pvf_queue_in_flight(q) && !q->net) {
+	if (!pvf_queue_in_flight(q) && disk) {
 		if (now < q->patience) {
 			q->watching = true;
 			pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
 		}
 		return;
 	}
-	if (!q->net && (q->delayed || q->polling)) {
+	if (disk && (q->delayed || q->polling)) {
 		drain(q);
 	} else if (!q->masked && waiting(q, &fault) && !fault.rule) {
-		uint32_t at = q->net ? pvf_netq_taken(q) : blk->ring.rsp_cons;
+		uint32_t at = taken(q);
 
 		if (q->unseen && q->unseen_at == at) {
 			blk->stats.watchdog_hits++;
-			if (q->net)
-				q->masked = true; /* as if the event had come */
-			else
+			if (disk)
 				drain(q);
+			else
+				q->masked = true; /* as if the event had come */
 			q->again = true;
 		} else {
 			q->unseen = true;
@@ -218,7 +229,7 @@ static void watchdog(struct pvf_queue *q)
 	}
 	if (q->stopped)
 		return;
-	if (!q->net)
+	if (disk)
 		q->oldest = oldest_request(blk);
 	if (blk->geo.stall_seconds && !q->stalled && silent >= blk->geo.stall_seconds * PVF_SECOND &&
 	    pvf_queue_in_flight(q)) {
@@ -227,8 +238,9 @@ static void watchdog(struct pvf_queue *q)
 		q->notes |= PVF_NOTE_STALL;
 	}
 	q->watching = true;
-	/* A network's ring is never without requests: it is looked at for ever, but seldom while it is quiet. */
-	bool quiet = q->net && !pvf_queue_in_flight(q) && !q->unseen && silent > QUIET && now >= q->patience;
+	/* A network's ring is never without requests, and a console's backend may always have something to say: they
+	 * are looked at for ever, but seldom while it is quiet. */
+	bool quiet = !disk && !pvf_queue_in_flight(q) && !q->unseen && silent > QUIET && now >= q->patience;
 
 	pvf_arm(q->watchdog_timer, quiet ? QUIET : PVF_WATCHDOG_TICK);
 }
@@ -286,14 +298,14 @@ void pvf_queue_event(struct pvf_queue *q, uint64_t data, uint32_t events)
 			break;
 		if (q->net)
 			q->net->tap_ready = true;
-		else
+		else if (!q->cons)
 			take_socket(q, events);
 		break;
 	case PVF_TAG_UNMASK:
 		/* Delayed for its spuriousness: look at the ring again, then unmask. */
 		if (timer_fired(q->unmask_timer) && q->delayed && !q->stopped) {
 			q->blk.now = pvf_now_ns();
-			if (!q->net)
+			if (!q->net && !q->cons)
 				drain(q);
 			if (!q->stopped)
 				unmask(q);
@@ -370,6 +382,8 @@ static void serve_ring(struct pvf_queue *q)
 
 	if (q->net)
 		return pvf_netq_serve(q);
+	if (q->cons)
+		return pvf_consq_serve(q);
 	q->again = false;
 	if (!q->attached || q->stopped)
 		return;
@@ -406,6 +420,8 @@ static bool is_drained(const struct pvf_queue *q)
 
 	if (q->net)
 		return pvf_netq_drained(q);
+	if (q->cons)
+		return pvf_consq_drained(q);
 	if (pvf_queue_in_flight(q))
 		return false;
 	if (q->source_ops)

@@ -181,7 +181,7 @@ static void handle_attach(struct pvf_worker *w)
 	pvf_tell_simple(w, PVF_CTL_ATTACHED);
 }
 
-static bool stream_socket(int fd)
+bool pvf_stream_socket(int fd)
 {
 	int type = 0;
 	socklen_t len = sizeof(type);
@@ -219,7 +219,7 @@ static int refuse_sockets(struct pvf_worker *w, uint32_t first, const char **why
 		return EBUSY;
 	*why = "the target is neither a stream socket nor a ublk device";
 	for (uint32_t i = 0; i < w->ctl.nfds; i++)
-		if (!stream_socket(w->ctl.fds[i]) &&
+		if (!pvf_stream_socket(w->ctl.fds[i]) &&
 		    !(w->queue->ublk.uring.made && pvf_character_device(w->ctl.fds[i])))
 			return ENOTSOCK;
 	return 0;
@@ -369,6 +369,8 @@ static void handle(struct pvf_worker *w)
 		return pvf_tell_error(w, PVF_CTL_START, EINVAL, "this worker serves no disk");
 	case PVF_CTL_START_NET:
 		return pvf_handle_start_net(w);
+	case PVF_CTL_START_CONS:
+		return pvf_handle_start_cons(w);
 	case PVF_CTL_TRACE:
 		return pvf_handle_trace(w);
 	case PVF_CTL_QUIESCE:

@@ -55,6 +55,9 @@ int pvf_worker_uring(struct pvf_worker *worker, const char **why);
 /* Before that too: its queues are a network's. 0 or -ENOMEM. */
 int pvf_worker_net(struct pvf_worker *worker, const char **why);
 
+/* Or a console's. 0 or -ENOMEM. */
+int pvf_worker_cons(struct pvf_worker *worker, const char **why);
+
 /* Starts a thread for each queue; or else somebody calls pvf_queue_turn() for each. 0 or -errno. */
 int pvf_worker_start(struct pvf_worker *worker, const char **why);
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
  * What the worker's files share with each other only: worker.c (the device's state machine),
- * worker_net.c (a network's messages), worker_tell.c (what it says), hand_over.c (another takes over).
+ * worker_net.c (a network's messages), worker_cons.c (a console's), worker_tell.c (what it says), hand_over.c (another takes over).
  */
 #ifndef PVF_WORKER_INT_H
 #define PVF_WORKER_INT_H
@@ -23,6 +23,7 @@ void pvf_tell_hello(struct pvf_worker *w);
 void pvf_worker_publish(struct pvf_worker *w);
 
 bool pvf_character_device(int fd);
+bool pvf_stream_socket(int fd);
 
 /* Gives the message's descriptors to the queues from `first` on. 0 or errno with `*why`: then none was taken. */
 int pvf_worker_targets(struct pvf_worker *w, uint32_t first, const char **why);
@@ -30,8 +31,9 @@ int pvf_worker_targets(struct pvf_worker *w, uint32_t first, const char **why);
 /* All queues are set up: they begin. */
 void pvf_worker_serve(struct pvf_worker *w);
 
-/* The messages of worker_net.c, and of hand_over.c. */
+/* The messages of worker_net.c, worker_cons.c, and of hand_over.c. */
 void pvf_handle_start_net(struct pvf_worker *w);
+void pvf_handle_start_cons(struct pvf_worker *w);
 void pvf_handle_trace(struct pvf_worker *w);
 void pvf_handle_hand_over(struct pvf_worker *w);
 void pvf_handle_take_over(struct pvf_worker *w);

@@ -113,6 +113,12 @@ def read_all_net_stats(fd: int) -> list[dict[str, Any]]:
     return [_plain(_page(fd, "struct pvf_net_stats", queue, 1000)) for queue in range(pages)]
 
 
+def read_all_cons_stats(fd: int) -> list[dict[str, Any]]:
+    """The same of a console's: struct pvf_cons_stats."""
+    pages = os.fstat(fd).st_size // lib.PVF_PAGE_SIZE
+    return [_plain(_page(fd, "struct pvf_cons_stats", queue, 1000)) for queue in range(pages)]
+
+
 def _plain(struct: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     kind = ffi.typeof(struct)

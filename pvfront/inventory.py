@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from . import sysfs
-from .abi import StatsUnreadable, read_all_net_stats, read_all_stats
+from .abi import StatsUnreadable, read_all_cons_stats, read_all_net_stats, read_all_stats
 from .blkfront.vdev import parse_name, vdev_name
 from .claim import Claims
+from .console.keys import NAME_KEY, name_of
 from .errors import PvfrontError
 from .platform import Platform, platform
 from .questions import ask
@@ -35,7 +36,7 @@ NONE = "none"
 
 _ANSWER_DEADLINE = 180.0  # a release may drain, close and hand over
 MAX_ID_DIGITS = 10
-_SERVICES = {"vbd": "disk", "vif": "network"}
+_SERVICES = {"vbd": "disk", "vif": "network", "console": "console"}
 _UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
 
 
@@ -247,10 +248,11 @@ def statistics(pid: object, file: object = None, klass: str = "vbd") -> list[dic
     if fd is None:
         return None
     try:
-        if klass == "vif":
+        if klass in ("vif", "console"):
+            read = read_all_net_stats if klass == "vif" else read_all_cons_stats
             return [
                 {key: value for key, value in queue.items() if key not in _OF_THE_PAGE}
-                for queue in read_all_net_stats(fd)
+                for queue in read(fd)
             ]
         return [asdict(queue) for queue in read_all_stats(fd)]
     except StatsUnreadable:
@@ -401,13 +403,20 @@ async def _device(
     return Device(
         klass=klass,
         id=devid,
-        name=label(klass, devid),
+        name=await _name(store, path, klass, devid),
         backend_domain=int(domain) if domain and domain.isdigit() and len(domain) < 6 else None,
         frontend_state=parse_state(frontend_state).label,
         backend_state=parse_state(backend_state).label,
         owner=owner,
         os_device=os_device,
     )
+
+
+async def _name(store: Xenstore, path: str, klass: str, devid: int) -> str:
+    """What people call it: a console as its channel is called in the xl config."""
+    if klass == "console":
+        return name_of(await store.read_opt(f"{path}/{NAME_KEY}"), devid)[0]
+    return label(klass, devid)
 
 
 def label(klass: str, devid: int) -> str:

@@ -114,7 +114,7 @@ async def _entry(
 ) -> Entry:
     pid = state.get("worker_pid")
     queues = inventory.statistics(pid, state.get("statistics_file"), device.klass) or []
-    held = [queue for queue in queues if queue["state"] != State.IDLE and _pages(queue)[1]]
+    held = [queue for queue in queues if queue["state"] != State.IDLE and _holds(queue)]
     generation = held[0]["generation"] if held else int(state.get("generation") or 0)
     ring, pool = (sum(_pages(queue)[which] for queue in held) for which in (0, 1))
     since, ports, refs = None, list[int](), list[int]()
@@ -153,13 +153,20 @@ async def _entry(
     )
 
 
-_PORT_KEYS = ("event-channel", "event-channel-tx", "event-channel-rx")
+_PORT_KEYS = ("event-channel", "port", "event-channel-tx", "event-channel-rx")
 _RING_KEYS = ("ring-ref", "ring-ref0", "tx-ring-ref")
 """Of each queue: each reference is the first of what was granted at once."""
 
 
+def _holds(queue: Mapping[str, Any]) -> bool:
+    ring, pool = _pages(queue)
+    return bool(pool or ("unsent" in queue and ring))
+
+
 def _pages(queue: Mapping[str, Any]) -> tuple[int, int]:
     """The pages of a queue's rings, and of its pools."""
+    if "unsent" in queue:  # a console's
+        return queue["queues"], 0
     if "tx_pool_pages" in queue:
         return RING_PAGES, queue["tx_pool_pages"] + queue["rx_pool_pages"]
     return max(1, queue["ring_slots"] // SLOTS), queue["pool_pages"]

@@ -59,6 +59,10 @@ class Platform(Source, Protocol):
         """Where settings and hooks are."""
 
     @property
+    def dev_dir(self) -> Path:
+        """Where what we make in /dev has its names."""
+
+    @property
     def default_target(self) -> Literal["auto", "socket"]:
         """How a disk is exported unless somebody says otherwise."""
 
@@ -94,6 +98,10 @@ class Xen:
     @property
     def config_dir(self) -> Path:
         return self.roots.root / "etc" / "pvfront"
+
+    @property
+    def dev_dir(self) -> Path:
+        return self.roots.dev / "pvfront"
 
     def require(self) -> None:
         from .inventory import require_guest
@@ -149,6 +157,10 @@ class Embedded:
     @property
     def config_dir(self) -> Path:
         return self.directory / "etc"
+
+    @property
+    def dev_dir(self) -> Path:
+        return self.directory / "dev"
 
     def require(self) -> None:
         for what in ("store.sock", "hub.sock"):

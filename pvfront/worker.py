@@ -62,8 +62,8 @@ class Worker(WorkerLink):
         `following`: at ``<name>.next``; it is to take over from the one at ``.sock``.
         `queues`: the most that a connection can have, PVF_MAX_QUEUES at most; each is a thread.
         `change_user`: as root, it becomes the user pvfront's and gets an empty root directory.
-        `options`: "--net": it serves a network instead of a disk; "--ublk": it can serve a ublk
-        device, and then may use an io_uring.
+        `options`: "--net", "--console": it serves one instead of a disk; "--ublk": it can serve a
+        ublk device, and then may use an io_uring.
         """
         path = run_dir / f"{name}.{'next' if following else 'sock'}"
         pid = start(name, path, queues=queues, change_user=change_user, options=options)
@@ -264,6 +264,12 @@ class Worker(WorkerLink):
         for index, group in enumerate(groups):
             message.group[index] = list(group)
         await self._command(lib.PVF_CTL_START_NET, generation, message, None, target_fds)
+
+    async def start_cons(self, generation: int, *, stall_seconds: int, stream: int) -> None:
+        """START_CONS: `stream` is the worker's end of a stream socket, a copy of which it gets."""
+        message = ffi.new("struct pvf_ctl_start_cons *")
+        message.stall_seconds = stall_seconds
+        await self._command(lib.PVF_CTL_START_CONS, generation, message, None, (stream,))
 
     async def trace_packets(self, memfd: int | None) -> None:
         """TRACE: packets are noted in `memfd` from now on, a ``struct pvf_trace`` for each of the

@@ -51,6 +51,7 @@ enum pvf_ctl_type {
 	PVF_CTL_TAKE_OVER = 7, /* to the next worker; fds: the pair's other end, the same memfd */
 	PVF_CTL_START_NET = 8, /* fds: queues of the TAP, or none: those that are there stay */
 	PVF_CTL_TRACE = 9, /* net; fds: a memfd for struct pvf_trace, or none: not any more */
+	PVF_CTL_START_CONS = 11, /* fds: a stream socket, or none: the one that is there stays */
 	PVF_CTL_LAST = 10, /* the machine stops, no supervisor will come: from now on SIGTERM is obeyed */
 	/* worker to supervisor: answers */
 	PVF_CTL_ATTACHED = 64,
@@ -94,7 +95,7 @@ struct pvf_ctl_attach {
 	uint32_t device_class; /* enum pvf_class */
 	uint32_t port;         /* event channel, bound on the descriptor passed along */
 	uint32_t ring_pages;   /* 1, 2, 4, 8 or 16 */
-	uint32_t pool_pages;
+	uint32_t pool_pages;   /* a console: none */
 	uint64_t ring_offset;  /* mmap offsets within the gntalloc descriptor, bytes */
 	uint64_t pool_offset;
 	char name[PVF_NAME_MAX]; /* "vbd-51728" */
@@ -136,6 +137,12 @@ struct pvf_ctl_start_net {
 };
 
 #define PVF_NET_RING_PAGES 2u /* TX's, RX's */
+
+struct pvf_ctl_start_cons {
+	struct pvf_ctl_hdr hdr;
+	uint32_t stall_seconds; /* as in START; of bytes that the backend does not take */
+	uint32_t reserved;
+};
 
 /* What the backend can. */
 #define PVF_NET_SG 1u    /* packets of several slots */
@@ -338,6 +345,29 @@ struct pvf_net_stats {
 	uint64_t groups;     /* multicast addresses of the whole device that are listened to now */
 	uint64_t groups_told; /* joins and leaves that the backend was told of; by the first queue */
 	uint64_t groups_lost; /* of the whole device: more than it can be asked for */
+};
+
+/* As struct pvf_blk_stats up to `queues`, of a console. */
+struct pvf_cons_stats {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t sequence;
+	uint32_t state;
+	uint32_t generation;
+	uint32_t unsent;      /* bytes that the backend has not taken; with the socket's, what is under way out */
+	uint32_t undelivered; /* bytes that came and the socket has not taken */
+	uint32_t reserved[5];
+	uint32_t queue;
+	uint32_t queues;
+	uint64_t in_bytes;  /* passed on to the guest's side */
+	uint64_t out_bytes; /* put into the ring */
+	uint64_t notifies;
+	uint64_t events;
+	uint64_t events_spurious;
+	uint64_t watchdog_hits;
+	uint64_t wakeups;
+	uint64_t ring_full;      /* intake paused: the backend does not read */
+	uint64_t target_blocked; /* delivery paused: the guest's side does not read */
 };
 
 /* The packets' trace: a ring for each queue, in a memfd of the supervisor's. A worker writes, and waits for

@@ -57,6 +57,29 @@ static void frame(void)
 	CHECK(pvf_ctl_check(&m, size, 1));
 }
 
+static void consoles(void)
+{
+	size_t size = attach(0);
+
+	CHECK(pvf_ctl_check(&m, size, 2)); /* a disk without pages */
+	a.device_class = PVF_CLASS_CONS;
+	CHECK(!pvf_ctl_check(&m, size, 2));
+	a.ring_pages = 2;
+	CHECK(pvf_ctl_check(&m, size, 2));
+	a.ring_pages = 1;
+	a.queues = 2;
+	CHECK(pvf_ctl_check(&m, size, 2));
+	size = attach(2);
+	a.device_class = PVF_CLASS_CONS;
+	CHECK(pvf_ctl_check(&m, size, 2)); /* a console with a pool */
+	memset(&m, 0, sizeof(m));
+	m.hdr = (struct pvf_ctl_hdr){PVF_CTL_MAGIC, PVF_CTL_VERSION, PVF_CTL_START_CONS, 1, sizeof(m.start_cons)};
+	for (uint32_t fds = 0; fds < 4; fds++)
+		CHECK_EQ(!pvf_ctl_check(&m, sizeof(m.start_cons), fds), fds < 2);
+	m.start_cons.reserved = 1;
+	CHECK(pvf_ctl_check(&m, sizeof(m.start_cons), 1));
+}
+
 static void attaches(void)
 {
 	size_t size = attach(352);
@@ -232,6 +255,7 @@ int main(void)
 	static const struct test tests[] = {
 		{"a packet with a wrong frame is refused", frame},
 		{"an ATTACH with nonsense in it is refused", attaches},
+		{"a console is attached with one page and no pool, and started with one stream at most", consoles},
 		{"a START with nonsense in it is refused", starts},
 		{"packets of noise are never read beyond their end", noise},
 		{"a supervisor that does not read loses log lines first", never_blocks},

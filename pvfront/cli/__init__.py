@@ -21,6 +21,7 @@ from .output import complain
 VERBS = {
     "agent": "agent",
     "config": "config",
+    "console": "console",
     "doctor": "doctor",
     "ledger": "ledger",
     "list": "list_",

@@ -59,6 +59,10 @@ def _show(found: dict[str, Any]) -> None:
         used = [queue for queue in queues if queue["rx_pool_pages"] or queue["wakeups"]]
         for name, value in figures.net_rows(used):
             click.echo(f"     {name}: {value}")
+    elif queues and found["class"] == "console":
+        click.echo("statistics:")
+        for name, value in queues[0].items():
+            click.echo(f"     {name}: {value}")
     elif queues:
         click.echo("statistics:")
         # Of a worker's queues, those that this connection, or an earlier one, has used.

@@ -25,12 +25,22 @@ from pvfront.errors import PvfrontError
 from pvfront.host import store as _store
 from pvfront.host import toolstack
 from pvfront.host.child import Child
+from pvfront.host.consparams import ChannelSpec, ChannelSpecError
 from pvfront.host.toolstack import DiskSpec, DiskSpecError, ToolstackError
 from pvfront.host.vifspec import VifSpec, VifSpecError
 from pvfront.platform import HOST_DOMID, HOST_VARIABLE
 from pvfront.xenstore import Xenstore
 
-__all__ = ["DiskSpec", "DiskSpecError", "Host", "ToolstackError", "VifSpec", "VifSpecError"]
+__all__ = [
+    "ChannelSpec",
+    "ChannelSpecError",
+    "DiskSpec",
+    "DiskSpecError",
+    "Host",
+    "ToolstackError",
+    "VifSpec",
+    "VifSpecError",
+]
 
 _SOCKET_PATH_MAX = 107
 """Bytes of sun_path, without its NUL."""
@@ -133,6 +143,19 @@ class Host:
     ) -> None:
         """Takes it away as `xl network-detach`. Raises ToolstackError: who holds on to it."""
         device = toolstack.interface(domid, devid)
+        await toolstack.detach(self.store, device, force=force, timeout=timeout)
+
+    async def attach_console(self, domid: int, spec: ChannelSpec | str) -> int:
+        """Defines a secondary console, in xl's syntax (consparams.py), as `channel=[...]` does;
+        returns its number. Raises ChannelSpecError, ToolstackError (no such domain).
+        """
+        return await toolstack.attach_console(self.store, domid, spec)
+
+    async def detach_console(
+        self, domid: int, devid: int, *, force: bool = False, timeout: float = 10
+    ) -> None:
+        """Takes it away. Raises ToolstackError: who holds on to it."""
+        device = toolstack.console(domid, devid)
         await toolstack.detach(self.store, device, force=force, timeout=timeout)
 
     async def stop(self) -> None:

@@ -43,6 +43,7 @@ class Which(TypedDict, total=False):
 
     vbd: int | None
     vif: int | None
+    console: int | None
     domid: int | None
 
 
@@ -60,8 +61,8 @@ class Encodes(Protocol):
 class Backend:
     """A backend process. Made by `start`; an async context manager that stops it.
 
-    Commands are for all devices, those to come included, unless `vbd` or `vif` (the device number,
-    as 51712 for xvda) and perhaps `domid` name one. They raise BackendError.
+    Commands are for all devices, those to come included, unless `vbd`, `vif` or `console` (the
+    number, as 51712 for xvda) and perhaps `domid` name one. They raise BackendError.
     """
 
     NAME: ClassVar[str]
@@ -204,11 +205,12 @@ class Backend:
         *,
         vbd: int | None = None,
         vif: int | None = None,
+        console: int | None = None,
         domid: int | None = None,
         **changes: Any,
     ) -> None:
         """Switches features: what is published with the next connection. `FEATURES` has them."""
-        which = Which(vbd=vbd, vif=vif, domid=domid)
+        which = Which(vbd=vbd, vif=vif, console=console, domid=domid)
         await self._do("features", which, features=changes)
 
     async def devices(self) -> list[dict[str, Any]]:
@@ -221,7 +223,7 @@ class Backend:
     async def _do(
         self, do: str, which: Mapping[str, Any] = NOBODY, /, **arguments: Any
     ) -> dict[str, Any]:
-        if any(which.get(klass) is not None for klass in {"vbd", "vif"} - {self.KLASS}):
+        if any(which.get(klass) is not None for klass in {"vbd", "vif", "console"} - {self.KLASS}):
             raise BackendError(f"{self.WHAT} has a {self.KLASS} only, not {dict(which)}")
         request = {"do": do, **arguments}
         request |= {key: number for key, number in which.items() if number is not None}

@@ -23,7 +23,7 @@ from pvfront.errors import PvfrontError
 from pvfront.host.child import Child
 from pvfront.host.netns import NetNamespace
 
-__all__ = ["DiskService", "DiskServiceError", "NetService", "Service"]
+__all__ = ["ConsoleService", "DiskService", "DiskServiceError", "NetService", "Service"]
 
 READY_SECONDS = 90.0
 WORKER = "pvfront-worker"
@@ -178,6 +178,25 @@ class NetService(Service):
         says READY. Its log is DIR/net-service.log. As DiskService otherwise.
         """
         return await cls._start(host, arguments or ("--all",), timeout, network.prefix())
+
+
+class ConsoleService(Service):
+    """A running `pvfront console serve`."""
+
+    KLASS = "console"
+    WHAT = "the console service"
+    FILES = "console-service"
+
+    @classmethod
+    async def start(cls, host: _Host, *arguments: str, timeout: float = READY_SECONDS) -> Self:
+        """Serves as `pvfront console serve ARGUMENTS` does, or (none) all there are; returns when
+        it says READY. Its log is DIR/console-service.log. As DiskService otherwise.
+        """
+        return await cls._start(host, arguments or ("--all",), timeout)
+
+    def terminal(self, name: str) -> Path:
+        """Where the console's terminal is, while it is served."""
+        return self.host.directory / "dev" / "console" / name
 
 
 async def _ready(sock: socket.socket, child: Child, timeout: float) -> None:

@@ -24,6 +24,7 @@ from typing import Self
 from pvfront.blkfront.vdev import parse_name, vdev_name
 from pvfront.errors import PvfrontError
 from pvfront.handle import check_domid
+from pvfront.host.consparams import ChannelSpec
 from pvfront.host.params import MEMORY, parse_size
 from pvfront.host.vifspec import VifSpec
 from pvfront.states import XenbusState, parse_state
@@ -34,8 +35,10 @@ __all__ = [
     "DiskSpec",
     "DiskSpecError",
     "ToolstackError",
+    "attach_console",
     "attach_disk",
     "attach_vif",
+    "console",
     "create_domain",
     "detach",
     "disk",
@@ -288,6 +291,10 @@ def interface(domid: int, devid: int) -> Device:
     return Device("vif", domid, devid, f"network interface vif{devid}")
 
 
+def console(domid: int, devid: int) -> Device:
+    return Device("console", domid, devid, f"console {devid}")
+
+
 async def attach_disk(store: Xenstore, domid: int, spec: DiskSpec | str) -> int:
     """Defines a disk as `xl block-attach`: both ends' nodes in one transaction; returns its vdev.
 
@@ -307,13 +314,27 @@ async def attach_vif(store: Xenstore, domid: int, spec: VifSpec | str) -> int:
     found = VifSpec.parse(spec) if isinstance(spec, str) else spec
     devid = found.devid
     if devid is None:
-        taken = []
-        with contextlib.suppress(XenstoreError):
-            taken = await store.directory(f"/local/domain/{domid}/device/vif")
-        devid = next(n for n in itertools.count() if str(n) not in taken)
+        devid = await _free_number(store, domid, "vif", 0)
     device = interface(domid, devid)
     await _attach(store, device, found.frontend_keys(devid), found.backend_keys(devid))
     return devid
+
+
+async def attach_console(store: Xenstore, domid: int, spec: ChannelSpec | str) -> int:
+    """Defines a secondary console as a domain's `channel=[...]` does; returns its number, the first
+    that is free from 1 on: 0 is the primary console's. Raises ChannelSpecError, ToolstackError.
+    """
+    found = ChannelSpec.parse(spec) if isinstance(spec, str) else spec
+    devid = await _free_number(store, domid, "console", 1)
+    await _attach(store, console(domid, devid), found.frontend_keys(devid), found.backend_keys())
+    return devid
+
+
+async def _free_number(store: Xenstore, domid: int, klass: str, first: int) -> int:
+    taken = []
+    with contextlib.suppress(XenstoreError):
+        taken = await store.directory(f"/local/domain/{domid}/device/{klass}")
+    return next(n for n in itertools.count(first) if str(n) not in taken)
 
 
 async def _attach(

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""``pvfront console``: the console service, and what is done with a console."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import PvfrontError
+from ..inventory import devices
+from ..platform import platform
+from ..service import prepare_process
+from ..xenstore import Xenstore
+from .output import as_json as json_option
+from .output import print_json, print_table, with_store
+
+HEADER = ("NAME", "ID", "STATE", "OWNER", "PATH", "IN USE", "WRITER")
+
+
+def _settings(texts: Iterable[str]) -> Any:
+    """KEY=VALUE of the command line; wrong usage is said as such."""
+    from ..console.settings import parse_options
+
+    try:
+        return parse_options(texts)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.group()
+def console() -> None:
+    """Secondary consoles (XENCONS)."""
+
+
+@console.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every one, also those attached later.")
+@click.option(
+    "-o",
+    "--option",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=lambda _context, _parameter, values: _settings(values),
+    help="hotkey.NAME=^X gives console NAME hot keys behind that control character.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
+def serve(names: tuple[str, ...], everything: bool, settings: Any, verbose: bool) -> None:
+    """Serve secondary consoles in user space until SIGTERM.
+
+    NAME is a channel's name in the xl config, or console-1. Each is a terminal under
+    /dev/pvfront/console. The primary console stays with the kernel.
+
+    Where systemd restarts the service, terminals, workers and what nobody has read yet are kept.
+    """
+    if bool(names) == everything:
+        raise click.UsageError("name the consoles to serve, or say --all")
+    from ..console.service import serve as serve_consoles
+
+    in_guest = platform().name == "xen"
+    prepare_process(logging.DEBUG if verbose else logging.INFO, relied_on=in_guest)
+    raise SystemExit(asyncio.run(serve_consoles(names, everything=everything, settings=settings)))
+
+
+@console.command("list")
+@json_option
+def list_command(as_json: bool) -> None:
+    """List secondary consoles: name, number, both states, owner, terminal, who has it open."""
+    from ..console.listing import listed
+
+    found = listed(with_store(devices))
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        HEADER,
+        [
+            (
+                one["name"], one["id"], one["frontend_state"], one["owner"], one["path"],
+                "yes" if one["pty_in_use"] else "no", one["writer"],
+            )
+            for one in found
+        ],
+    )  # fmt: skip
+
+
+@console.command()
+@click.argument("name")
+@click.option("-r", "--read-only", is_flag=True, help="Watch only.")
+@click.option("--steal", is_flag=True, help="Write, also if a program or another client does.")
+@click.option(
+    "--history",
+    type=click.IntRange(0, 1 << 16),
+    default=4096,
+    show_default=True,
+    help="Bytes of what came before to begin with.",
+)
+def attach(name: str, read_only: bool, steal: bool, history: int) -> None:
+    """Attach this terminal to console NAME, as the program on its terminal is: what dom0 types is
+    shown, what is typed here goes to dom0.
+
+    Ctrl-] ends it, as in xl console. Several may be attached; one writes at a time: the program
+    that has the terminal open, or who came first. Others watch, unless --steal is said.
+    """
+    if read_only and steal:
+        raise click.UsageError("--read-only and --steal")
+    from ..console.attach import attach as attach_here
+
+    raise SystemExit(attach_here(name, write=not read_only, steal=steal, history=history))
+
+
+@console.command()
+@click.argument("name")
+@click.option("--stdin", is_flag=True, help="Lines of standard input instead of the journal's.")
+@click.option("-p", "--priority", metavar="LEVEL", help="As journalctl's: err, or warning..notice.")
+@click.option("-u", "--unit", "units", metavar="UNIT", multiple=True, help="Only of this unit.")
+@click.option(
+    "-n",
+    "--lines",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="Lines of the journal to begin with.",
+)
+def log(name: str, stdin: bool, priority: str | None, units: tuple[str, ...], lines: int) -> None:
+    """Write the journal, as it grows, to console NAME until it is ended.
+
+    Nobody who logs waits for who reads the console: where lines are too many, some are dropped, and
+    a line in their place says how many.
+    """
+    if stdin and (priority or units):
+        raise click.UsageError("--priority and --unit are of the journal")
+    from ..console import log as journal
+    from ..console.service import find, names
+    from ..inventory import read_state
+
+    async def number(store: Xenstore) -> int:
+        return find(name, await names(store))
+
+    devid = with_store(number)
+    state = read_state(f"console-{devid}", platform().run_dir) or {}
+    path = state.get("os_device")
+    if not path:
+        raise PvfrontError(f"{name}: nobody serves it", hint="systemctl start pvfront-console")
+    command = None if stdin else journal.journal(priority, units, lines)
+    raise SystemExit(journal.run(Path(str(path)), command))
