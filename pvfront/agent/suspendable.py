@@ -2,8 +2,8 @@
 """Whether this guest can be suspended, and why not: `control/feature-suspend`, and a reason.
 
 Whoever owns suspend says how it stands in suspend.json (suspend.py). Where nobody owns it, the
-kernel suspends alone, and its own `control/feature-suspend` holds. A guest whose owner cannot hold one
-up must not be suspended: ports left bound crash the kernel later (docs/suspend.md).
+kernel suspends alone, and its own `control/feature-suspend` holds. A guest whose owner cannot hold
+a suspend up must not be suspended: ports left bound crash the kernel later (docs/suspend.md).
 """
 
 from __future__ import annotations
