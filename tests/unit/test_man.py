@@ -24,6 +24,7 @@ from pvfront.netfront.settings import NetService, NetSettings
 
 PAGE = Path(__file__).resolve().parents[2] / "man" / "pvfront.1"
 CONF = PAGE.with_name("pvfront.toml.5")
+PAGES = sorted(PAGE.parent.iterdir())
 
 
 def plain(roff: str) -> str:
@@ -108,13 +109,13 @@ def test_every_setting_is_explained_with_its_default(cls: type[Any]) -> None:
         assert re.search(rf"^{field.name} .*default {default}\)", text, re.M), field.name
 
 
-@pytest.mark.parametrize("page", [PAGE, CONF], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_page_is_of_this_version(page: Path) -> None:
     assert f"pvfront {__version__}" in page.read_text(encoding="utf-8").splitlines()[1]
 
 
 @pytest.mark.skipif(shutil.which("man") is None, reason="there is no man(1) to render the page")
-@pytest.mark.parametrize("page", [PAGE, CONF], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_page_renders_without_a_warning(page: Path) -> None:
     done = subprocess.run(
         ["man", "-l", "--warnings", "-E", "UTF-8", str(page)],
