@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ..statefile import write_json
 from ..sysfs import Roots
 from ..threads import to_its_end
 from .context import Context, Resumed
-from .helper import Command, command, outside
+from .helper import Command, command, pvfront_outside
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +160,7 @@ class Clock:
             log.warning("time: %+.3f s from %s: to be set", reading.difference, reading.source)
             self._corrections += 1
             # It measures for itself: what begins a program may take longer than we may be wrong.
-            words = (sys.executable, "-P", "-m", "pvfront", "time", "--set")
-            if failure := await outside(*words, run=self._run):
+            if failure := await pvfront_outside("time", "--set", run=self._run):
                 raise PvfrontError(f"the clock is not set: {failure}")
 
     def status(self) -> dict[str, Any]:

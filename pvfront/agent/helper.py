@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 
 WITHIN = 30.0  # seconds of one program
 
@@ -42,6 +43,24 @@ async def command(*words: str) -> str:
     return f"{words[0]}: {lines[-1] if lines else f'status {process.returncode}'}"
 
 
-async def outside(*words: str, run: Command = command) -> str:
+async def outside(
+    *words: str, run: Command = command, environ: Mapping[str, str] | None = None
+) -> str:
     """A `Command` that systemd runs, outside of the sandbox. "": it was begun."""
-    return await run("systemd-run", "--quiet", "--collect", "--no-block", "--", *words)
+    given = [f"--setenv={name}={value}" for name, value in (environ or {}).items()]
+    return await run("systemd-run", "--quiet", "--collect", "--no-block", *given, "--", *words)
+
+
+async def pvfront_outside(
+    *words: str, run: Command = command, environ: Mapping[str, str] | None = None
+) -> str:
+    """`outside` of this very program's command line."""
+    return await outside(sys.executable, "-P", "-m", "pvfront", *words, run=run, environ=environ)
+
+
+async def hooks_outside(
+    moment: str, facts: Mapping[str, str] | None = None, *, run: Command = command
+) -> str:
+    """Has the hooks of `moment` run: the admin's programs are not to live in our sandbox."""
+    environ = {f"PVFRONT_{name}": value for name, value in (facts or {}).items()}
+    return await pvfront_outside("agent", "hooks", moment, run=run, environ=environ)

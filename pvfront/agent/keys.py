@@ -42,6 +42,7 @@ class Vif:
     ifname: str
     mac: str
     addresses: tuple[Address, ...]
+    up: bool = True  # whether there is a link
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ of: there they are configured. What VLANs and tunnels on top of it have is of ot
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from .. import sysfs
 from ..netfront.tap import ALIAS
 from .board import Board
 from .context import Context
+from .helper import Command, command, hooks_outside
 from .keys import Address, Vif, VifKeys
+
+log = logging.getLogger(__name__)
 
 SETTLE = 0.3  # seconds in which changes are gathered
 MOST_ADDRESSES = 4096
@@ -37,6 +41,7 @@ class Link:
     kind: str = ""  # IFLA_INFO_KIND: "bridge"
     master: int = 0
     alias: str = ""
+    up: bool = True  # has a carrier
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ def vifs(
         if devid is None or devid in found:
             continue
         gathered = [a for index in _up(link, by_index) for a in by_link.get(index, ())]
-        found[devid] = Vif(devid, link.name, link.mac, tuple(gathered))
+        found[devid] = Vif(devid, link.name, link.mac, tuple(gathered), link.up)
     return list(found.values())
 
 
@@ -108,6 +113,7 @@ def link_of(message: Any) -> Link:
         str(kind or ""),
         int(message.get_attr("IFLA_MASTER") or 0),
         str(message.get_attr("IFLA_IFALIAS") or ""),
+        message.get_attr("IFLA_CARRIER") != 0,
     )
 
 
@@ -129,13 +135,18 @@ def address_of(message: Any) -> InterfaceAddress | None:
 
 
 class Network:
-    """Puts `attr/vif` on the board whenever the kernel says that links or addresses changed."""
+    """Puts `attr/vif` on the board whenever the kernel says that links or addresses changed.
+
+    Has the hooks of `post-link` run when a vif's link has come or gone.
+    """
 
     name = "network"
 
-    def __init__(self, board: Board, keys: VifKeys) -> None:
+    def __init__(self, board: Board, keys: VifKeys, *, run: Command = command) -> None:
         self._board = board
         self._keys = keys
+        self._run = run
+        self._up: dict[int, bool] = {}
         self._vifs: list[Vif] = []
         self._looks = 0
 
@@ -158,6 +169,9 @@ class Network:
                     await asyncio.sleep(SETTLE)
                     news.clear()
                     self._show(await _look(asking, devid_of))
+                    if (context.platform.config_dir / "hooks.d" / "post-link.d").is_dir():
+                        await self._tell_hooks()
+                    self._up = {vif.devid: vif.up for vif in self._vifs}
             finally:
                 listening.cancel()
                 await asyncio.gather(listening, return_exceptions=True)
@@ -170,6 +184,15 @@ class Network:
     def ifname(self, devid: int) -> str:
         """What vif `devid` is called now; "" if there is none."""
         return next((vif.ifname for vif in self._vifs if vif.devid == devid), "")
+
+    async def _tell_hooks(self) -> None:
+        for vif in self._vifs:
+            if self._up.get(vif.devid, vif.up) is vif.up:
+                continue
+            facts = {"NAME": f"vif{vif.devid}", "DEVICE": vif.ifname}
+            facts["LINK"] = "up" if vif.up else "down"
+            if failure := await hooks_outside("post-link", facts, run=self._run):
+                log.warning("hooks of post-link are not run: %s", failure)
 
     def status(self) -> dict[str, Any]:
         return {

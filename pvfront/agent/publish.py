@@ -48,9 +48,11 @@ class Publisher:
         self.published: Keys = {}
         self.refused: dict[str, str] = {}
         """Keys that the store does not take, and why."""
+        self.begun = False
+        """Whether it knows what an earlier agent has left."""
         self._writes = 0
         self._recent: deque[tuple[float, int]] = deque()
-        self._begun = time.monotonic()
+        self._since = time.monotonic()
 
     async def run(self, context: Context) -> None:
         with context.events.subscription() as told:
@@ -58,6 +60,7 @@ class Publisher:
             try:
                 while True:
                     await self._adopt(context.store)
+                    self.begun = True
                     self._board.changed.set()
                     while not resumed.done():
                         await self._next(context.store, resumed)
@@ -180,7 +183,7 @@ class Publisher:
             "keys": len(self.published),
             "store_writes": self._writes,
             "store_writes_last_hour": sum(count for _, count in self._recent),
-            "seconds": round(now - self._begun),
+            "seconds": round(now - self._since),
             "left_out": self._board.left_out + self._vifs.left_out,
         }
         if self.refused:

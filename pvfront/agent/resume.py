@@ -18,13 +18,12 @@ import fcntl
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..statefile import write_json
 from .context import Context, Resumed
-from .helper import Command, command, outside
+from .helper import Command, command, hooks_outside
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +55,9 @@ class Resumes:
                 log.info("the domain was resumed (%d since its boot)", context.resumes)
                 context.events.publish(Resumed(context.resumes))
                 if not owned(context.platform.run_dir):
-                    await self._tell_hooks()
+                    if failure := await hooks_outside("post-resume", run=self._run):
+                        log.warning("hooks of post-resume are not run: %s", failure)
                 _save(path, await context.store.read(SENTINEL), context.resumes)
-
-    async def _tell_hooks(self) -> None:
-        # The admin's programs are not to live in the agent's sandbox.
-        words = (sys.executable, "-P", "-m", "pvfront", "agent", "hooks", "post-resume")
-        if failure := await outside(*words, run=self._run):
-            log.warning("hooks of post-resume are not run: %s", failure)
 
     def status(self) -> dict[str, Any]:
         return {"watching": self._watching, "count": self._count}

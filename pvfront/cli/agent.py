@@ -14,6 +14,8 @@ from .output import as_json as json_option
 from .output import print_json
 from .status import show_fields
 
+MOMENTS = ["pre-shutdown", "post-shutdown", "post-resume", "post-link"]
+
 
 @click.group()
 def agent() -> None:
@@ -33,7 +35,7 @@ def run(verbose: bool) -> None:
 
 
 @agent.command()
-@click.argument("moment", type=click.Choice(["pre-shutdown", "post-shutdown", "post-resume"]))
+@click.argument("moment", type=click.Choice(MOMENTS))
 def hooks(moment: str) -> None:
     """Run the hooks of MOMENT; those of a shutdown only if the machine is on its way down.
 

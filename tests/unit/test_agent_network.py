@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+import fcntl
+import struct
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,39 @@ async def test_what_changes_on_a_bridge_is_on_the_board_at_once_with_a_stable_in
         ip("addr", "del", "10.9.0.1/24", "dev", "tap7")
         await eventually("the end of the first", lambda: "attr/vif/7/ipv4/0" not in board.wanted())
         assert board.wanted()["attr/vif/7/ipv4/1"] == "10.9.0.2"
+
+
+@pytest.mark.usefixtures("namespace")
+async def test_a_link_that_goes_and_comes_has_its_hooks_run_where_there_are_any(
+    world: AgentWorld,
+) -> None:
+    ran: list[tuple[str, ...]] = []
+
+    async def run(*words: str) -> str:
+        ran.append(words)
+        return ""
+
+    world.hook("post-link", "true")
+    ip("tuntap", "add", "dev", "tap7", "mode", "tap")
+    ip("link", "set", "tap7", "alias", "pvfront:vif-7")
+    with attached("tap7"):
+        ip("link", "set", "tap7", "up")
+        network = Network(Board(), VifKeys(), run=run)
+        async with world.running(network):
+            await eventually("the vif", lambda: network.status()["vifs"])
+            ip("link", "set", "tap7", "carrier", "off")
+            await eventually("the hooks", lambda: len(ran) == 1)
+            ip("link", "set", "tap7", "carrier", "on")
+            await eventually("the hooks again", lambda: len(ran) == 2)
+    assert "--setenv=PVFRONT_LINK=down" in ran[0]
+    assert "--setenv=PVFRONT_LINK=up" in ran[1]
+    assert "--setenv=PVFRONT_NAME=vif7" in ran[1]
+    assert ran[1][-3:] == ("agent", "hooks", "post-link")
+
+
+@contextlib.contextmanager
+def attached(name: str) -> Iterator[None]:
+    """A TAP has a carrier while somebody has it open (TUNSETIFF, IFF_TAP | IFF_NO_PI)."""
+    with Path("/dev/net/tun").open("rb") as tun:
+        fcntl.ioctl(tun.fileno(), 0x400454CA, struct.pack("16sH22x", name.encode(), 0x1002))
+        yield
