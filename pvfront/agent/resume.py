@@ -55,9 +55,12 @@ class Resumes:
                 log.info("the domain was resumed (%d since its boot)", context.resumes)
                 context.events.publish(Resumed(context.resumes))
                 if not owned(context.platform.run_dir):
-                    if failure := await hooks_outside("post-resume", run=self._run):
-                        log.warning("hooks of post-resume are not run: %s", failure)
+                    await self._tell_hooks()
                 _save(path, await context.store.read(SENTINEL), context.resumes)
+
+    async def _tell_hooks(self) -> None:
+        if failure := await hooks_outside("post-resume", run=self._run):
+            log.warning("hooks of post-resume are not run: %s", failure)
 
     def status(self) -> dict[str, Any]:
         return {"watching": self._watching, "count": self._count}
