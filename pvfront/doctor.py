@@ -16,7 +16,7 @@ from typing import Any
 from .blkfront.settings import DiskSettings
 from .facts import SERVICES, DeviceFacts, Facts
 from .gntalloc import LIMIT_PATH, raised_limit
-from .inventory import KERNEL, PVFRONT
+from .inventory import KERNEL, NONE, PVFRONT
 from .ledger import USUAL_PORTS
 from .netfront.shape import Shape as NetShape
 
@@ -33,6 +33,7 @@ _CONFIG = {
     "xen-gntalloc": "CONFIG_XEN_GRANT_DEV_ALLOC",
 }
 _SERVICE = {"vbd": "disk", "vif": "network"}
+_SECTION = {"vbd": "disk", "vif": "vif"}
 
 
 class Level(StrEnum):
@@ -115,8 +116,10 @@ def _worker(facts: Facts) -> Iterator[Finding]:
 
 
 def _config(facts: Facts) -> Iterator[Finding]:
-    if facts.config is not None:
-        yield _problem("settings", facts.config)
+    for problem in facts.config:
+        yield _problem("settings", problem)
+    if facts.config_file and not facts.config:
+        yield Finding(Level.OK, "settings", f"nothing is wrong in {facts.config_file}")
 
 
 def _problem(subject: str, problem: tuple[str, str | None]) -> Finding:
@@ -329,13 +332,22 @@ def _device(one: DeviceFacts) -> Finding:
     if one.used and (one.fixed or not refused):
         if one.fixed:
             return Finding(Level.OK, name, f"stays with the kernel{called}: {one.used}")
-        fix = "end that use" if device.klass == "vbd" else f"pvfront vif serve --force {device.id}"
-        return Finding(Level.OK, name, f"the kernel's{called}, in use: {one.used}", fix)
+        fix = "end that use" if device.klass == "vbd" else "force = true in [vif] of pvfront.toml"
+        text = f"the kernel's{called}, in use: {one.used}"
+        return Finding(Level.WARN if one.named else Level.OK, name, text, fix)
     if refused:
         return Finding(Level.WARN, name, f"not served: {refused}", f"pvfront trace {name}")
     if device.klass not in SERVICES:
         return Finding(Level.OK, name, "of a class that pvfront does not serve")
-    serve = f"pvfront {device.klass} serve {name if device.klass == 'vbd' else device.id}"
+    if one.named:
+        whose = "nobody" if device.owner == NONE else "the kernel"
+        return Finding(
+            Level.WARN,
+            name,
+            f"pvfront.toml names it, but {whose} has it",
+            f"systemctl restart pvfront-{device.klass}",
+        )
+    serve = f'claim = ["{name}"] in [{_SECTION[device.klass]}] of pvfront.toml'
     if device.owner == KERNEL:
         lost = "; the kernel cannot have it back" if device.klass == "vbd" else ""
         return Finding(Level.OK, name, f"the kernel's{called}; it can be taken{lost}", serve)

@@ -11,11 +11,11 @@ import asyncio
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from . import config, holdings, inventory, sysfs, workerprogram
+from . import claimed, config, holdings, inventory, sysfs, workerprogram
 from .blkfront import inuse
 from .errors import PvfrontError
 from .holdings import Holdings
@@ -59,13 +59,14 @@ class Service:
 class DeviceFacts:
     """A device, its `pvfront status`, and why it stays with the kernel ("": it need not).
 
-    `fixed`: nothing can be done about it, it is the root disk.
+    `fixed`: nothing can be done about it, it is the root disk. `named`: in `claim` of pvfront.toml.
     """
 
     device: Device
     status: Mapping[str, Any] = field(default_factory=dict)
     used: str = ""
     fixed: bool = False
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ class Facts:
     store: tuple[str, str | None] | None = None
     worker: tuple[str, str | None] | None = None
     user: tuple[str, str | None] | None = None
-    config: tuple[str, str | None] | None = None
+    config_file: str = ""  # "": there is none
+    config: Sequence[tuple[str, str | None]] = ()
     can_suspend: bool = True  # the kernel knows of it at all
     may_veto: bool = True  # this process, and so a service that is started like it
     cgroup2: bool = True
@@ -116,6 +118,7 @@ async def gather(
     found, store = list[DeviceFacts](), None
     if embedded or (guest and root):
         found, store = await _devices(on, relied_on or _relied_on)
+    file = on.config_dir / config.FILE
     suspend = inventory.read_state("suspend", on.run_dir)
     running = any(service.pid is not None for service in services.values())
     return Facts(
@@ -133,7 +136,8 @@ async def gather(
         store=store,
         worker=_problem(lambda: (try_worker or _try_worker)(not embedded)),
         user=_problem(workerprogram.worker_ids) if root and not embedded else None,
-        config=_problem(lambda: config.check_file(on.config_dir / config.FILE)),
+        config_file=str(file) if file.exists() else "",
+        config=[(str(error), error.hint) for error in config.problems(file)],
         can_suspend=(roots.sys / "power/wakeup_count").exists(),
         may_veto=may_block_suspend(sysfs.read(roots.proc / "self/status") or ""),
         cgroup2=(roots.sys / "fs/cgroup/cgroup.controllers").exists(),
@@ -243,7 +247,11 @@ async def _devices(
     async def look() -> list[DeviceFacts]:
         async with await on.store() as store:
             there = await inventory.devices(store, on)
-            return [await _device(store, device, on, relied_on) for device in there]
+            is_named = named(on)
+            return [
+                replace(await _device(store, device, on, relied_on), named=is_named(device))
+                for device in there
+            ]
 
     try:
         on.require()
@@ -254,6 +262,22 @@ async def _devices(
         return [], (str(error), error.hint)
     except OSError as error:
         return [], (f"the store: {sysfs.errno_text(error)}", None)
+
+
+def named(on: Platform) -> Callable[[Device], bool]:
+    """Whether the settings name a device; no device if there is something wrong with them."""
+    try:
+        file = config.load(on.config_dir / config.FILE)
+        disks, vifs = (file.section(name).strings("claim") for name in ("disk", "vif"))
+    except PvfrontError:
+        return lambda device: False
+
+    def of(device: Device) -> bool:
+        if device.klass == "vbd":
+            return claimed.names_disk(disks, device.id)
+        return device.klass == "vif" and claimed.names_vif(vifs, device.id, [device.os_device])
+
+    return of
 
 
 async def _device(

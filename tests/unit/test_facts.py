@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pvfront import workerprogram
 from pvfront.errors import PvfrontError
-from pvfront.facts import Node, gather, guest_type, limit, lists, module_state, xen_version
+from pvfront.facts import Node, gather, guest_type, limit, lists, module_state, named, xen_version
+from pvfront.inventory import Device
 from pvfront.platform import Xen
 from pvfront.sysfs import Roots
 from pvfront.xenstore import XenstoreError
@@ -82,14 +83,15 @@ async def test_a_mistake_in_the_settings_and_a_worker_that_fails_are_facts(
     roots: Roots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_store(monkeypatch)
-    put(roots.root / "etc/pvfront/pvfront.toml", "[disk]\nmax_qeues = 3\n")
+    put(roots.root / "etc/pvfront/pvfront.toml", "[disk]\nmax_qeues = 3\n[vif]\nx = 1\n")
 
     def broken(other_user: bool) -> None:
         raise PvfrontError("the worker program does not run: x", hint="y")
 
     found = await gather(Xen(), try_worker=broken)
-    assert found.config is not None
-    assert "pvfront.toml:2: max_qeues: no such setting" in found.config[0]
+    assert "pvfront.toml:2: max_qeues: no such setting" in found.config[0][0]
+    assert "pvfront.toml:4: x: no such setting" in found.config[1][0]
+    assert found.config_file.endswith("/etc/pvfront/pvfront.toml")
     assert found.worker == ("the worker program does not run: x", "y")
 
 
@@ -104,6 +106,21 @@ async def test_a_unit_is_enabled_if_something_wants_it(
     found = await gather(Xen(), try_worker=lambda other_user: None)
     assert found.services["vbd"].enabled is wanted_by
     assert found.services["vif"].enabled is None, "it is not installed"
+
+
+def test_the_settings_name_devices_and_with_a_mistake_none(roots: Roots) -> None:
+    def device(klass: str, number: int, os_device: str = "") -> Device:
+        return Device(klass, number, "", 0, "", "", "kernel", os_device)
+
+    there = [device("vbd", 51728), device("vbd", 51744), device("vif", 3, "eth9"), device("x", 1)]
+    file = roots.root / "etc/pvfront/pvfront.toml"
+    for text, found in (
+        ('[disk]\nclaim = ["xvdb"]\n[vif]\nclaim = ["eth*"]\n', [True, False, True, False]),
+        ("[disk]\nclaim = 3\n", [False] * 4),
+        ("no TOML", [False] * 4),
+    ):
+        put(file, text)
+        assert [named(Xen())(one) for one in there] == found
 
 
 def test_a_module_s_name_has_dashes_or_underscores(roots: Roots) -> None:
