@@ -14,7 +14,7 @@ SOURCES := $(shell git ls-files -co --exclude-standard pvfront native examples m
 LAB := PYTHONPATH=ci/xen-nested $(BIN)/python -m lab
 
 .PHONY: help setup setup-lab build deb demo demo-xen bench bench-xen test test-fast test-xen soak \
-	xen-shell lint clean native native-asan native-tsan unit fuzz hostile mutate
+	xen-shell lint clean native native-asan native-tsan unit fuzz hostile mutate screens
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -61,6 +61,9 @@ demo: build ## the main job at once: a disk and a vif from an xl config, served,
 
 demo-xen: build setup-lab ## the same in a guest of a real Xen, nested under QEMU
 	@$(LAB).demo
+
+screens: build setup ## the screens in README.md and docs/tools.md made anew, on the embedded host
+	@$(BIN)/python -P tools/screens.py
 
 bench: build build/null_server build/tap_pair ## the disk's socket beside nbdkit, a vif beside its TAP: build/bench.json, .svg
 	@$(BIN)/python bench/host.py

@@ -127,7 +127,8 @@ def tables(found: Mapping[str, Any], width: int | None = None) -> list[Table]:
         for device in found["devices"]:
             if device["class"] == klass:
                 queues = device["queues"] if len(device["queues"]) > 1 else ()
-                lines += [device, *({"name": "", **queue} for queue in queues)]
+                whole = {**device, "queue": "all"}
+                lines += [whole, *({"name": device["name"], **queue} for queue in queues)]
         if lines:
             made.append(_table(columns, lines, width))
     return made

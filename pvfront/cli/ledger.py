@@ -10,6 +10,7 @@ import click
 from ..ledger import USUAL_PORTS, Entry, Ledger, limit_path
 from ..ledger import ledger as look
 from ..platform import platform
+from . import complete
 from .output import as_json as json_option
 from .output import print_fields, print_json, print_table, with_store
 
@@ -19,7 +20,7 @@ UNKNOWN = "unknown (xen-gntalloc does not say)"
 
 
 @click.command()
-@click.argument("device", required=False)
+@click.argument("device", required=False, shell_complete=complete.device)
 @json_option
 def ledger(device: str | None, as_json: bool) -> None:
     """Show the event channels and granted pages that DEVICE, or every device, holds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from . import complete
 from .output import as_json as json_option
 
 
@@ -23,7 +24,7 @@ def add_list_and_status(group: click.Group, plural: str, one: str) -> None:
         show(as_json, klass)
 
     @group.command("status", help=f"Show one {one}, or each, as `pvfront status` does.")
-    @click.argument("device", required=False)
+    @click.argument("device", required=False, shell_complete=complete.device)
     @json_option
     def status(device: str | None, as_json: bool) -> None:
         from .status import show

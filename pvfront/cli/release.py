@@ -8,12 +8,13 @@ import click
 from .. import inventory
 from ..errors import PvfrontError
 from ..xenstore import Xenstore
+from . import complete
 from .output import with_store
 
 
 @click.command()
-@click.argument("klass", metavar="CLASS")
-@click.argument("device")
+@click.argument("klass", metavar="CLASS", shell_complete=complete.device_class)
+@click.argument("device", shell_complete=complete.device)
 def release(klass: str, device: str) -> None:
     """Close a served DEVICE of CLASS (vbd) and give it back to the kernel, if it can have it.
 

@@ -11,6 +11,7 @@ import click
 
 from .. import figures, inventory
 from ..xenstore import Xenstore
+from . import complete
 from .output import as_json as json_option
 from .output import note, print_fields, print_json, print_table, with_store
 
@@ -19,7 +20,7 @@ _FIRST = ("name", "class", "id", "owner", "os_device", "link", "phase", "reason"
 
 
 @click.command()
-@click.argument("device", required=False)
+@click.argument("device", required=False, shell_complete=complete.device)
 @json_option
 def status(device: str | None, as_json: bool) -> None:
     """Show a DEVICE (xvdb, 51728, vif0, enX0), or each: states, geometry, worker, counters."""
@@ -89,6 +90,8 @@ def _lines(key: str, value: Any) -> Iterator[tuple[str, object]]:
         yield name, "yes" if value else "no"
     elif value is None or value == "":
         yield name, "-"
+    elif isinstance(value, list):
+        yield name, ", ".join(map(str, value)) or "-"
     elif key in _TIMES and isinstance(value, int | float):
         moment = datetime.fromtimestamp(value).astimezone()
         yield name, moment.isoformat(sep=" ", timespec="seconds")

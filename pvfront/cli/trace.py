@@ -12,6 +12,7 @@ import click
 
 from ..platform import platform
 from ..timeline import Line, Timeline, label
+from . import complete
 from .output import as_json as json_option
 from .output import print_json, printable
 
@@ -19,7 +20,7 @@ _LOOK_AGAIN = 0.2  # seconds; a mapped file tells nobody that it was written
 
 
 @click.command()
-@click.argument("device", required=False)
+@click.argument("device", required=False, shell_complete=complete.device)
 @click.option("-f", "--follow", is_flag=True, help="Go on printing what happens.")
 @click.option("-n", "--lines", type=click.IntRange(min=0), help="Only the last so many lines.")
 @click.option("--packets", is_flag=True, help="Show the packets of a network, as they pass.")

@@ -10,11 +10,12 @@ import click
 from .. import inventory
 from ..errors import PvfrontError
 from ..xenstore import Xenstore
+from . import complete
 from .output import complain, with_store
 
 
 @click.command()
-@click.argument("device", required=False)
+@click.argument("device", required=False, shell_complete=complete.device)
 def upgrade(device: str | None) -> None:
     """Replace the worker of a served DEVICE, or of each, by one of the installed program.
 

@@ -13,6 +13,7 @@ import click
 
 from ..platform import platform
 from ..service import prepare_process
+from . import complete
 from .ofclass import add_list_and_status
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ add_list_and_status(vbd, "disks", "disk (xvdb, 51728)")
 
 
 @vbd.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete.device)
 @click.option("--all", "everything", is_flag=True, help="Every disk, also those attached later.")
 @click.option(
     "--force",
@@ -117,7 +118,7 @@ def serve(
 
 
 @vbd.command(context_settings={"allow_interspersed_args": False})
-@click.argument("names", metavar="NAME[,NAME]...")
+@click.argument("names", metavar="NAME[,NAME]...", shell_complete=complete.devices)
 @click.argument("command", metavar="[--] PROGRAM [ARGUMENT]...", nargs=-1, required=True)
 @click.option("--force", is_flag=True, help="Take a disk that is mounted or held, too.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")

@@ -13,6 +13,7 @@ import click
 
 from ..platform import platform
 from ..service import prepare_process
+from . import complete
 from .ofclass import add_list_and_status
 
 
@@ -37,7 +38,7 @@ add_list_and_status(vif, "network interfaces", "network interface (vif0, 0, enX0
 
 
 @vif.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete.device)
 @click.option("--all", "everything", is_flag=True, help="Every vif, also those attached later.")
 @click.option("--force", is_flag=True, help="Take the interface of the default route, too.")
 @click.option(

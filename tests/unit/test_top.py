@@ -30,8 +30,8 @@ def cells(table: Table, row: int) -> dict[str, str]:
 
 def test_a_device_of_several_queues_has_a_row_for_each_below_its_own() -> None:
     disks, networks = tables(FOUND)
-    assert [cells(disks, row)["DISK"] for row in range(3)] == ["xvdb", "", ""]
-    assert [cells(disks, row)["QUEUE"] for row in range(3)] == ["", "0", "1"]
+    assert [cells(disks, row)["DISK"] for row in range(3)] == ["xvdb", "xvdb", "xvdb"]
+    assert [cells(disks, row)["QUEUE"] for row in range(3)] == ["all", "0", "1"]
     assert [cells(disks, row)["READ/S"] for row in range(3)] == ["2005", "5", "2000"]
     assert cells(disks, 1)["READ MB/S"] == "7.5"
     assert cells(disks, 1)["P99"] == "<128us"
