@@ -27,6 +27,7 @@ def main() -> int:
     for what, constant, name, now in (
         ("pvfront.api", "API", "api.json", interfaces.api_surface(api)),
         ("XENIFACE", "DBUS", "dbus.json", interfaces.dbus_surface(INTROSPECTION)),
+        ("the JSON", "JSON", "json.json", interfaces.json_surface(interfaces.shapes())),
     ):
         version = getattr(versions, constant)
         if (interfaces.RECORDS / name).exists():

@@ -16,6 +16,7 @@ import click
 
 from .. import __version__
 from ..errors import PvfrontError
+from ..versions import API, DBUS, JSON
 from .output import complain
 
 VERBS = {
@@ -53,7 +54,10 @@ class Verbs(click.Group):
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="pvfront")
+@click.version_option(
+    __version__,
+    message=f"pvfront, version %(version)s\nPython {API}, D-Bus {DBUS}, JSON {JSON}",
+)
 def cli() -> None:
     """Xen PV devices of this guest, served in user space."""
 

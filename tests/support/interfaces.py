@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """What others build on, as text that can be recorded and compared: names and signatures of a Python
-module, members of interfaces on D-Bus. `judge` says whether a change of it went with its version.
+module, members of interfaces on D-Bus, keys of JSON. `judge` says whether a change of it went with
+its version.
 """
 
 from __future__ import annotations
@@ -117,6 +118,90 @@ def dbus_surface(introspection: str) -> Surface:
                 ends[given].append(f"{arg.get('name')}: {arg.get('type')}")
             found[name] = f"{part.tag} ({', '.join(ends['in'])}) -> ({', '.join(ends['out'])})"
     return found
+
+
+# -- JSON --------------------------------------------------------------------------------------
+
+Shape = Any
+"""Of a value, as tests/interfaces/shapes.json has it:
+
+"str", "int|null"               its kind; int is a number too
+{"key": shape, "key?": shape}   an object; "key?" may be missing, "key??" may be null as well
+{"*": shape}                    all other keys
+[shape]                         a list
+"@list"                         as the entry of that name
+"any"                           promises nothing
+
+Entries whose name begins with "_" are of no command.
+"""
+
+_KINDS = {bool: "bool", int: "int", float: "number", str: "str", type(None): "null"}
+
+
+def shapes() -> dict[str, Shape]:
+    """What `--json` of each command prints, by the command's words: "store ls"."""
+    found = json.loads((RECORDS / "shapes.json").read_text())
+    return {
+        verb: _resolved(shape, found) for verb, shape in found.items() if not verb.startswith("_")
+    }
+
+
+def _resolved(shape: Shape, entries: Mapping[str, Shape]) -> Shape:
+    if isinstance(shape, str):
+        return _resolved(entries[shape[1:]], entries) if shape.startswith("@") else shape
+    if isinstance(shape, list):
+        return [_resolved(shape[0], entries)]
+    return {key: _resolved(each, entries) for key, each in shape.items()}
+
+
+def json_surface(of: Mapping[str, Shape]) -> Surface:
+    """Every key of every command's JSON, with its kind."""
+    found: Surface = {}
+    for verb, shape in of.items():
+        _flatten(f"{verb}: ", shape, "", found)
+    return found
+
+
+def _flatten(where: str, shape: Shape, note: str, found: Surface) -> None:
+    if isinstance(shape, list):
+        _flatten(f"{where}[]", shape[0], note, found)
+    elif isinstance(shape, Mapping):
+        found[where] = f"object{note}"
+        for key, each in shape.items():
+            kind = {0: "", 1: ", may be missing", 2: ", may be null or missing"}[key.count("?")]
+            _flatten(f"{where}.{key.rstrip('?')}", each, kind, found)
+    else:
+        found[where] = f"{shape}{note}"
+
+
+def differences(value: Any, shape: Shape, where: str = "") -> list[str]:
+    """What a value has that its shape does not say, or the other way; a line each."""
+    if shape == "any":
+        return []
+    if isinstance(shape, str):
+        kind = _KINDS.get(type(value), "list" if isinstance(value, list) else "object")
+        kinds = shape.split("|")
+        fits = kind in kinds or (kind == "int" and "number" in kinds)
+        return [] if fits else [f"{where or 'it'} is {kind}, recorded as {shape}"]
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return [f"{where or 'it'} is no list, recorded as one"]
+        return [line for one in value for line in differences(one, shape[0], f"{where}[]")]
+    if not isinstance(value, Mapping):
+        return [f"{where or 'it'} is no object, recorded as one"]
+    known = {key.rstrip("?"): (each, key.count("?")) for key, each in shape.items()}
+    rest = known.pop("*", None)
+    found: list[str] = []
+    for key, each in value.items():
+        if key in known:
+            if each is not None or known[key][1] < 2:
+                found += differences(each, known[key][0], f"{where}.{key}")
+        elif rest is not None:
+            found += differences(each, rest[0], f"{where}.*")
+        else:
+            found.append(f"{where}.{key} is not recorded")
+    missing = [key for key, (_, optional) in known.items() if not optional and key not in value]
+    return found + [f"{where}.{key} is missing" for key in missing]
 
 
 # -- records -----------------------------------------------------------------------------------

@@ -5,14 +5,29 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import interfaces
 import pytest
 from interfaces import judge
 
 from pvfront import api, versions
 from pvfront.agent.xeniface.bus import INTROSPECTION
+from pvfront.cli import cli
+
+
+def commands(group: click.Group = cli, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path}{name} ")
+        else:
+            yield path + name, command
+
 
 POLICY = Path(__file__).resolve().parents[2] / "docs" / "interfaces.md"
 
@@ -65,6 +80,71 @@ def test_the_d_bus_interfaces_are_what_was_recorded_for_their_version():
     before, has = interfaces.record("dbus.json")
     now = interfaces.dbus_surface(INTROSPECTION)
     assert not judge("XENIFACE", (before, versions.DBUS), has, now, "versions.DBUS")
+
+
+def test_the_json_is_what_was_recorded_for_its_version():
+    before, has = interfaces.record("json.json")
+    now = interfaces.json_surface(interfaces.shapes())
+    assert not judge("the JSON of --json", (before, versions.JSON), has, now, "versions.JSON")
+
+
+def test_every_command_that_prints_json_says_which():
+    printing = {
+        name
+        for name, command in commands()
+        if any("--json" in option.opts for option in command.params)
+    }
+    assert printing == interfaces.shapes().keys(), (
+        "a command has --json and no shape in tests/interfaces/shapes.json, or the other way: "
+        "write there what it prints, look at it in tests/host/test_json.py, raise versions.JSON"
+    )
+
+
+SHAPE = {
+    "name": "str",
+    "size?": "int|null",
+    "rate": "number",
+    "more??": {"*": "any"},
+    "all": ["int"],
+}
+FITS = {"name": "x", "rate": 1, "all": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"size": 1}, {"size": None}, {"rate": 1.5}, {"more": None}, {"more": {"a": []}}]
+)
+def test_a_value_that_fits_its_shape_has_no_differences(more):
+    assert interfaces.differences(FITS | more, SHAPE) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (FITS | {"new": 1}, ".new is not recorded"),
+        ({"rate": 1, "all": []}, ".name is missing"),
+        (FITS | {"name": 1}, ".name is int, recorded as str"),
+        (FITS | {"name": None}, ".name is null, recorded as str"),
+        (FITS | {"name": True}, ".name is bool, recorded as str"),
+        (FITS | {"all": ["x"]}, ".all[] is str, recorded as int"),
+        (FITS | {"all": {}}, ".all is no list, recorded as one"),
+        (FITS | {"more": 1}, ".more is no object, recorded as one"),
+        ([], "it is no object, recorded as one"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_with_its_place(value, said):
+    assert interfaces.differences(value, SHAPE) == [said]
+
+
+def test_the_surface_of_json_has_every_key_with_its_kind():
+    assert interfaces.json_surface({"list": [SHAPE]}) == {
+        "list: []": "object",
+        "list: [].name": "str",
+        "list: [].size": "int|null, may be missing",
+        "list: [].rate": "number",
+        "list: [].more": "object, may be null or missing",
+        "list: [].more.*": "any",
+        "list: [].all[]": "int",
+    }
 
 
 def test_the_surface_of_d_bus_knows_methods_signals_and_properties():
