@@ -12,6 +12,7 @@ import re
 
 from . import inventory, sysfs
 from .claim import Claims
+from .console.keys import name_of
 from .counters import CLASSES
 from .errors import PvfrontError
 from .platform import Platform, platform
@@ -42,9 +43,11 @@ def _called(name: str, only: str | None, on: Platform, claims: Claims) -> list[s
         return []
     if not (number.isascii() and number.isdigit() and len(number) <= inventory.MAX_ID_DIGITS):
         return []
+    state = inventory.read_state(name, on.run_dir) or {}
+    if klass == "console":
+        return [name_of(str(state.get("label") or ""), int(number))[0]]
     found = [inventory.label(klass, int(number))]
     if klass == "vif":
-        state = inventory.read_state(name, on.run_dir) or {}
         ifname = str(state.get("os_device") or "") or claims.os_device(name)
         if _PLAIN.fullmatch(ifname):
             found.append(ifname)

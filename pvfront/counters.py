@@ -14,22 +14,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import inventory, sysfs
+from .console.keys import name_of
 from .platform import Platform, platform
 
-CLASSES = ("vbd", "vif")
+CLASSES = ("console", "vbd", "vif")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One device. `at`: seconds of CLOCK_MONOTONIC; `queues`: the counters of each queue that has
-    been used (abi.BlkStats, struct pvf_net_stats), None: they cannot be read; `cpu`: seconds of
-    processor time of its worker since `started`, ticks since the boot; None: it does not run.
+    """One device. `at`: seconds of CLOCK_MONOTONIC.
+
+    `queues`: the counters of each queue that has been used (abi.BlkStats, struct pvf_net_stats,
+    struct pvf_cons_stats), None: they cannot be read. `cpu`: seconds of processor time of its
+    worker since `started`, ticks since the boot; None: it does not run.
     """
 
     klass: str
     id: int
     at: float
+    label: str = ""
     os_device: str = ""
     phase: str = ""
     generation: int = 0
@@ -41,7 +45,9 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """What people call it: xvdb, vif0."""
+        """What people call it: xvdb, vif0; a console as its channel of the xl config."""
+        if self.klass == "console":
+            return name_of(self.label, self.id)[0]
         return inventory.label(self.klass, self.id)
 
     @property
@@ -81,6 +87,7 @@ def _sample(klass: str, number: int, on: Platform) -> Sample | None:
         klass,
         number,
         time.monotonic(),
+        label=str(state.get("label") or ""),
         os_device=str(state.get("os_device") or ""),
         phase=str(state.get("phase") or ""),
         generation=_number(state.get("generation")),
@@ -94,7 +101,8 @@ def _sample(klass: str, number: int, on: Platform) -> Sample | None:
 
 def used(klass: str, queue: Mapping[str, Any]) -> bool:
     """Whether this connection, or an earlier one, has used a queue of a worker's."""
-    return bool(queue["rx_pool_pages" if klass == "vif" else "pool_pages"] or queue["wakeups"])
+    pages = {"vbd": "pool_pages", "vif": "rx_pool_pages"}.get(klass)
+    return bool(pages is None or queue[pages] or queue["wakeups"])
 
 
 def process_times(stat: str) -> tuple[int, int] | None:

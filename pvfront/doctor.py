@@ -26,13 +26,14 @@ _DISK = DiskSettings()
 _WANTED = {
     "vbd": _DISK.max_pool_pages + (1 << _DISK.max_ring_page_order),
     "vif": NetShape().pages,
+    "console": 1,
 }
 """Granted pages that a device of one queue asks for."""
 _CONFIG = {
     "xen-evtchn": "CONFIG_XEN_DEV_EVTCHN",
     "xen-gntalloc": "CONFIG_XEN_GRANT_DEV_ALLOC",
 }
-_SERVICE = {"vbd": "disk", "vif": "network"}
+_SERVICE = {"vbd": "disk", "vif": "network", "console": "console"}
 _SECTION = {"vbd": "disk", "vif": "vif"}
 
 
@@ -347,7 +348,10 @@ def _device(one: DeviceFacts) -> Finding:
             f"pvfront.toml names it, but {whose} has it",
             f"systemctl restart pvfront-{device.klass}",
         )
-    serve = f'claim = ["{name}"] in [{_SECTION[device.klass]}] of pvfront.toml'
+    section = _SECTION.get(device.klass)
+    serve = f"pvfront {device.klass} serve {name}"
+    if section is not None:
+        serve = f'claim = ["{name}"] in [{section}] of pvfront.toml'
     if device.owner == KERNEL:
         lost = "; the kernel cannot have it back" if device.klass == "vbd" else ""
         return Finding(Level.OK, name, f"the kernel's{called}; it can be taken{lost}", serve)

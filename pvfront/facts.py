@@ -26,7 +26,7 @@ from .xenstore import Xenstore
 
 MODULES = ("xen-evtchn", "xen-gntalloc", "nbd", "ublk_drv", "tun")
 NODES = ("xen/xenbus", "xen/evtchn", "xen/gntalloc")
-SERVICES = ("vbd", "vif")
+SERVICES = ("vbd", "vif", "console")
 STORE_DEADLINE = 10.0  # seconds for all that is asked of the store
 _UNITS = ("etc/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
 

@@ -6,8 +6,8 @@ in `LEFT_OUT`, with a test that nothing is forgotten. Names and units are those 
 (base units: bytes, seconds). `exposition` writes OpenMetrics, or the older text format: the
 textfile collector of node_exporter reads only that.
 
-Labels are few and bounded: a device is named by us, of its class and number; what the system calls
-it is cut and stripped of control characters.
+Labels are few and bounded: a device is named by us, of its class and number, a console as a file
+may be; what the system calls it is cut and stripped of control characters.
 """
 
 from __future__ import annotations
@@ -98,6 +98,16 @@ OF_THE_INTERFACE: Table = {
     "groups_told": ("vif_multicast_changes", "", "Joins and leaves the backend was told of."),
     "groups_lost": ("vif_multicast_lost", "", "Addresses that it could not be asked for."),
 }
+CONSOLE_COUNTERS: Table = {
+    "in_bytes": ("console_in_bytes", "bytes", "Data passed on to the guest."),
+    "out_bytes": ("console_out_bytes", "bytes", "Data put into the ring."),
+    "ring_full": ("console_ring_full", "", "Times that the backend did not read."),
+    "target_blocked": ("console_client_blocked", "", "Times that the guest did not read."),
+}
+CONSOLE_GAUGES: Table = {
+    "unsent": ("console_unsent_bytes", "bytes", "Data that the backend has not taken."),
+    "undelivered": ("console_undelivered_bytes", "bytes", "Data that the guest has not taken."),
+}
 EVENTS: Table = {
     "notifies": ("notifications", "", "Events sent to the backend."),
     "events": ("events", "", "Events received."),
@@ -154,6 +164,9 @@ class Devices(Collector):
         yield from _queues(networks, NET_COUNTERS, CounterMetricFamily)
         yield from _queues(networks, NET_GAUGES, GaugeMetricFamily)
         yield from _interfaces(networks)
+        consoles = [one for one in self._samples if one.klass == "console"]
+        yield from _queues(consoles, CONSOLE_COUNTERS, CounterMetricFamily)
+        yield from _queues(consoles, CONSOLE_GAUGES, GaugeMetricFamily)
         yield from _queues(self._samples, EVENTS, CounterMetricFamily)
 
     def _of_devices(self) -> Iterator[Metric]:

@@ -37,8 +37,23 @@ _NET_RATES = {
     "notifies_per_second": lambda q: q["notifies"],
     "events_per_second": lambda q: q["events"],
 }
-_RATES: Mapping[str, Mapping[str, Any]] = {"vbd": _DISK_RATES, "vif": _NET_RATES}
-_IN_FLIGHT = {"vbd": "in_flight", "vif": "tx_in_flight"}
+_CONSOLE_RATES = {
+    "in_bytes_per_second": lambda q: q["in_bytes"],
+    "out_bytes_per_second": lambda q: q["out_bytes"],
+    "notifies_per_second": lambda q: q["notifies"],
+    "events_per_second": lambda q: q["events"],
+}
+_RATES: Mapping[str, Mapping[str, Any]] = {
+    "vbd": _DISK_RATES,
+    "vif": _NET_RATES,
+    "console": _CONSOLE_RATES,
+}
+_LEVELS: Mapping[str, Mapping[str, str]] = {
+    "vbd": {"in_flight": "in_flight"},
+    "vif": {"in_flight": "tx_in_flight"},
+    "console": {"unsent_bytes": "unsent", "undelivered_bytes": "undelivered"},
+}
+"""What they are called here, and in a queue's page."""
 
 
 def rates(before: Iterable[Sample], after: Iterable[Sample]) -> list[Figures]:
@@ -87,7 +102,8 @@ def _cpu(before: Sample | None, after: Sample, seconds: float) -> float | None:
 def _queue(
     klass: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], seconds: float
 ) -> Figures:
-    found: Figures = {"queue": after["queue"], "in_flight": after[_IN_FLIGHT[klass]]}
+    levels = {name: after[key] for name, key in _LEVELS[klass].items()}
+    found: Figures = {"queue": after["queue"], **levels}
     for name, counter in _RATES[klass].items():
         grown = None if before is None else counter(after) - counter(before)
         found[name] = None if grown is None else max(0.0, grown / seconds)
@@ -103,7 +119,7 @@ def _whole(
     queues: Sequence[Figures],
 ) -> Figures:
     """Of all queues together. One that is new has nothing to add yet."""
-    found: Figures = {"in_flight": sum(queue["in_flight"] for queue in queues)}
+    found: Figures = {name: sum(queue[name] for queue in queues) for name in _LEVELS[klass]}
     for name in _RATES[klass]:
         known = [queue[name] for queue in queues if queue[name] is not None]
         found[name] = sum(known) if known else None

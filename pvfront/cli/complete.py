@@ -6,12 +6,13 @@ from __future__ import annotations
 import click
 
 from ..completion import device_names
+from ..counters import CLASSES
 
 
 def device(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
     """Devices: in a group of verbs of a class, or behind a CLASS, those of that class."""
     parent = context.parent.info_name if context.parent is not None else None
-    only = context.params.get("klass") or (parent if parent in ("vbd", "vif") else None)
+    only = context.params.get("klass") or (parent if parent in CLASSES else None)
     given = context.params.get("names") or ()
     return [
         name
@@ -29,4 +30,4 @@ def devices(context: click.Context, parameter: click.Parameter, begun: str) -> l
 
 def device_class(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
     """Classes of devices."""
-    return [name for name in ("vbd", "vif") if name.startswith(begun)]
+    return [name for name in CLASSES if name.startswith(begun)]

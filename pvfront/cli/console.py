@@ -16,6 +16,7 @@ from ..inventory import devices
 from ..platform import platform
 from ..service import prepare_process
 from ..xenstore import Xenstore
+from . import complete
 from .output import as_json as json_option
 from .output import print_json, print_table, with_store
 
@@ -38,7 +39,7 @@ def console() -> None:
 
 
 @console.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete.device)
 @click.option("--all", "everything", is_flag=True, help="Every one, also those attached later.")
 @click.option(
     "-o",
@@ -90,7 +91,7 @@ def list_command(as_json: bool) -> None:
 
 
 @console.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete.device)
 @click.option("-r", "--read-only", is_flag=True, help="Watch only.")
 @click.option("--steal", is_flag=True, help="Write, also if a program or another client does.")
 @click.option(
@@ -115,7 +116,7 @@ def attach(name: str, read_only: bool, steal: bool, history: int) -> None:
 
 
 @console.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete.device)
 @click.option("--stdin", is_flag=True, help="Lines of standard input instead of the journal's.")
 @click.option("-p", "--priority", metavar="LEVEL", help="As journalctl's: err, or warning..notice.")
 @click.option("-u", "--unit", "units", metavar="UNIT", multiple=True, help="Only of this unit.")

@@ -159,6 +159,22 @@ async def test_list_names_it_and_says_who_has_it_open(it: ConsoleWorld) -> None:
     assert NAME in await it.service.pvfront("list")
 
 
+async def test_top_metrics_and_doctor_know_the_console(it: ConsoleWorld) -> None:
+    assert it.service is not None
+    interval = json.loads(await it.service.pvfront("top", "--json", "-i", "0.1", "-c", "1"))
+    (console,) = interval["devices"]
+    assert (console["class"], console["name"], console["phase"]) == ("console", NAME, "connected")
+    assert console["in_bytes_per_second"] is not None
+    assert (
+        f'pvfront_console_in_bytes_total{{device="{NAME}",queue="0"}}'
+        in await it.service.pvfront("metrics")
+    )
+    findings = {
+        one["subject"]: one for one in json.loads(await it.service.pvfront("doctor", "--json"))
+    }
+    assert findings[NAME]["text"].startswith("served as ")
+
+
 async def test_the_ledger_has_its_page_and_port(it: ConsoleWorld) -> None:
     assert it.service is not None
     found = json.loads(await it.service.pvfront("ledger", "--json"))

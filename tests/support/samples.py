@@ -45,6 +45,14 @@ def net_queue(number: int = 0, **changed: Any) -> dict[str, Any]:
     return made | {"queue": number, "wakeups": 1, **changed}
 
 
+def console_queue(**changed: Any) -> dict[str, Any]:
+    """`in_bytes=3`, `unsent=5`."""
+    fields = ffi.typeof("struct pvf_cons_stats").fields
+    of_the_page = ("magic", "version", "sequence", "reserved")
+    made = {name: 0 for name, _ in fields if name not in of_the_page}
+    return made | {"wakeups": 1, **changed}
+
+
 def way() -> dict[str, Any]:
     return {
         name: [0] * lib.PVF_NET_DROPS if member.type.kind == "array" else 0
@@ -60,3 +68,9 @@ def disk(at: float, *queues: dict[str, Any], **changed: Any) -> Sample:
 def vif(at: float, *queues: dict[str, Any], **changed: Any) -> Sample:
     """vif0."""
     return Sample("vif", 0, at, **{"phase": "connected", "queues": queues, **changed})
+
+
+def console(at: float, *queues: dict[str, Any], **changed: Any) -> Sample:
+    """org.example.chan1."""
+    usual = {"phase": "connected", "label": "org.example.chan1", "queues": queues}
+    return Sample("console", 1, at, **{**usual, **changed})

@@ -24,13 +24,14 @@ from pvfront.sysfs import Roots
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An embedded host's run directory with two disks and an interface."""
+    """An embedded host's run directory with two disks, an interface and a console."""
     monkeypatch.setenv("PVFRONT_HOST", str(tmp_path))
     made = tmp_path / "run"
     made.mkdir()
     for name in ("vbd-51712", "vbd-51728", "suspend"):
         (made / f"{name}.json").write_text("{}")
     (made / "vif-0.json").write_text(json.dumps({"os_device": "enX0"}))
+    (made / "console-1.json").write_text(json.dumps({"label": "chan1"}))
     return made
 
 
@@ -50,14 +51,15 @@ def test_verbs_and_options_are_completed(run: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["status", "trace", "ledger", "upgrade"])
 def test_devices_are_completed_by_every_name(run: Path, verb: str) -> None:
-    assert offered(f"{verb} ") == ["enX0", "vif0", "xvda", "xvdb"]
+    assert offered(f"{verb} ") == ["chan1", "enX0", "vif0", "xvda", "xvdb"]
     assert offered(f"{verb} v") == ["vif0"]
 
 
 def test_a_verb_of_a_class_is_offered_its_devices_only(run: Path) -> None:
     assert offered("vbd status ") == ["xvda", "xvdb"]
     assert offered("vif serve ") == ["enX0", "vif0"]
-    assert offered("release ") == ["vbd", "vif"]
+    assert offered("release ") == ["console", "vbd", "vif"]
+    assert offered("console attach ") == ["chan1"]
     assert offered("release vif ") == ["enX0", "vif0"]
 
 
@@ -68,7 +70,7 @@ def test_what_is_named_already_is_not_offered_again(run: Path) -> None:
 
 def test_devices_of_the_kernel_are_offered_without_the_store_or_a_service(tmp_path: Path) -> None:
     bus = tmp_path / "sys/bus/xen/devices"
-    for name in ("vbd-51728", "vif-1/net/eth0", "console-0", "vbd-x", "vbd-1\x1b"):
+    for name in ("vbd-51728", "vif-1/net/eth0", "vkbd-0", "vbd-x", "vbd-1\x1b"):
         (bus / name).mkdir(parents=True)
     on = Xen()
     on.roots = Roots(tmp_path)

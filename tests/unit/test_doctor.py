@@ -150,7 +150,9 @@ def device(owner: str = "pvfront", **changed: Any) -> Device:
          "pvfront.toml names it, but nobody has it"),
         (DeviceFacts(device("kernel", os_device="xvdb"), used="swap space", named=True),
          Level.WARN, "in use: swap space"),
-        (DeviceFacts(device("kernel", klass="console", name="console-0")), Level.OK,
+        (DeviceFacts(device("kernel", klass="console", name="console-1")), Level.OK,
+         "the kernel's as /dev/nbd0; it can be taken"),
+        (DeviceFacts(device("kernel", klass="vkbd", name="vkbd-0")), Level.OK,
          "does not serve"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
-from samples import disk, disk_queue, net_queue, op, vif
+from samples import console, console_queue, disk, disk_queue, net_queue, op, vif
 
 from pvfront import __version__, metrics
 from pvfront.counters import Sample
@@ -66,6 +66,10 @@ def test_every_device_and_queue_has_its_counters() -> None:
     assert value(found["pvfront_vif_packets"], "_total", **of) == 7
     assert value(found["pvfront_vif_dropped_packets"], "_total", **of, reason="csum") == 5
     assert value(found["pvfront_vif_multicast_groups"], device="vif0") == 3
+    found = families(console(0, console_queue(in_bytes=9, unsent=2)))
+    of = {"device": "org.example.chan1", "queue": "0"}
+    assert value(found["pvfront_console_in_bytes"], "_total", **of) == 9
+    assert value(found["pvfront_console_unsent_bytes"], **of) == 2
 
 
 def test_a_device_has_its_state_and_its_worker_s_time() -> None:
@@ -121,10 +125,11 @@ def test_buckets_only_grow_and_end_with_all(histogram: list[int]) -> None:
                         dict.fromkeys(("read", "write", "flush", "discard")))),
         (net_queue(), (metrics.NET_COUNTERS, metrics.NET_GAUGES, metrics.EVENTS,
                        metrics.OF_THE_INTERFACE, dict.fromkeys(("tx", "rx")))),
+        (console_queue(), (metrics.CONSOLE_COUNTERS, metrics.CONSOLE_GAUGES, metrics.EVENTS)),
         (disk_queue()["read"], (metrics.DISK_OPERATIONS, {"latency": None})),
         (net_queue()["tx"], (metrics.NET_WAYS, {"dropped": None})),
     ],
-    ids=["vbd", "vif", "operation", "direction"],
+    ids=["vbd", "vif", "console", "operation", "direction"],
 )  # fmt: skip
 def test_no_counter_of_a_worker_s_is_forgotten(queue: dict[str, Any], tables: Any) -> None:
     exported = {key for table in tables for key in table}
@@ -135,6 +140,9 @@ def test_no_counter_of_a_worker_s_is_forgotten(queue: dict[str, Any], tables: An
 def test_whatever_a_device_is_called_it_is_one_bounded_label(name: str) -> None:
     hostile = disk(0, disk_queue(), os_device=name)
     (sample,) = families(hostile)["pvfront_device"].samples
+    (named,) = families(console(0, label=name))["pvfront_device"].samples
+    assert len(named.labels["device"]) <= 64
+    assert named.labels["device"].isprintable()
     assert sample.labels["os_device"] == label(name)
     assert len(label(name)) <= 64
     assert label(name).isprintable()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import BUCKETS, disk, disk_queue, net_queue, op, vif
+from samples import BUCKETS, console, console_queue, disk, disk_queue, net_queue, op, vif
 
 from pvfront.rates import bound, rates
 
@@ -45,6 +45,15 @@ def test_a_network_s_rates_are_packets_bits_and_drops_each_way() -> None:
     assert (found["tx_packets_per_second"], found["rx_packets_per_second"]) == (20, 8)
     assert (found["tx_bits_per_second"], found["tx_drops_per_second"]) == (16000, 6)
     assert (found["rx_drops_per_second"], found["in_flight"]) == (0, 2)
+
+
+def test_a_console_s_rates_are_bytes_each_way_and_what_nobody_has_read() -> None:
+    before = console(0, console_queue(in_bytes=5))
+    after = console(2, console_queue(in_bytes=25, out_bytes=8, unsent=3, undelivered=4))
+    (found,) = rates([before], [after])
+    assert found["name"] == "org.example.chan1"
+    assert (found["in_bytes_per_second"], found["out_bytes_per_second"]) == (10, 4)
+    assert (found["unsent_bytes"], found["undelivered_bytes"]) == (3, 4)
 
 
 def test_queues_are_told_one_by_one_and_together() -> None:

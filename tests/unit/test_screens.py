@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from samples import disk, disk_queue, net_queue, vif
+from samples import console, console_queue, disk, disk_queue, net_queue, vif
 
 from pvfront import figures
 from pvfront.cli import VERBS, ledger, list_
@@ -37,7 +37,7 @@ DOCUMENTED = [
 HEADERS = {
     "list": [list_.HEADER],
     "status": [figures.REQUESTS, figures.EVENTS],
-    "top": [[column.header for column in columns] for columns in COLUMNS.values()],
+    "top": [[column.header for column in COLUMNS[klass]] for klass in ("vbd", "vif")],
     "ledger": [ledger.DEVICES, ledger.PROCESSES],
     "doctor": [("WHAT", "FINDING")],
 }
@@ -72,7 +72,7 @@ def test_the_screens_that_are_looked_for_are_there(path: Path) -> None:
 
 def test_every_metric_that_is_documented_exists() -> None:
     named = set(re.findall(r"\bpvfront_[a-z_]+", TOOLS.read_text(encoding="utf-8")))
-    samples = [disk(0, disk_queue(), cpu=0.0), vif(0, net_queue())]
+    samples = [disk(0, disk_queue(), cpu=0.0), vif(0, net_queue()), console(0, console_queue())]
     families = Devices(samples, services={"vbd": True}, limit=1).collect()
     there = {sample.name for family in families for sample in family.samples}
     there |= {name.removesuffix("_bucket") for name in there}

@@ -7,17 +7,18 @@ import json
 from pathlib import Path
 
 import pytest
-from samples import disk, disk_queue, net_queue, op, vif
+from samples import console, console_queue, disk, disk_queue, net_queue, op, vif
 
 from pvfront.cli import main
 from pvfront.platform import Embedded
 from pvfront.rates import rates
 from pvfront.top import COLUMNS, GAP, Follower, Table, tables
 
-BEFORE = [disk(0, disk_queue(0), disk_queue(1)), vif(0, net_queue())]
+BEFORE = [disk(0, disk_queue(0), disk_queue(1)), vif(0, net_queue()), console(0, console_queue())]
 AFTER = [
     disk(1, disk_queue(0, read=op(5, 7_500_000, b6=5)), disk_queue(1, read=op(2000))),
     vif(1, net_queue(tx={"bytes": 125_000_000})),
+    console(1, console_queue(out_bytes=70)),
 ]
 FOUND = {"devices": rates(BEFORE, AFTER)}
 
@@ -29,7 +30,7 @@ def cells(table: Table, row: int) -> dict[str, str]:
 
 
 def test_a_device_of_several_queues_has_a_row_for_each_below_its_own() -> None:
-    disks, networks = tables(FOUND)
+    disks, networks, consoles = tables(FOUND)
     assert [cells(disks, row)["DISK"] for row in range(3)] == ["xvdb", "xvdb", "xvdb"]
     assert [cells(disks, row)["QUEUE"] for row in range(3)] == ["all", "0", "1"]
     assert [cells(disks, row)["READ/S"] for row in range(3)] == ["2005", "5", "2000"]
@@ -37,6 +38,8 @@ def test_a_device_of_several_queues_has_a_row_for_each_below_its_own() -> None:
     assert cells(disks, 1)["P99"] == "<128us"
     assert len(networks.rows) == 1, "of one queue there is no more to say"
     assert cells(networks, 0)["TX GBIT/S"] == "1.000"
+    assert cells(consoles, 0)["CONSOLE"] == "org.example.chan1"
+    assert cells(consoles, 0)["OUT B/S"] == "70"
 
 
 def test_what_nobody_knows_yet_is_a_dash() -> None:
