@@ -30,6 +30,7 @@ UPDATED = "data/updated"
 _NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.EINVAL, errno.ENOMEM)
 _QUOTA = ("ENOSPC", "EDQUOT")
+_MOST_TRIES = 32
 _MOST_REFUSED = 20  # shown
 
 
@@ -100,20 +101,26 @@ class Publisher:
         self._volumes.remember(self.published)
 
     async def _write(self, store: Xenstore) -> None:
-        wanted = {p: v for p, v in self._board.wanted().items() if p not in self.refused}
-        todo = plan(self.published, wanted)
-        if not todo:
-            return
-        if not await self._together(store, todo):
-            await self._one_by_one(store, todo)
+        for _ in range(_MOST_TRIES):
+            wanted = {p: v for p, v in self._board.wanted().items() if p not in self.refused}
+            todo = plan(self.published, wanted)
+            if not todo:
+                return
+            error = await self._together(store, todo)
+            if error is None:
+                break
+            if error.errno not in _NOT_OURS or error.path not in todo.writes:
+                await self._one_by_one(store, todo)
+                break
+            self._refuse(error.path, error)
         if todo.removals and any(why in _QUOTA for why in self.refused.values()):
             # There is room again.
             self.refused = {p: why for p, why in self.refused.items() if why not in _QUOTA}
             self._board.changed.set()
         log.debug("published: %d writes, %d removals", len(todo.writes), len(todo.removals))
 
-    async def _together(self, store: Xenstore, todo: Plan) -> bool:
-        """False: the store refused something; nothing has changed."""
+    async def _together(self, store: Xenstore, todo: Plan) -> XenstoreError | None:
+        """What the store refused, if it did; then nothing has changed."""
         try:
             async for transaction in store.transaction():
                 async with transaction:
@@ -125,12 +132,12 @@ class Publisher:
         except XenstoreError as error:
             if error.errno not in (*_NOT_OURS, *_FULL, errno.EAGAIN):
                 raise
-            return False
+            return error
         for path in todo.removals:
             self._forget(path)
         self.published |= todo.writes
         self._count(len(todo.writes) + len(todo.removals) + 1)
-        return True
+        return None
 
     async def _one_by_one(self, store: Xenstore, todo: Plan) -> None:
         full = ""

@@ -97,11 +97,14 @@ async def test_a_key_that_is_not_ours_to_write_is_no_error_and_costs_no_other(
     world: AgentWorld, board: Board
 ) -> None:
     world.set("control/feature-balloon", "1", perms="n0,r5")
-    board.put("features", {"control/feature-balloon": "0", "data/x": "1"})
+    board.put("features", {"data/w": "1", "control/feature-balloon": "0", "data/x": "1"})
     one = publisher(board)
+    commits: list[int] = []
+    world.mem.on_commit = lambda: commits.append(1)
     async with world.running(one):
         await eventually("the other key", lambda: world.get("data/x") == "1")
         await eventually("the refusal", lambda: bool(one.refused))
+        assert commits == [1]
         assert one.status()["refused"] == {"control/feature-balloon": "EACCES"}
         assert world.get("control/feature-balloon") == "1"
 
