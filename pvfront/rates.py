@@ -51,9 +51,9 @@ _RATES: Mapping[str, Mapping[str, Any]] = {
 _LEVELS: Mapping[str, Mapping[str, str]] = {
     "vbd": {"in_flight": "in_flight"},
     "vif": {"in_flight": "tx_in_flight"},
-    "console": {"unsent_bytes": "unsent", "undelivered_bytes": "undelivered"},
+    "console": {"in_flight": "unsent", "undelivered_bytes": "undelivered"},
 }
-"""What they are called here, and in a queue's page."""
+"""What they are called here, and in a queue's page. In flight are requests, slots, bytes."""
 
 
 def rates(before: Iterable[Sample], after: Iterable[Sample]) -> list[Figures]:

@@ -108,7 +108,7 @@ COLUMNS: Mapping[str, Sequence[Column]] = {
         Column("CONSOLE", "name", _word, right=False),
         Column("IN B/S", "in_bytes_per_second", _count),
         Column("OUT B/S", "out_bytes_per_second", _count),
-        Column("UNSENT", "unsent_bytes", _count, 4),
+        Column("UNSENT", "in_flight", _count, 4),
         Column("UNDELIVERED", "undelivered_bytes", _count, 5),
         *_LAST,
     ),

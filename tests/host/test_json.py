@@ -103,6 +103,7 @@ async def test_with_a_console_it_is_what_is_recorded() -> None:
         await it.attach("com1")
         for verb in ("list", "console list", "status", "trace", "ledger"):
             assert await shown(it.host.environ, verb)
+        await top_holds(it.host.environ)
 
 
 async def top_holds(environ: Mapping[str, str]) -> None:

@@ -53,7 +53,7 @@ def test_a_console_s_rates_are_bytes_each_way_and_what_nobody_has_read() -> None
     (found,) = rates([before], [after])
     assert found["name"] == "org.example.chan1"
     assert (found["in_bytes_per_second"], found["out_bytes_per_second"]) == (10, 4)
-    assert (found["unsent_bytes"], found["undelivered_bytes"]) == (3, 4)
+    assert (found["in_flight"], found["undelivered_bytes"]) == (3, 4)
 
 
 def test_queues_are_told_one_by_one_and_together() -> None:
