@@ -137,16 +137,52 @@ def log(name: str, stdin: bool, priority: str | None, units: tuple[str, ...], li
     if stdin and (priority or units):
         raise click.UsageError("--priority and --unit are of the journal")
     from ..console import log as journal
+
+    command = None if stdin else journal.journal(priority, units, lines)
+    raise SystemExit(journal.run(_terminal(name), command))
+
+
+@console.command()
+@click.argument("name")
+@click.option(
+    "--files",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Offer the files below DIR, to be read.",
+)
+@click.option("--writable", is_flag=True, help="They may be written, too, and new ones be made.")
+@click.option(
+    "--commands",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Offer the programs in DIR.",
+)
+def channel(name: str, files: Path | None, writable: bool, commands: Path | None) -> None:
+    """Let dom0 copy files and run commands over console NAME, until this is ended.
+
+    Nothing is offered but what is said. In dom0 `pvfront-channel` is the other end.
+    """
+    if files is None and commands is None:
+        raise click.UsageError("say --files or --commands, or there is nothing to offer")
+    if writable and files is None:
+        raise click.UsageError("--writable is of --files")
+    from ..console.channel import serve as serve_channel
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    raise SystemExit(
+        serve_channel(_terminal(name), files=files, writable=writable, commands=commands)
+    )
+
+
+def _terminal(name: str) -> Path:
+    """The terminal of a console that is served. Raises PvfrontError."""
     from ..console.service import find, names
     from ..inventory import read_state
 
     async def number(store: Xenstore) -> int:
         return find(name, await names(store))
 
-    devid = with_store(number)
-    state = read_state(f"console-{devid}", platform().run_dir) or {}
-    path = state.get("os_device")
-    if not path:
+    state = read_state(f"console-{with_store(number)}", platform().run_dir) or {}
+    if not (path := state.get("os_device")):
         raise PvfrontError(f"{name}: nobody serves it", hint="systemctl start pvfront-console")
-    command = None if stdin else journal.journal(priority, units, lines)
-    raise SystemExit(journal.run(Path(str(path)), command))
+    return Path(str(path))

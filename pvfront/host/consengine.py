@@ -13,7 +13,6 @@ import contextlib
 import mmap
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,7 @@ from pvfront.host.handles import EmbeddedEventChannels, EmbeddedGrantMapper
 
 IN, OUT = 1024, 2048
 _U32 = (1 << 32) - 1
-_IN_CONS, _IN_PROD, _OUT_CONS, _OUT_PROD = range(IN + OUT, IN + OUT + 16, 4)
-_INDEX = struct.Struct("=I")
+_IN_CONS, _IN_PROD, _OUT_CONS, _OUT_PROD = range(4)
 _STORM = 0.001  # seconds
 _TICK = 0.05
 """A frontend that breaks the rules may send no event: the ring is looked at so often all the same.
@@ -62,6 +60,7 @@ class Engine:
         self._channels: EmbeddedEventChannels | None = None
         self._grants: EmbeddedGrantMapper | None = None
         self._page: mmap.mmap | None = None
+        self._indices: memoryview | None = None
         self._port = 0
         self._out_cons = self._in_prod = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -101,6 +100,8 @@ class Engine:
         try:
             self._grants = EmbeddedGrantMapper.open(os.fspath(host), own_domid=own_domid)
             self._page = self._grants.map(domid, [ring_ref]).memory
+            # Each read or written whole, as `struct` does not: the frontend does so meanwhile.
+            self._indices = memoryview(self._page)[IN + OUT : IN + OUT + 16].cast("I")
             self._channels = EmbeddedEventChannels.open(os.fspath(host), domid=own_domid)
             self._port = self._channels.bind_interdomain(domid, port)
         except BaseException:
@@ -123,6 +124,9 @@ class Engine:
         if self._channels is not None:
             self._channels.close()
         self._channels = None
+        if self._indices is not None:
+            self._indices.release()
+        self._indices = None
         self._page = None  # which unmaps it
         if self._grants is not None:
             self._grants.close()
@@ -167,12 +171,12 @@ class Engine:
     # -- the ring --------------------------------------------------------------------------------
 
     def _at(self, index: int) -> int:
-        assert self._page is not None
-        return int(_INDEX.unpack_from(self._page, index)[0])
+        assert self._indices is not None
+        return self._indices[index]
 
     def _publish(self, index: int, value: int) -> None:
-        assert self._page is not None
-        _INDEX.pack_into(self._page, index, value & _U32)
+        assert self._indices is not None
+        self._indices[index] = value & _U32
 
     def _fires(self, kind: str) -> ConsFault | None:
         for armed in self._armed:
@@ -211,7 +215,8 @@ class Engine:
         count = (self._at(_OUT_PROD) - self._out_cons) & _U32
         if not 0 < count <= OUT:
             return False
-        data = bytes(self._page[IN + (self._out_cons + i) % OUT] for i in range(count))
+        at = self._out_cons % OUT
+        data = (self._page[IN + at : IN + OUT] + self._page[IN : IN + at])[:count]
         self._out_cons = (self._out_cons + count) & _U32
         self._publish(_OUT_CONS, self._out_cons)
         if self._fires("scribble"):
@@ -265,8 +270,10 @@ class Engine:
         if not data:
             self._drop_client()
             return False
-        for i, byte in enumerate(data):
-            self._page[(self._in_prod + i) % IN] = byte
+        at = self._in_prod % IN
+        first = data[: IN - at]
+        self._page[at : at + len(first)] = first
+        self._page[: len(data) - len(first)] = data[len(first) :]
         self._in_prod = (self._in_prod + len(data)) & _U32
         self._publish(_IN_PROD, self._in_prod)
         self._counted["in_bytes"] += len(data)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: BSD-2-Clause
+"""`pvfront console channel`: the guest's end of a channel for files and commands.
+
+Dom0's end, and the frames, are pvfront_channel.py. Nothing is offered but what is said: files
+below one directory, to be read or also written; programs of one directory, as run-parts(8) takes
+them. One thing at a time; Hello ends whatever is under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import termios
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import PvfrontError
+from . import pvfront_channel as wire
+from .pvfront_channel import ChannelError, ChannelGone, Link, Received, facts_of
+
+log = logging.getLogger(__name__)
+
+_COMMAND = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ARGUMENTS = 64
+
+
+class Hello(Exception):
+    """A client has come, and wants nothing of what the one before asked for."""
+
+    def __init__(self, number: object) -> None:
+        super().__init__()
+        self.number = number
+
+
+class Server:
+    """Serves one channel. None: there are no such files, or commands."""
+
+    def __init__(
+        self, link: Link, *, files: Path | None, writable: bool, commands: Path | None
+    ) -> None:
+        self.link = link
+        self.files = None if files is None else files.resolve()
+        self.writable = writable
+        self.commands = commands
+
+    def run(self) -> None:
+        """Until the terminal has gone: ChannelError says so."""
+        hello: Hello | None = None
+        while True:
+            try:
+                if hello is not None:
+                    self.link.tell(wire.GREETING, number=hello.number, version=wire.VERSION)
+                    hello = None
+                self._one()
+            except Hello as another:
+                self.link.whole()
+                hello = another
+
+    def _one(self) -> None:
+        try:
+            kind, body = self._next()
+            if kind == wire.PUT:
+                self._put(facts_of(body))
+            elif kind == wire.GET:
+                self._get(facts_of(body))
+            elif kind == wire.RUN:
+                self._run(facts_of(body))
+            # Anything else is the rest of what has ended with an error.
+        except ChannelGone:
+            raise
+        except (_RefusedError, ChannelError, OSError, ValueError, TypeError) as error:
+            text = str(error)
+            log.warning("refused: %s", ascii(text))
+            self.link.tell(wire.ERROR, text=text[:1000])
+
+    def _next(self) -> tuple[int, bytes]:
+        kind, body = self.link.receive()
+        if kind == wire.HELLO:
+            raise Hello(facts_of(body).get("number"))
+        if self.link.damaged:
+            self.link.whole()
+            raise _RefusedError("bytes were lost or changed on the way")
+        return kind, body
+
+    def _interrupted(self) -> None:
+        """While we send: has another client come? Raises Hello."""
+        while self.link.waiting():
+            self._next()
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def _path(self, facts: dict[str, Any]) -> Path:
+        if self.files is None:
+            raise _RefusedError("this guest offers no files here")
+        asked = str(facts.get("path"))
+        if "\0" in asked:
+            raise _RefusedError("a name with a NUL")
+        # The last part may be a link only to what lies inside as well.
+        path = (self.files / asked.lstrip("/")).resolve()
+        if not path.is_relative_to(self.files) or path == self.files:
+            raise _RefusedError(f"{asked} lies outside of what this guest offers")
+        return path
+
+    def _put(self, facts: dict[str, Any]) -> None:
+        path = self._path(facts)
+        if not self.writable:
+            raise _RefusedError("this guest's files are only to be read")
+        file = Received(str(path), int(facts.get("mode", 0o600)))
+        try:
+            self.link.tell(wire.OK)
+            while True:
+                kind, body = self._next()
+                if kind == wire.DATA:
+                    file.add(body)
+                elif kind == wire.END:
+                    file.finish(facts_of(body).get("sha256"))
+                    break
+                else:
+                    raise _RefusedError(f"a frame of kind {kind} within a file")
+        finally:
+            file.close()
+        log.info("%s: written", ascii(str(path)))
+        self.link.tell(wire.OK)
+
+    def _get(self, facts: dict[str, Any]) -> None:
+        path = self._path(facts)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            if not path.is_file():
+                raise _RefusedError(f"{facts.get('path')} is no file")
+            self.link.tell(wire.OK, mode=os.fstat(fd).st_mode & 0o777)
+            for _ in wire.send_file(self.link, file):
+                self._interrupted()
+        log.info("%s: read", ascii(str(path)))
+
+    # -- commands --------------------------------------------------------------------------------
+
+    def _run(self, facts: dict[str, Any]) -> None:
+        if self.commands is None:
+            raise _RefusedError("this guest offers no commands here")
+        name, arguments = facts.get("command"), facts.get("arguments", [])
+        if not isinstance(name, str) or not _COMMAND.fullmatch(name):
+            raise _RefusedError("no name of a command: letters, digits, _ and -")
+        if (
+            not isinstance(arguments, list)
+            or len(arguments) > _ARGUMENTS
+            or not all(isinstance(one, str) and "\0" not in one for one in arguments)
+        ):
+            raise _RefusedError(f"arguments are texts, {_ARGUMENTS} at most")
+        program = self.commands / name
+        if not os.access(program, os.X_OK) or not program.is_file():
+            raise _RefusedError(f"this guest offers no command {name}")
+        log.info("runs %s %s", program, ascii(arguments))
+        with subprocess.Popen(
+            [program, *arguments],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
+            try:
+                self.link.tell(wire.OK)
+                for kind, data in _output(process, self.link.fd):
+                    if kind:
+                        self.link.send(kind, data)
+                    self._interrupted()
+                status = process.wait()
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        self.link.tell(wire.END, status=status if status >= 0 else 128 - status)
+
+
+class _RefusedError(PvfrontError):
+    """What the client is told."""
+
+
+def _output(process: subprocess.Popen[bytes], channel: int) -> Iterator[tuple[int, bytes]]:
+    """What it prints, by kind of frame, to its end; (0, b"") when the channel has something."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    kinds = {process.stdout.fileno(): wire.DATA, process.stderr.fileno(): wire.STDERR}
+    poll = select.poll()
+    for fd in (*kinds, channel):
+        poll.register(fd, select.POLLIN)
+    while kinds:
+        for fd, _ in poll.poll():
+            if fd == channel:
+                yield 0, b""
+            elif data := os.read(fd, wire.MOST):
+                yield kinds[fd], data
+            else:
+                poll.unregister(fd)
+                del kinds[fd]
+
+
+def serve(terminal: Path, *, files: Path | None, writable: bool, commands: Path | None) -> int:
+    """Serves the console's terminal until it goes; the exit status."""
+    try:
+        fd = os.open(terminal, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        tty.setraw(fd, termios.TCSANOW)  # what waits is not to be thrown away
+    except (OSError, termios.error) as error:
+        raise PvfrontError(
+            f"{terminal}: {error}", hint="`pvfront console list` shows what is served"
+        ) from error
+    try:
+        Server(Link(fd, seconds=None), files=files, writable=writable, commands=commands).run()
+    except ChannelError as error:
+        raise PvfrontError(str(error)) from error
+    finally:
+        os.close(fd)
+    return 0
