@@ -72,6 +72,8 @@ class Hub:
         self.clients: list[Client] = []
         self.writer: Client | None = None
         self.pty_in_use = False
+        self._unread = True
+        """Whether the PTY may have something to be read: also of a program that has ended."""
         self._out = b""
         """Read from the writer, not yet taken by the stream."""
         self._room = asyncio.Event()
@@ -162,6 +164,8 @@ class Hub:
         self._look_at_pty()
 
     def _look_at_pty(self) -> None:
+        # Whoever opened it may have written, and closed it, before we look.
+        self._unread = True
         self.pty_in_use = self.pty.in_use
         self._listen()
         self.spread()
@@ -169,7 +173,7 @@ class Hub:
 
     def _listen(self) -> None:
         """The PTY is read while its program is the one that writes, and the stream takes it."""
-        if self.pty_in_use and self.writer is None and not self._out and not self._closed:
+        if self._unread and self.writer is None and not self._out and not self._closed:
             self._loop.add_reader(self.pty.master, self._written)
         elif self.pty.master >= 0:
             self._loop.remove_reader(self.pty.master)
@@ -182,17 +186,18 @@ class Hub:
         except OSError as error:
             if error.errno != errno.EIO:
                 log.error("%s: %s: %s", self.name, self.pty.path, error.strerror)
+            self._unread = self.pty.in_use  # another program has opened it just now
+            self._listen()
             self._left()
             return
         self.send(data)
 
     def _left(self) -> None:
-        """The last program has closed it; all that it wrote was read."""
-        if self.pty.in_use:  # another one has opened it just now
+        """The last program has closed it: nothing is given to it any more."""
+        if self.pty.in_use or not self.pty_in_use:
             return
         self.pty_in_use = False
         self._loop.remove_writer(self.pty.master)
-        self._listen()
         self.spread()
         self.changed()
 

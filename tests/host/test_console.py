@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import os
+import signal
 
 import pytest
 import pytest_asyncio
@@ -65,6 +66,20 @@ async def test_a_program_s_last_words_come_though_it_has_ended(it: ConsoleWorld)
         await terminal.send(numbered(3000))
     async with await it.dom0(it.devid) as dom0:
         assert await dom0.receive(3000) == numbered(3000)
+
+
+async def test_a_program_that_was_gone_before_anybody_looked_has_written_all_the_same(
+    it: ConsoleWorld,
+) -> None:
+    assert it.service is not None
+    os.kill(it.service.pid, signal.SIGSTOP)
+    try:
+        with it.terminal(NAME) as terminal:
+            await terminal.send(b"short")
+    finally:
+        os.kill(it.service.pid, signal.SIGCONT)
+    async with await it.dom0(it.devid) as dom0:
+        assert await dom0.receive(5) == b"short"
 
 
 async def test_a_terminal_that_nobody_reads_holds_dom0_up_and_loses_nothing(
