@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import click
 
-from .. import figures, inventory
+from .. import counters, figures, inventory
 from ..xenstore import Xenstore
 from . import complete
 from .output import as_json as json_option
@@ -57,8 +57,7 @@ def _show(found: dict[str, Any]) -> None:
     print_fields([line for key in order for line in _lines(key, found[key])])
     if queues and found["class"] == "vif":
         click.echo("statistics:")
-        used = [queue for queue in queues if queue["rx_pool_pages"] or queue["wakeups"]]
-        for name, value in figures.net_rows(used):
+        for name, value in figures.net_rows(_used(found, queues)):
             click.echo(f"     {name}: {value}")
     elif queues and found["class"] == "console":
         click.echo("statistics:")
@@ -66,14 +65,17 @@ def _show(found: dict[str, Any]) -> None:
             click.echo(f"     {name}: {value}")
     elif queues:
         click.echo("statistics:")
-        # Of a worker's queues, those that this connection, or an earlier one, has used.
-        used = [queue for queue in queues if queue["pool_pages"] or queue["wakeups"]]
+        used = _used(found, queues)
         for header, rows in (
             (figures.REQUESTS, figures.request_rows(used)),
             (figures.EVENTS, figures.event_rows(used)),
         ):
             if rows:
                 print_table(header, rows, indent="  ")
+
+
+def _used(found: Mapping[str, Any], queues: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [queue for queue in queues if counters.used(found["class"], queue)]
 
 
 def show_fields(found: Mapping[str, Any]) -> None:
