@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .device import DeviceLoop, Phase
+from .inventory import statistics
 
 
 def state_of(loop: DeviceLoop) -> dict[str, Any]:
@@ -31,6 +32,19 @@ def state_of(loop: DeviceLoop) -> dict[str, Any]:
         "backend_state": view.backend.label,
         **loop.frontend.details(),
     }
+
+
+def counters_of(loop: DeviceLoop | None) -> dict[str, Any]:
+    """What its worker counts, for whom the kernel does not let look: the agent in its sandbox.
+
+    "queues": the counters of each queue, None if there are none; "worker_runs".
+    """
+    details = {} if loop is None else loop.frontend.details()
+    pid = details.get("worker_pid")
+    queues = None
+    if loop is not None:
+        queues = statistics(pid, details.get("statistics_file"), loop.device.klass)
+    return {"worker_runs": pid is not None, "queues": queues}
 
 
 def save_state(run_dir: Path, loop: DeviceLoop) -> None:

@@ -35,7 +35,7 @@ from .errors import PvfrontError
 from .questions import answering
 from .service import sd_notify, service_restarts, system_is_stopping
 from .sharedwatch import Following
-from .statefile import save_state, state_of, write_json
+from .statefile import counters_of, save_state, state_of, write_json
 from .states import XenbusState
 from .suspend_device import SuspendedLoop
 from .suspend_group import Participants, SuspendParticipant
@@ -151,6 +151,7 @@ class Supervisor:
                 "release": self._do_release,
                 "upgrade": self._do_upgrade,
                 "packets": self._do_packets,
+                "statistics": self._do_statistics,
             },
         ):
             self._trace = Trace(self.run_dir, f"{SERVICE}{self.klass.klass}")
@@ -568,6 +569,11 @@ class Supervisor:
         if served is None or served.task.done() or served.loop.phase is not Phase.CONNECTED:
             raise PvfrontError(f"{self.klass.label(devid)}: it is not connected: no packets")
         return {"ok": True, **await served.loop.frontend.packets()}
+
+    async def _do_statistics(self, request: dict[str, Any]) -> dict[str, Any]:
+        served = self.served.get(request.get("id", -1))
+        loop = None if served is None or served.task.done() else served.loop
+        return {"ok": True, **counters_of(loop)}
 
     async def _do_upgrade(self, request: dict[str, Any]) -> dict[str, Any]:
         devid = request.get("id")

@@ -50,13 +50,14 @@ class Resumes:
             _save(path, domid, self._count)
             self._watching = True
             async for _ in fired:
+                domid = await context.store.read(SENTINEL)
                 context.resumes += 1
+                _save(path, domid, context.resumes)
                 self._count = context.resumes
                 log.info("the domain was resumed (%d since its boot)", context.resumes)
                 context.events.publish(Resumed(context.resumes))
                 if not owned(context.platform.run_dir):
                     await self._tell_hooks()
-                _save(path, await context.store.read(SENTINEL), context.resumes)
 
     async def _tell_hooks(self) -> None:
         if failure := await hooks_outside("post-resume", run=self._run):

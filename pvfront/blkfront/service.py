@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 GIVE_BACK_DEADLINE = 10.0
 
+
 class Disks(DeviceClass):
     """Vbds."""
 
@@ -191,9 +192,7 @@ async def serve(
         present = await Bus(store, "vbd").ids()
         named = [find(name, present) for name in names]
         wanted: Callable[[int], bool] = (
-            (lambda devid: devid in named)
-            if names
-            else (lambda devid: names_disk(patterns, devid))
+            (lambda devid: devid in named) if names else (lambda devid: names_disk(patterns, devid))
         )
         for pattern in () if names else patterns:
             if not is_pattern(pattern) and not any(names_disk([pattern], d) for d in present):

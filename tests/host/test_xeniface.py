@@ -36,8 +36,10 @@ from busworld import (
     requires_bus,
 )
 from dbus_fast.errors import DBusError
+from test_negotiation import RICH, place
 from waiting import PATIENCE, eventually
 
+from pvfront import inventory
 from pvfront.agent.context import ShutdownAsked
 from pvfront.agent.settings import AgentSettings
 from pvfront.agent.xeniface.bus import ALL_PENDING, INTROSPECTION, PENDING, error_name
@@ -472,6 +474,27 @@ async def test_devices_are_listed_and_told_of_as_the_command_line_has_them(
     assert name == "NoSuchDevice"
     assert said.isprintable()
     assert "there are: xvdb" in said
+
+
+async def test_counters_come_from_the_supervisor_where_the_agent_may_not_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with place(RICH) as disk, bus_world(disk.host) as world:
+        await disk.status()
+        await disk.verify()
+        user = await world.client(NOBODY)
+        seen = await user.call("GetDevice", "s", "xvdb", interface=MAIN)
+        # As in its unit: neither the worker nor the supervisor is there for it.
+        monkeypatch.setattr(inventory, "statistics", lambda *arguments: None)
+        monkeypatch.setattr(inventory, "_runs", lambda *arguments: False)
+        told = await user.call("GetDevice", "s", "xvdb", interface=MAIN)
+        assert told.keys() == seen.keys()
+        counted = [found["statistics"].value["write"].value for found in (seen, told)]
+        assert counted[0]["bytes"].value == counted[1]["bytes"].value > 1 << 20
+        assert told["worker_runs"].value is True
+        await disk.service.stop()
+        gone = await user.call("GetDevice", "s", "xvdb", interface=MAIN)
+        assert "statistics" not in gone
 
 
 # -- the service ---------------------------------------------------------------------------------

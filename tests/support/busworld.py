@@ -241,7 +241,8 @@ async def bus_world(
         store = await stack.enter_async_context(await on.store())
         context = Context(on, store, AgentSettings(xeniface=settings or Settings()))
         service = Xeniface(limits)
-        agent = Agent(context, [Resumes(), service], pauses=(0.05, 0.1))
+        resumes = Resumes()
+        agent = Agent(context, [resumes, service], pauses=(0.05, 0.1))
         world = BusWorld(host, address, context, agent)
         task = asyncio.create_task(agent.run(signals=False))
 
@@ -252,7 +253,7 @@ async def bus_world(
         stack.push_async_callback(end)
         await eventually(
             "the name on the bus",
-            lambda: service.status()["served"] or task.done(),
+            lambda: (service.status()["served"] and resumes.status()["watching"]) or task.done(),
             why=agent.status,
         )
         yield world

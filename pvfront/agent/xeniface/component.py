@@ -74,7 +74,8 @@ class _Guest:
 
     async def device(self, name: str) -> dict[str, Any]:
         on = self._context.platform
-        return inventory.status(await inventory.find(self._store, name, on), on)
+        device = await inventory.find(self._store, name, on)
+        return await inventory.status_from_outside(device, on)
 
     def resumes(self) -> int:
         return self._context.resumes
