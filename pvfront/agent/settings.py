@@ -8,6 +8,7 @@ from typing import Annotated
 
 from ..config import Between, Config
 from .xeniface.policy import Settings as XenifaceSettings
+from .xeniface.policy import is_relative
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,4 +26,18 @@ class AgentSettings:
 
 def from_config(file: Config) -> AgentSettings:
     """Raises ConfigError."""
-    return file.section("agent").fill(AgentSettings)
+    found = file.section("agent").fill(AgentSettings)
+    for key in ("write_paths", "hidden_paths"):
+        # One that matches nothing would hide nothing, and nobody would know.
+        for path in getattr(found.xeniface, key):
+            if not is_relative(path):
+                raise (
+                    file.section("agent")
+                    .section("xeniface")
+                    .error(
+                        key,
+                        f"{key}: {ascii(path)[:80]} is no path below the guest's own directory",
+                        hint='as in "data/app": no / at its ends',
+                    )
+                )
+    return found

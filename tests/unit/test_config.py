@@ -162,6 +162,18 @@ def read_all(file: config.Config) -> None:
         ("[vif]\nforce = 'yes'\n", 2, "vif.force", "must be true or false"),
         ("[agent]\nxeniface = 1\n", 2, "agent.xeniface", r"must be a section: \[agent.xeniface\]"),
         ("[agent.xeniface]\nwrite_group = 1\n", 2, "agent.xeniface.write_group", "a string"),
+        (
+            '[agent.xeniface]\nhidden_paths = ["vm-data/"]\n',
+            2,
+            "agent.xeniface.hidden_paths",
+            "'vm-data/' is no path below the guest's own directory",
+        ),
+        (
+            '[agent.xeniface]\nwrite_paths = ["data", "/data/x"]\n',
+            2,
+            "agent.xeniface.write_paths",
+            "'/data/x' is no path below",
+        ),
         ("[agent]\nvolume = true\n", 2, "agent.volume", "volume: no such setting"),
         ('["a\\u001b[2J"]\n', 1, "a\x1b[2J", r"\[a\\x1b\[2J\]: no such section"),
     ],

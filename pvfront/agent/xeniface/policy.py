@@ -65,6 +65,11 @@ class Caller:
     may_write: bool = False  # member of the group for writes
 
 
+def is_relative(path: str) -> bool:
+    """Whether it can be a path below the guest's own directory."""
+    return not path.startswith("/") and bool(_PATH.fullmatch(path))
+
+
 def is_below(path: str, directory: str) -> bool:
     return path.startswith(f"{directory}/")
 
