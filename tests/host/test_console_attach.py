@@ -154,20 +154,20 @@ async def test_a_shell_on_the_terminal_serves_dom0_and_another_follows_it(
     assert it.service is not None
     path = it.service.terminal(NAME)
 
-    def shell() -> subprocess.Popen[bytes]:
+    def shell(prompt: str) -> subprocess.Popen[bytes]:
         """As a getty would: the terminal is its own."""
         return subprocess.Popen(
-            ["sh", "-c", f"exec <{path} >{path} 2>&1; stty sane; PS1='ready> ' sh -i"],
+            ["sh", "-c", f"exec <{path} >{path} 2>&1; stty sane; PS1='{prompt}> ' sh -i"],
             start_new_session=True,
         )
 
     async with await it.dom0(it.devid) as dom0:
         dom0.sock.setblocking(True)
         end = pexpect.fdpexpect.fdspawn(dom0.sock.fileno(), timeout=PATIENCE)
-        for _ in range(2):
-            process = shell()
+        for prompt in ("first", "second"):
+            process = shell(prompt)
             try:
-                await asyncio.to_thread(end.expect_exact, "ready> ")
+                await asyncio.to_thread(end.expect_exact, f"{prompt}> ")
                 end.send("stty size\r")
                 await asyncio.to_thread(end.expect_exact, "24 80")
                 end.send("echo $((6 * 7))\r")
