@@ -43,3 +43,11 @@ def test_each_point_that_is_left_is_explained_in_the_unit(report: str) -> None:
     for point in left:
         name = point.removeprefix("RestrictAddressFamilies=~").partition("=")[0].partition("/")[0]
         assert name in text, f"{point} is not explained"
+
+
+def test_a_call_on_d_bus_begins_the_agent_only_where_it_is_enabled() -> None:
+    activation = UNIT.parent / "dbus" / "org.pvfront.Xeniface1.service"
+    named = re.search(r"^SystemdService=(\S+)$", activation.read_text(), re.M)
+    assert named is not None
+    assert named[1] != UNIT.name
+    assert f"\nAlias={named[1]}\n" in UNIT.read_text().partition("[Install]")[2] + "\n"
