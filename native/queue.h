@@ -80,6 +80,8 @@ struct pvf_netq { /* what a network's queue has instead of a disk's */
 	int tap_fd;
 	bool tap_ready; /* a read of the TAP may find something */
 	bool refused;   /* the kernel lets us not keep the processor */
+	bool patient;   /* waking up, we stop nobody who runs */
+	uint64_t gathered_at; /* ns, coarse: a turn passed several packets on */
 	bool owes;      /* the processor was kept for a whole turn, and there is more: others are next */
 	struct pvf_trace *trace; /* the packets', or NULL */
 	uint64_t full, tap_errors, groups_told;

@@ -29,6 +29,9 @@
  * to the hypervisor. */
 #define TURN 64u
 
+/* After a turn that passed on several packets: for so long the next ones are waited for by giving way. */
+#define PATIENT (20 * PVF_MS)
+
 int pvf_queue_net(struct pvf_queue *q, struct pvf_groups *groups)
 {
 	q->net = calloc(1, sizeof(*q->net));
@@ -226,16 +229,20 @@ static void show_room(struct pvf_queue *q)
 
 /* Who gets a packet wants to run at once, and is let by the scheduler: two switches for each packet, and its sender
  * waits. A real-time task is not stopped by that, so the packets of a turn wake him once. In between we are as
- * everybody; after a turn that was stopped by its bound others are let go first, or a storm would have it all. */
+ * everybody; after a turn that was stopped by its bound others are let go first, or a storm would have it all.
+ *
+ * Nor do we stop him then (SCHED_BATCH), for as long as packets come by the turn: else the first event of those that
+ * come next would, while he still has to read. He goes on until he has, or his time is over; meanwhile more come. */
 static bool keep_processor(struct pvf_netq *n)
 {
 	n->refused = n->refused || sched_setscheduler(0, SCHED_RR, &(struct sched_param){1});
 	return !n->refused;
 }
 
-static void share_processor(void)
+static void share_processor(struct pvf_netq *n, bool patient)
 {
-	sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){0});
+	sched_setscheduler(0, patient ? SCHED_BATCH : SCHED_OTHER, &(struct sched_param){0});
+	n->patient = patient;
 }
 
 /* True: stopped by the bound. */
@@ -259,8 +266,10 @@ static bool receive(struct pvf_queue *q)
 		if (!count && !q->stopped)
 			count = pvf_ring_poll(&rx->ring, &rx->fault);
 	}
-	if (kept)
-		share_processor();
+	if (kept) {
+		share_processor(n, true);
+		n->gathered_at = q->blk.now;
+	}
 	n->owes = kept && count;
 	if (!check(q, &rx->fault) || q->stopped)
 		return false;
@@ -310,6 +319,8 @@ void pvf_netq_serve(struct pvf_queue *q)
 	if (!q->attached || q->stopped || n->tap_fd < 0)
 		return;
 	q->blk.now = pvf_coarse_ns();
+	if (n->patient && q->blk.now - n->gathered_at > PATIENT)
+		share_processor(n, false);
 	if (!q->delayed)
 		pvf_netq_answers(q);
 	if (!q->stopped && q->masked && !q->delayed)

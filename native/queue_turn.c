@@ -524,24 +524,16 @@ bool pvf_queue_linger(struct pvf_queue *q)
 	return again;
 }
 
-/* Whether somebody who sends wakes us: a disk's client, a network's backend. Not a network's programs: whoever
- * answers what it received would be waited for. */
-static bool sender_calls(const struct pvf_queue *q, const struct epoll_event *events, int n)
+/* Whether somebody wakes us who has more to send. A network's queue gives way otherwise (queue_net.c). */
+static bool client_calls(const struct pvf_queue *q, const struct epoll_event *events, int n)
 {
-	for (int i = 0; i < n; i++) {
+	for (int i = 0; i < n && !q->net; i++) {
 		uint32_t tag = (uint32_t)events[i].data.u64;
 
-		if (q->net ? tag == PVF_TAG_EVENT || tag == PVF_TAG_EVENT_RX :
-			     tag == PVF_TAG_TARGET || tag == PVF_TAG_URING)
+		if (tag == PVF_TAG_TARGET || tag == PVF_TAG_URING)
 			return true;
 	}
 	return false;
-}
-
-/* What came from there so far: requests, or a network's slots. */
-static uint32_t begun(const struct pvf_queue *q)
-{
-	return q->net ? q->net->rx.ring.rsp_cons : q->blk.begun;
 }
 
 #define EVENTS 8
@@ -559,7 +551,7 @@ bool pvf_queue_turn(struct pvf_queue *q, int timeout)
 {
 	struct epoll_event events[2 * EVENTS];
 	int n = wait_for(q, events, timeout);
-	bool give_way = timeout < 0 && sender_calls(q, events, n) && pvf_batch_wait(&q->batch);
+	bool give_way = timeout < 0 && client_calls(q, events, n) && pvf_batch_wait(&q->batch);
 	uint64_t waited = 0;
 
 	if (give_way) {
@@ -570,14 +562,14 @@ bool pvf_queue_turn(struct pvf_queue *q, int timeout)
 		n += wait_for(q, events + n, 0); /* or they would wake us for what is taken now */
 	}
 	pvf_queue_lock(q);
-	uint32_t before = begun(q);
+	uint32_t before = q->blk.begun;
 
 	q->blk.stats.wakeups++;
 	for (int i = 0; i < n; i++)
 		pvf_queue_event(q, events[i].data.u64, events[i].events);
 	pvf_queue_service(q);
 	if (give_way)
-		pvf_batch_found(&q->batch, begun(q) - before, waited);
+		pvf_batch_found(&q->batch, q->blk.begun - before, waited);
 	pvf_queue_publish(q);
 	bool again = q->again, owes = q->net && q->net->owes;
 

@@ -7,6 +7,7 @@
  */
 #include "networker.h"
 
+#include <dirent.h>
 #include <sched.h>
 #include <time.h>
 
@@ -102,6 +103,10 @@ static void end_storm(void)
 {
 	__atomic_store_n(&ending, 1, __ATOMIC_RELEASE);
 	pthread_join(storm, NULL);
+}
+
+static void end_all(void)
+{
 	end(&worker);
 	ours = 0;
 }
@@ -137,6 +142,7 @@ static void others_compute(void)
 	CHECK(s.rx.packets + s.rx.dropped[PVF_DROP_TARGET] <= s.wakeups * TURN);
 	end_storm();
 	pthread_join(beside, NULL);
+	end_all();
 }
 
 static void others_are_served(void)
@@ -164,6 +170,61 @@ static void others_are_served(void)
 	CHECK_EQ(s.rx.packets, 300);
 	CHECK_EQ(s.tx.packets, 300);
 	end_storm();
+	end_all();
+}
+
+/* Threads of this process that are scheduled so. */
+static int scheduled(int policy)
+{
+	DIR *tasks = opendir("/proc/self/task");
+	struct dirent *task;
+	int found = 0;
+
+	CHECK(tasks);
+	while ((task = readdir(tasks)))
+		found += task->d_name[0] != '.' && sched_getscheduler(atoi(task->d_name)) == policy;
+	closedir(tasks);
+	return found;
+}
+
+static bool becomes(int policy, int count)
+{
+	for (int i = 0; i < PATIENCE; i++, usleep(1000))
+		if (scheduled(policy) == count)
+			return true;
+	return false;
+}
+
+static void patient_for_a_while(void)
+{
+	struct netif_rx_sring *ring;
+	pthread_t beside;
+
+	/* Who may be no real-time task is never anything else, either. */
+	if (sched_setscheduler(0, SCHED_RR, &(struct sched_param){1}))
+		return;
+	sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){0});
+	if (!begin_storm())
+		return;
+	CHECK(!pthread_create(&beside, NULL, compute, NULL));
+	on_processor(beside, 0);
+	CHECK(becomes(SCHED_BATCH, 1));
+	end_storm();
+	pthread_join(beside, NULL);
+	ring = (struct netif_rx_sring *)(void *)(sides[0].arena + 4096);
+	uint64_t before = passed();
+
+	usleep(100000); /* what is seldom has nothing to gather */
+	ring->ring[ring->rsp_prod % PVF_NET_RING].rsp = (struct netif_rx_response){
+		.id = (uint16_t)(ring->rsp_prod % PVF_NET_RING), .status = SIZE};
+	__atomic_store_n(&ring->rsp_prod, ring->rsp_prod + 1, __ATOMIC_SEQ_CST);
+	pvf_channel_notify(sides[0].event[1].channel, 1, sides[0].event[1].wakeup[0]);
+	CHECK(becomes(SCHED_BATCH, 0));
+	for (int i = 0; i < PATIENCE && passed() == before; i++)
+		usleep(1000);
+	CHECK_EQ(passed(), before + 1);
+	CHECK(becomes(SCHED_RR, 0));
+	end_all();
 }
 
 int main(void)
@@ -171,6 +232,7 @@ int main(void)
 	static const struct test tests[] = {
 		{"in a storm of packets a turn is bounded, and whoever shares the processor computes on", others_compute},
 		{"in a storm of packets the other queue's go on, and the supervisor is answered", others_are_served},
+		{"whoever reads many packets is not stopped by the next, and one packet alone finds that over", patient_for_a_while},
 	};
 
 	return RUN_TESTS(tests);
