@@ -54,7 +54,7 @@ async def test_a_program_follows_the_states_of_devices_that_come_and_go(host: Ho
     await host.store.write(f"/local/domain/1/device/vbd/{vdev}/state", "3")
     line = await asyncio.wait_for(process.stdout.readline(), PATIENCE)
     assert line == b"vbd-51728: frontend Initialised (3), backend Initialising (1)\n"
-    await host.detach_disk(1, vdev, force=True)
+    await host.detach_disk(1, vdev, force=True, timeout=0.1)
     status, out, err = await said(process)
     assert (status, err) == (0, "")
     assert "vbd-51728" in out
