@@ -460,8 +460,11 @@ def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_o
         f"[Match]\nMACAddress={vif.mac}\n[Network]\nLinkLocalAddressing=no\n",
         f"Address={ours[0]}/24\nAddress={ours[1]}/64\n",
     ))  # fmt: skip
+    claims = '[disk]\nclaim = ["*"]\n[vif]\nclaim = ["*"]\n'
     with guest.root_in_dom0() as root:
         lab.dom0.write(f"{root}/etc/systemd/network/10-lab.network", network)
+        lab.dom0.run(f"mkdir -p {root}/etc/pvfront")
+        lab.dom0.write(f"{root}/etc/pvfront/pvfront.toml", claims)
         lab.dom0.run(
             f"cd {root} && for s in {DISKS} {UNIT}; do "
             f"ln -sfn /etc/systemd/system/$s.service .{AT_BOOT}/$s.service; rm -f etc/default/$s; "
