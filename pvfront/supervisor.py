@@ -33,7 +33,7 @@ from .device import DeviceLoop, Goal, Phase
 from .deviceclass import DeviceClass
 from .errors import PvfrontError
 from .questions import answering
-from .service import sd_notify, service_restarts, system_is_stopping
+from .service import keep_watchdog, sd_notify, service_restarts, system_is_stopping
 from .sharedwatch import Following
 from .statefile import counters_of, save_state, state_of, write_json
 from .states import XenbusState
@@ -157,6 +157,7 @@ class Supervisor:
             self._trace = Trace(self.run_dir, f"{SERVICE}{self.klass.klass}")
             self._trace.note(Kind.SERVICE, f"begins: pid {os.getpid()}", pid=os.getpid())
             self._show_refused()
+            watchdog = asyncio.create_task(keep_watchdog(), name="watchdog")
             if self.hot_plug:
                 self.klass.hold_hot_plug()
             else:
@@ -164,6 +165,7 @@ class Supervisor:
             try:
                 await self._run()
             finally:
+                watchdog.cancel()
                 self.refused.clear()
                 self._show_refused()
                 self._trace.note(Kind.SERVICE, f"ends: pid {os.getpid()}", pid=os.getpid())

@@ -176,6 +176,26 @@ async def test_a_service_of_systemd_that_has_nothing_to_serve_is_ready_and_ends(
             assert told.recv(4096).startswith(b"READY=1\nSTATUS=")
 
 
+async def test_systemd_is_told_that_the_event_loop_runs(tmp_path: Path) -> None:
+    async with place(POOR) as it:
+        await it.service.stop()
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as told:
+            told.bind(str(tmp_path / "notify"))
+            watched = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "pvfront", "vbd", "serve", "--all",
+                env={**os.environ, **it.host.environ, **watched},
+            )  # fmt: skip
+            try:
+                said = b""
+                while not (b"READY=1" in said and said.count(b"WATCHDOG=1") > 2):
+                    said += await asyncio.wait_for(loop.sock_recv(told, 4096), PATIENCE)
+            finally:
+                process.terminate()
+                await asyncio.wait_for(process.wait(), PATIENCE)
+
+
 async def test_status_shows_counters_for_people() -> None:
     async with place(RICH) as it:
         await it.verify()
