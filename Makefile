@@ -59,7 +59,7 @@ deb: build ## the Debian package: build/dist/*.deb
 demo: build ## the main job at once: a disk and a vif from an xl config, served, used and verified, without Xen
 	@$(BIN)/python -P -m pvfront.host.demo
 
-demo-xen: build setup-lab ## the same in a guest of a real Xen, nested under QEMU
+demo-xen: deb setup-lab ## the same in a guest of a real Xen, nested under QEMU
 	@$(LAB).demo
 
 screens: build setup ## the screens in README.md and docs/tools.md made anew, on the embedded host
@@ -73,7 +73,7 @@ build/null_server build/tap_pair: build/%: bench/%.c
 	@$(CC) -O2 -std=gnu11 -Wall -Wextra -Werror -pthread -o $@ $<
 
 test: ## everything: lint, unit and native tests, sanitizers, the lab in all guests
-	@$(MAKE) --no-print-directory build setup-lab
+	@$(MAKE) --no-print-directory deb setup-lab
 	@$(BIN)/python tools/test.py all
 
 test-fast: build setup ## everything but the lab, in minutes
@@ -91,19 +91,19 @@ native-asan: setup ## the C tests under AddressSanitizer and UBSan
 native-tsan: setup ## the C tests under ThreadSanitizer
 	@$(BIN)/python tools/test.py tsan
 
-test-xen: build setup-lab ## the lab: GUEST=hvm|pvh|pv|pvh612, K=marker (disk, survive, services, ...)
+test-xen: deb setup-lab ## the lab: GUEST=hvm|pvh|pv|pvh612, K=marker (disk, survive, services, ...)
 	@$(LAB) test --guest $(GUEST) $(if $(K),-k '$(K)')
 
-soak: build setup-lab ## the long tests and counts; the lab's resume (build/soak/): GUEST=pv K=marker TESTS='FILE -k NAME'
+soak: deb setup-lab ## the long tests and counts; the lab's resume (build/soak/): GUEST=pv K=marker TESTS='FILE -k NAME'
 	@$(if $(K)$(TESTS),true,PVFRONT_REPEATS=10 $(BIN)/pytest tests/functional)
 	@$(if $(K)$(TESTS),true,$(BIN)/python tests/hostile/soak.py faults $${PVFRONT_FAULT_SECONDS:-3600})
 	@$(if $(K)$(TESTS),true,$(BIN)/python tests/hostile/soak.py absences $${PVFRONT_ABSENCES:-10000})
 	@$(LAB) soak --guest $(GUEST) $(if $(K),-k '$(K)') $(if $(TESTS),-- $(TESTS))
 
-xen-shell: build setup-lab ## a shell in a lab guest with pvfront installed
+xen-shell: deb setup-lab ## a shell in a lab guest with pvfront installed
 	@$(LAB) shell --guest $(GUEST)
 
-bench-xen: build setup-lab ## pvfront beside the kernel's blkfront and netfront, same guest and run: build/bench-xen.json, .svg
+bench-xen: deb setup-lab ## pvfront beside the kernel's blkfront and netfront, same guest and run: build/bench-xen.json, .svg
 	@PYTHONPATH=ci/xen-nested $(BIN)/python bench/xen.py \
 		$(if $(filter-out file,$(origin GUEST)),--guest $(GUEST))
 

@@ -338,7 +338,7 @@ def main() -> int:
     if given.lab_attach:
         lab = Lab.attach()
     else:
-        image = payload.build(payload.find_wheel())
+        image = payload.build()
         lab = Lab.up(image, owner="bench", wait=1800, kinds=kinds)
     options = Options(given.rounds, given.seconds, given.profile, given.vcpus, given.queues)
     figures: dict[tuple[str, str], Figure] = {}

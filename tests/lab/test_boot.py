@@ -18,13 +18,14 @@ from lab.scenario import Lab, wait_until
 pytestmark = [pytest.mark.disk, pytest.mark.pv]
 
 STARTED = "/run/pvfront/started"
+PATIENT = "x-systemd.device-timeout=10min"  # the emulator takes its time
 CONFIG = "/etc/pvfront/pvfront.toml"
 WANTED = f"/etc/systemd/system/multi-user.target.wants/{UNIT}.service"
 
 
 def enable(root: str = "") -> str:
     """`systemctl enable`, without its reload."""
-    return f"ln -sfn /etc/systemd/system/{UNIT}.service {root}{WANTED}"
+    return f"ln -sfn /lib/systemd/system/{UNIT}.service {root}{WANTED}"
 
 
 def claim(*patterns: str, root: str = "") -> str:
@@ -35,8 +36,9 @@ def claim(*patterns: str, root: str = "") -> str:
 
 def fstab(volume: VolumeDisk) -> str:
     return (
-        "/dev/pvfront/xvdb /srv/data ext4 defaults,x-systemd.requires=pvfront-vbd.service 0 2\n"
-        f"/dev/{volume.name}/disk /srv/volume ext4 defaults 0 2\n"
+        "/dev/pvfront/xvdb /srv/data ext4 "
+        f"defaults,x-systemd.requires=pvfront-vbd.service,{PATIENT} 0 2\n"
+        f"/dev/{volume.name}/disk /srv/volume ext4 defaults,{PATIENT} 0 2\n"
     )
 
 

@@ -6,7 +6,8 @@ them, and backends let go of a disk or stop answering: applications notice a pau
 from __future__ import annotations
 
 import os
-import zipfile
+import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from lab import paths, payload
 from lab.guest import Guest
 from lab.pvf import VDEV, Overlapping, Pvfront, end_fio, fio
 from lab.scenario import Lab, Record, wait_until
+
+import pvfront
 
 pytestmark = pytest.mark.survive
 
@@ -108,28 +111,26 @@ def kill_worker(pvf: Pvfront) -> None:
 
 
 def another_version() -> Path:
-    """The wheel under test, but for its version."""
-    wheel = payload.find_wheel()
-    name, version, rest = wheel.name.split("-", 2)
+    """The package under test, but for its version."""
+    version = pvfront.__version__
     other = f"{version}.post1"
-    made = paths.BUILD / f"{name}-{other}-{rest}"
-    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(made, "w") as target:
-        for entry in source.infolist():
-            content = source.read(entry)
-            if entry.filename.endswith(("/RECORD", "/METADATA", "pvfront/__init__.py")):
-                content = content.replace(version.encode(), other.encode())
-            entry.filename = entry.filename.replace(f"{name}-{version}.", f"{name}-{other}.", 1)
-            target.writestr(entry, content)
+    made = paths.BUILD / f"pvfront_{other}.deb"
+    with tempfile.TemporaryDirectory(dir=paths.BUILD) as work:
+        subprocess.run(["dpkg-deb", "-R", str(payload.find_deb()), work], check=True)
+        (init,) = Path(work).glob("usr/lib/pvfront/lib/python3*/site-packages/pvfront/__init__.py")
+        for path in (init, Path(work) / "DEBIAN/control"):
+            path.write_text(path.read_text().replace(version, other))
+        subprocess.run(["dpkg-deb", "-Znone", "-b", work, str(made)], check=True)
     return made
 
 
 def upgrade(pvf: Pvfront) -> None:
-    """What pip does with another version's wheel, then a restart."""
+    """What dpkg does with another version's package, then a restart."""
     before, worker = pvf.guest.output("pvfront --version"), pvf.worker()
     pvf.guest.dirty = True  # later tests want the version that is tested
-    wheel = another_version()
-    payload.install(pvf.guest, wheel)
-    wheel.unlink()
+    deb = another_version()
+    payload.install(pvf.guest, deb)
+    deb.unlink()
     assert pvf.guest.output("pvfront --version") != before
     restart(pvf)
     new_worker(pvf, worker)

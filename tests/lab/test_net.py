@@ -467,7 +467,7 @@ def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_o
         lab.dom0.write(f"{root}/etc/pvfront/pvfront.toml", claims)
         lab.dom0.run(
             f"cd {root} && for s in {DISKS} {UNIT}; do "
-            f"ln -sfn /etc/systemd/system/$s.service .{AT_BOOT}/$s.service; rm -f etc/default/$s; "
+            f"ln -sfn /lib/systemd/system/$s.service .{AT_BOOT}/$s.service; rm -f etc/default/$s; "
             "done && mkdir -p etc/pvfront && "
             'printf \'disk.claim=["*"]\\nvif.claim=["*"]\\n\' >etc/pvfront/pvfront.toml && '
             f"ln -sfn /lib/systemd/system/systemd-networkd.service .{AT_BOOT}/"

@@ -41,7 +41,7 @@ def pvf(lab: Lab, guest: Guest) -> Pvfront:
 @pytest.fixture
 def program(guest: Guest) -> Iterator[str]:
     """The path of the worker's program, which is put back at the end."""
-    path = guest.output("ls /opt/pvfront/lib/python3*/site-packages/pvfront/pvfront-worker")
+    path = guest.output("ls /usr/lib/pvfront/lib/python3*/site-packages/pvfront/pvfront-worker")
     guest.run(f"cp -p {path} {path}.kept")
     yield path
     guest.run(f"mv {path}.kept {path}")

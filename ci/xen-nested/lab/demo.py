@@ -71,7 +71,7 @@ def demo(lab: Lab) -> bool:
 def main() -> int:
     begin = time.monotonic()
     try:
-        lab = Lab.up(payload.build(payload.find_wheel()), owner="demo", wait=1800)
+        lab = Lab.up(payload.build(), owner="demo", wait=1800)
         try:
             good = demo(lab)
             if not good:

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""The package under test, as guests see it: /opt/pvfront.
+"""The package under test, as guests see it: what `make deb` made, unpacked.
 
-A virtual environment made with Debian's Python (the guests have the same), holding the project's
-wheel, what it depends on, and pytest; beside it, under lab/, the project's systemd/ directory and
-tests/guest/. `build` makes an ext4 image of that, which every guest mounts read-only under a
-writable layer; `install` puts a newer build over it in a running guest.
+`build` makes an ext4 image of it, and of what tests want beside it; every guest has that image as a
+read-only disk, and `files/payload-enter` puts its parts where they belong before systemd starts:
 
-The environment with the dependencies alone is cached by their names, so a new wheel costs seconds.
+    usr/lib/pvfront   the package's environment, with byte code, as its postinst makes it
+    files/            everything else in the package, copied
+    conffiles/        its conffiles, copied unless they are there
+    opt/pvfront       pytest in an environment of its own, which sees the package's modules;
+                      under lab/ tests/guest
+    enter             files/payload-enter
+
+The units are not enabled, and take the command line of a service from /etc/default/UNIT if it is
+there: that is how tests start them. `install` puts a newer build over it in a running guest.
+
+What is pytest's is cached by its names, so a new package costs seconds.
 """
 
 from __future__ import annotations
@@ -14,11 +22,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import shutil
 import subprocess
 import tarfile
-import zipfile
+import tomllib
 from pathlib import Path
 
 from . import paths
@@ -26,57 +33,61 @@ from .errors import LabError
 from .guest import Guest
 from .progress import step
 
-TARGET = "/opt/pvfront"
+HOME = "usr/lib/pvfront"
+TESTS = "opt/pvfront"
 PYTHON = "/usr/bin/python3"
-"""Debian's: the interpreter that the environment refers to must exist in the guest."""
+"""Debian's: the interpreter that the environments refer to must exist in the guest."""
 
-DISTRIBUTION = "pvfront"
+CONFFILE = "etc/pvfront/pvfront.toml"
+ENTER = paths.LAB / "files/payload-enter"
 LABEL = "payload"
 
+_SETTINGS = {"pvfront-vbd": "vbd serve $PVFRONT_DISKS", "pvfront-vif": "vif serve $PVFRONT_VIFS"}
+_DROP_IN = """[Service]
+EnvironmentFile=-/etc/default/{unit}
+ExecStart=
+ExecStart=/usr/bin/pvfront {command}
+"""
 
-def find_wheel() -> Path:
-    """The newest wheel of build/dist. Raises LabError(payload)."""
-    wheels = list((paths.PROJECT / "build/dist").glob(f"{DISTRIBUTION}-*.whl"))
-    if not wheels:
-        raise LabError("payload", "no wheel in build/dist: run make build")
-    return max(wheels, key=lambda path: path.stat().st_mtime)
+
+def find_deb() -> Path:
+    """The package in build/dist. Raises LabError(payload)."""
+    debs = list((paths.PROJECT / "build/dist").glob("pvfront_*.deb"))
+    if not debs:
+        raise LabError("payload", "no package in build/dist: run make deb")
+    return max(debs, key=lambda path: path.stat().st_mtime)
 
 
-def _pip(python: Path, *arguments: str) -> None:
+def _run(*command: str | Path) -> None:
     result = subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check",
-         "--no-warn-script-location", *arguments],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [str(word) for word in command], capture_output=True, text=True, check=False
+    )
     if result.returncode:
-        raise LabError("payload", f"pip install {' '.join(arguments)}:\n{result.stderr[-3000:]}")
+        said = (result.stdout + result.stderr)[-3000:]
+        raise LabError("payload", f"{' '.join(map(str, command))}:\n{said}")
 
 
-def _requirements(wheel: Path) -> list[str]:
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        metadata = archive.read(name).decode()
-    return sorted(re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE))
-
-
-def _base(wheel: Path) -> Path:
-    """The cached environment with the wheel's dependencies and test tools, but not the wheel."""
+def _base() -> Path:
+    """The cached environment with the test tools."""
+    project = tomllib.loads((paths.PROJECT / "pyproject.toml").read_text())["project"]
+    wanted: list[str] = sorted(project["optional-dependencies"]["test"])
     version = subprocess.run(
         [PYTHON, "--version"], capture_output=True, text=True, check=True
     ).stdout
-    recipe = "\n".join(["1", version, *_requirements(wheel)])
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join(["2", version, *wanted]).encode()).hexdigest()[:16]
     base = paths.cache() / f"venv-{key}"
     if not base.exists():
         new = paths.cache() / f"venv-{key}.new-{os.getpid()}"
         try:
-            with step("payload: environment with the dependencies (cached)"):
-                subprocess.run([PYTHON, "-m", "venv", str(new)], check=True)
-                python = new / "bin/python"
-                _pip(python, f"{wheel}[test]")
-                subprocess.run(
-                    [str(python), "-m", "pip", "uninstall", "-q", "-y", DISTRIBUTION], check=True
-                )
+            with step("payload: environment with the test tools (cached)"):
+                _run(PYTHON, "-m", "venv", new)
+                _run(new / "bin/python", "-m", "pip", "install", "-q", *wanted)
+                _run(new / "bin/python", "-m", "pip", "uninstall", "-q", "-y", "pip", "setuptools")
+                for script in (new / "bin").iterdir():
+                    if not script.is_symlink():  # theirs begin with the path that we have here
+                        script.unlink()
+                (site,) = new.glob("lib/python3*/site-packages")
+                (site / "pvfront.pth").write_text(f"/{HOME}/{site.relative_to(new)}\n")
                 (new / "key").write_text(key)
             new.rename(base)
         except OSError:
@@ -87,65 +98,78 @@ def _base(wheel: Path) -> Path:
     return base
 
 
-def tree(wheel: Path, directory: Path) -> None:
-    """Fill `directory` with what guests have at /opt/pvfront."""
-    base = _base(wheel)
+def tree(deb: Path, directory: Path) -> None:
+    """Fill `directory` with what the payload disk has."""
+    base = _base()
     shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(base, directory, symlinks=True)
-    _pip(directory / "bin/python", "--no-deps", "--no-index", str(wheel))
-    for name in ("pip", "pip-*", "setuptools", "setuptools-*", "_distutils_hack"):
-        for path in directory.glob(f"lib/python3*/site-packages/{name}"):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in directory.glob("lib/python3*/site-packages/distutils-precedence.pth"):
-        path.unlink()
-    for script in (directory / "bin").iterdir():
-        if script.name.startswith(("pip", "activate", "Activate")):
-            script.unlink()
-        elif script.is_file() and not script.is_symlink():
-            text = script.read_bytes()
-            if text.startswith(b"#!") and b"/bin/python" in text.split(b"\n", 1)[0]:
-                rest = text.split(b"\n", 1)[1]
-                script.write_bytes(f"#!{TARGET}/bin/python3\n".encode() + rest)
-    lab = directory / "lab"
-    lab.mkdir()
-    (lab / "digest").write_text(_digest(wheel))
-    for source, name in (("systemd", "systemd"), ("tests/guest", "tests")):
-        if (paths.PROJECT / source).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-            shutil.copytree(paths.PROJECT / source, lab / name, ignore=ignored)
+    files = directory / "files"
+    files.mkdir(parents=True)
+    _run("dpkg-deb", "-x", deb, files)
+    # As on a system where /lib is a link.
+    shutil.copytree(files / "lib", files / "usr/lib", dirs_exist_ok=True)
+    for unwanted in ("lib", "usr/share/doc", "usr/share/man"):
+        shutil.rmtree(files / unwanted)
+    (directory / HOME).parent.mkdir(parents=True)
+    (files / HOME).rename(directory / HOME)
+    kept = directory / "conffiles" / CONFFILE
+    kept.parent.mkdir(parents=True)
+    (files / CONFFILE).rename(kept)
+    for unit, command in _SETTINGS.items():
+        drop_in = files / f"etc/systemd/system/{unit}.service.d/lab.conf"
+        drop_in.parent.mkdir(parents=True)
+        drop_in.write_text(_DROP_IN.format(unit=unit, command=command))
+    _run(PYTHON, "-m", "compileall", "-q", "-j", "0", "-s", directory, "-p", "/",
+         directory / HOME)  # fmt: skip
+    tests = directory / TESTS
+    shutil.copytree(base, tests, symlinks=True)
+    (tests / "lab").mkdir()
+    (tests / "lab/digest").write_text(_digest(deb))
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(paths.PROJECT / "tests/guest", tests / "lab/tests", ignore=ignored)
+    shutil.copy2(ENTER, directory / "enter")
+    (tests / "payload-key").write_text(_key(directory))
 
 
-def _digest(wheel: Path) -> str:
-    digest = hashlib.sha256(wheel.read_bytes() + Path(__file__).read_bytes())
-    for folder in ("systemd", "tests/guest"):
-        for path in sorted((paths.PROJECT / folder).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(str(path.relative_to(paths.PROJECT)).encode() + path.read_bytes())
+def _key(directory: Path) -> str:
+    """Of what is not ours in the environments: their versions."""
+    versions = sorted(
+        path.name
+        for path in (directory / HOME).glob("lib/python3*/site-packages/*.dist-info")
+        if not path.name.startswith("pvfront-")
+    )
+    text = "\n".join([(directory / TESTS / "key").read_text(), *versions])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _digest(deb: Path) -> str:
+    digest = hashlib.sha256()
+    for path in (deb, Path(__file__), ENTER):
+        digest.update(path.read_bytes())
+    for path in sorted((paths.PROJECT / "tests/guest").rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(paths.PROJECT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def build(wheel: Path | None = None) -> Path:
+def build(deb: Path | None = None) -> Path:
     """The ext4 image for the guests; the same one as long as nothing in it changed."""
-    wheel = wheel or find_wheel()
+    deb = deb or find_deb()
     paths.BUILD.mkdir(parents=True, exist_ok=True)
-    image = paths.BUILD / f"payload-{_digest(wheel)}.img"
+    image = paths.BUILD / f"payload-{_digest(deb)}.img"
     if image.exists():
         image.touch()
         return image
-    with step(f"payload: image with {wheel.name}"):
+    with step(f"payload: image with {deb.name}"):
         work = paths.BUILD / f"payload-tree-{os.getpid()}"
         try:
-            tree(wheel, work)
+            tree(deb, work)
             used = sum(f.lstat().st_size + 4096 for f in work.rglob("*"))
             new = image.with_suffix(f".new-{os.getpid()}")
             size = used * 5 // 4 // 2**20 + 16
-            result = subprocess.run(
-                ["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-L", LABEL, "-m", "0",
-                 "-E", "root_owner=0:0", "-d", str(work), str(new), f"{size}M"],
-                capture_output=True, text=True, check=False,
+            _run(
+                "mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-L", LABEL, "-m", "0",
+                "-E", "root_owner=0:0", "-d", work, new, f"{size}M",
             )  # fmt: skip
-            if result.returncode:
-                raise LabError("payload", f"mke2fs: {result.stderr}")
             new.rename(image)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -155,63 +179,55 @@ def build(wheel: Path | None = None) -> Path:
     return image
 
 
-# Runs in the guest: forget the files of the installed distribution, unpack the new ones.
-_UNPACK = """
+_NEW = "run/lab-payload"
+
+# Runs in the guest: forget the files of the installed build, unpack the new ones.
+_UNPACK = f"""
 import pathlib, shutil, subprocess, sys, tarfile
-target = pathlib.Path("/opt/pvfront")
-if sys.argv[1] == "all":
-    for path in target.glob("*"):
+everything = ["/{HOME}/*", "/{TESTS}/*"]
+ours = ["/{HOME}/lib/python3*/site-packages/pvfront*", "/{TESTS}/lab"]
+for pattern in ["/{_NEW}", *(everything if sys.argv[1] == "all" else ours)]:
+    for path in pathlib.Path("/").glob(pattern[1:]):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-for record in target.glob("lib/python3*/site-packages/pvfront-*.dist-info/RECORD"):
-    site = record.parent.parent
-    for line in record.read_text().splitlines():
-        (site / line.rsplit(",", 2)[0]).unlink(missing_ok=True)
-shutil.rmtree(target / "lab", ignore_errors=True)
-target.mkdir(exist_ok=True)
-with tarfile.open("/run/lab-payload.tar") as archive:
-    archive.extractall(target)
-subprocess.run(["/lab/guest-payload", "refresh"], check=True)
+with tarfile.open("/{_NEW}.tar") as archive:
+    archive.extractall("/")
+subprocess.run(["/{_NEW}/enter", "refresh"], check=True)
 """
 
 
-def install(guest: Guest, wheel: Path | None = None) -> None:
-    """Put a build of the package over what a running guest has at /opt/pvfront.
+def install(guest: Guest, deb: Path | None = None) -> None:
+    """Put a build of the package over what a running guest has.
 
     Running services keep the old code until restarted.
     """
-    wheel = wheel or find_wheel()
+    deb = deb or find_deb()
     work = paths.BUILD / f"install-{os.getpid()}"
     try:
-        tree(wheel, work)
-        key = (work / "key").read_text()
-        same = guest.run(["cat", f"{TARGET}/key"], check=False).stdout == key
+        tree(deb, work)
+        present = guest.run(["cat", f"/{TESTS}/payload-key"], check=False).stdout
+        same = present == (work / TESTS / "payload-key").read_text()
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name in ("files", "conffiles", "enter"):
+                archive.add(work / name, f"{_NEW}/{name}")
             if same:
-                (record,) = work.glob(
-                    f"lib/python3*/site-packages/{DISTRIBUTION}-*.dist-info/RECORD"
-                )
-                site = record.parent.parent
-                names = [ln.rsplit(",", 2)[0] for ln in record.read_text().splitlines()]
-                files = sorted({(site / name).resolve() for name in names})
-                for file in files:
-                    if file.exists():
-                        archive.add(file, file.relative_to(work.resolve()))
-                archive.add(work / "lab", "lab")
+                (site,) = work.glob(f"{HOME}/lib/python3*/site-packages")
+                for path in [*site.glob("pvfront*"), work / TESTS / "lab"]:
+                    archive.add(path, path.relative_to(work))
             else:
-                archive.add(work, ".")
-        with step(f"{guest.kind}: installing {wheel.name}, {len(buffer.getvalue()) >> 10} KiB"):
-            guest.write("/run/lab-payload.tar", buffer.getvalue())
-            mode = "update" if same else "all"
-            guest.run([PYTHON, "-c", _UNPACK, mode], timeout=300)
-            guest.run("rm -f /run/lab-payload.tar")
+                archive.add(work / HOME, HOME)
+                archive.add(work / TESTS, TESTS)
+        with step(f"{guest.kind}: installing {deb.name}, {len(buffer.getvalue()) >> 10} KiB"):
+            guest.write(f"/{_NEW}.tar", buffer.getvalue())
+            guest.run([PYTHON, "-c", _UNPACK, "update" if same else "all"], timeout=300)
+            guest.run(f"rm -rf /{_NEW} /{_NEW}.tar")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def install_if_other(guest: Guest) -> None:
     """`install` unless the guest has exactly this build."""
-    wheel = find_wheel()
-    present = guest.run(["cat", f"{TARGET}/lab/digest"], check=False).stdout
-    if present != _digest(wheel):
-        install(guest, wheel)
+    deb = find_deb()
+    present = guest.run(["cat", f"/{TESTS}/lab/digest"], check=False).stdout
+    if present != _digest(deb):
+        install(guest, deb)

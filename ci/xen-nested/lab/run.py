@@ -32,14 +32,14 @@ def _payload(options: argparse.Namespace) -> Path | None:
     """The payload image that the options ask for; none with --no-payload."""
     if options.no_payload:
         return None
-    return payload.build(Path(options.wheel) if options.wheel else None)
+    return payload.build(Path(options.deb) if options.deb else None)
 
 
 def _install(options: argparse.Namespace) -> int:
     lab = Lab.attach()
     for kind in options.kinds or KINDS:
         if lab.has_guest(kind) and lab.guest(kind).running():
-            payload.install(lab.guest(kind), Path(options.wheel) if options.wheel else None)
+            payload.install(lab.guest(kind), Path(options.deb) if options.deb else None)
     return 0
 
 
@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     default = os.environ.get("GUEST", "hvm")
 
     boots = argparse.ArgumentParser(add_help=False)
-    boots.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
+    boots.add_argument("--deb", help="pvfront's package; default: the newest in build/dist")
     boots.add_argument("--no-payload", action="store_true", help="guests without pvfront")
     wait = "seconds to wait for another lab's end"
     verb = verbs.add_parser("up", help="boot a lab and leave it running", parents=[boots])
@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(call=_hold)
     verb = verbs.add_parser("install", help="put a new build into running guests")
     verb.add_argument("kinds", nargs="*", metavar="GUEST", help="default: all that run")
-    verb.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
+    verb.add_argument("--deb", help="pvfront's package; default: the newest in build/dist")
     verb.set_defaults(call=_install)
     for name, call, text in (
         ("down", _down, "end the running lab"),
@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("shell", help="an interactive shell (starts a lab if none runs)")
     verb.add_argument("machine", nargs="?", choices=machines)
     verb.add_argument("--guest", choices=KINDS, default=default, help="if no MACHINE is given")
-    verb.add_argument("--wheel", help="pvfront's wheel; default: the newest in build/dist")
+    verb.add_argument("--deb", help="pvfront's package; default: the newest in build/dist")
     verb.add_argument("--no-payload", action="store_true", help="a guest without pvfront")
     verb.set_defaults(call=_shell)
     for name, copy, text in (
