@@ -210,6 +210,38 @@ def test_one_suspend_covers_two_services_a_disk_and_a_network_under_load(
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
+def test_a_guest_of_two_processors_is_saved_and_restored_with_a_disk_of_two_queues(
+    guest: Guest, lab: Lab, record: Record
+) -> None:
+    """While one processor puts things away the other one still runs programs."""
+    guest.destroy()
+    guest.create(options={"vcpus": 2})
+    pvf = Pvfront(lab, guest)
+    pvf.start("-o max_queues=2 --all")
+    watched(guest)
+    backing = lab.delayed_disk(64)
+    with pvf.disk(backing):
+        assert pvf.state()["rings"]["queues"] == 2
+        backing.set_delay(DELAY_MS)
+        load = guest.start(DIRECT, unit="direct")
+        both = overlapping(guest)
+        goes_on(pvf, "xvdb")
+        both.measure()
+        guest.save()
+        guest.restore()
+        pvf.wait_served()
+        assert load.running
+        goes_on(pvf, "xvdb")
+        record(f"{guest.kind} of two processors: saved and restored", pause(both))
+        assert pvf.state()["rings"]["queues"] == 2
+        assert suspend(guest)["refused"] == 0
+        backing.clear_delay()
+        end_fio(guest, load)
+        nothing_was_noticed(guest)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_a_suspend_waits_for_a_disk_that_answers_after_five_seconds(
     pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
