@@ -35,7 +35,6 @@ PVFRONT = "pvfront"
 NONE = "none"
 
 _ANSWER_DEADLINE = 180.0  # a release may drain, close and hand over
-_SOON = 5.0  # seconds for what a supervisor knows at once
 MAX_ID_DIGITS = 10
 _SOON = 5.0  # seconds for what a supervisor knows at once
 _SERVICES = {"vbd": "disk", "vif": "network", "console": "console"}

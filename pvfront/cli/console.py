@@ -11,16 +11,15 @@ from typing import Any
 
 import click
 
+from ..console import listing
 from ..errors import PvfrontError
-from ..inventory import devices
 from ..platform import platform
 from ..service import prepare_process
 from ..xenstore import Xenstore
 from . import complete
-from .output import as_json as json_option
-from .output import print_json, print_table, with_store
-
-HEADER = ("NAME", "ID", "STATE", "OWNER", "PATH", "IN USE", "WRITER")
+from .list_ import More
+from .ofclass import add_list_and_status
+from .output import with_store
 
 
 def _settings(texts: Iterable[str]) -> Any:
@@ -36,6 +35,14 @@ def _settings(texts: Iterable[str]) -> Any:
 @click.group()
 def console() -> None:
     """Secondary consoles (XENCONS)."""
+
+
+add_list_and_status(
+    console,
+    "secondary consoles",
+    "secondary console (login, console-1)",
+    More(listing.more, {"IN USE": "pty_in_use", "WRITER": "writer"}),
+)
 
 
 @console.command()
@@ -66,28 +73,6 @@ def serve(names: tuple[str, ...], everything: bool, settings: Any, verbose: bool
     in_guest = platform().name == "xen"
     prepare_process(logging.DEBUG if verbose else logging.INFO, relied_on=in_guest)
     raise SystemExit(asyncio.run(serve_consoles(names, everything=everything, settings=settings)))
-
-
-@console.command("list")
-@json_option
-def list_command(as_json: bool) -> None:
-    """List secondary consoles: name, number, both states, owner, terminal, who has it open."""
-    from ..console.listing import listed
-
-    found = listed(with_store(devices))
-    if as_json:
-        print_json(found)
-        return
-    print_table(
-        HEADER,
-        [
-            (
-                one["name"], one["id"], one["frontend_state"], one["owner"], one["path"],
-                "yes" if one["pty_in_use"] else "no", one["writer"],
-            )
-            for one in found
-        ],
-    )  # fmt: skip
 
 
 @console.command()

@@ -3,13 +3,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
 import click
 
-from ..inventory import devices, without_service
+from ..inventory import Device, devices, without_service
 from .output import as_json as json_option
 from .output import note, print_json, print_table, with_store
 
-HEADER = ("CLASS", "ID", "NAME", "BACKEND", "FRONTEND STATE", "BACKEND STATE", "OWNER", "OS DEVICE")
+COLUMNS = {
+    "CLASS": "class",
+    "ID": "id",
+    "NAME": "name",
+    "BACKEND": "backend_domain",
+    "FRONTEND STATE": "frontend_state",
+    "BACKEND STATE": "backend_state",
+    "OWNER": "owner",
+    "OS DEVICE": "os_device",
+}
+"""What stands above each, and its key with --json."""
+
+
+class More(NamedTuple):
+    """What the list of one class has besides."""
+
+    keys: Callable[[Device], dict[str, Any]]
+    columns: Mapping[str, str]  # as COLUMNS, of those keys
+
+
+NOTHING = More(lambda _device: {}, MappingProxyType({}))
 
 
 @click.command("list")
@@ -23,27 +47,14 @@ def list_command(as_json: bool) -> None:
     show(as_json)
 
 
-def show(as_json: bool, only: str | None = None) -> None:
+def show(as_json: bool, only: str | None = None, more: More = NOTHING) -> None:
     """All of them, or those of one class."""
     found = with_store(lambda store: devices(store, only=only))
+    listed = [device.as_json() | more.keys(device) for device in found]
     if as_json:
-        print_json([device.as_json() for device in found])
+        print_json(listed)
         return
-    print_table(
-        HEADER,
-        [
-            (
-                device.klass,
-                device.id,
-                device.name,
-                device.backend_domain,
-                device.frontend_state,
-                device.backend_state,
-                device.owner,
-                device.os_device,
-            )
-            for device in found
-        ],
-    )
+    columns = {**COLUMNS, **more.columns}
+    print_table(list(columns), [[one[key] for key in columns.values()] for one in listed])
     if (trouble := without_service(found)) is not None:
         note(*trouble)

@@ -56,14 +56,18 @@ def print_table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, indent: str = ""
 ) -> None:
     """Columns aligned to the left, two spaces between them; `-` for what is empty."""
-    cells = [
-        [printable("-" if value in (None, "") else str(value)) for value in row] for row in rows
-    ]
+    cells = [[printable(_cell(value)) for value in row] for row in rows]
     table = [list(header), *cells]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         click.echo((indent + line).rstrip())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value in (None, "") else str(value)
 
 
 def print_fields(fields: Sequence[tuple[str, object]]) -> None:

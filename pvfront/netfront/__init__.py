@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-2-Clause
-"""XENVIF and XENNET: network interfaces on a TAP. Nothing is built here yet."""
+"""XENVIF and XENNET: network interfaces on a TAP."""

@@ -101,7 +101,7 @@ async def test_a_command_that_goes_on_prints_objects(
 async def test_with_a_console_it_is_what_is_recorded() -> None:
     async with console_world() as it:
         await it.attach("com1")
-        for verb in ("list", "console list", "status", "trace", "ledger"):
+        for verb in ("list", "console list", "status", "console status", "trace", "ledger"):
             assert await shown(it.host.environ, verb)
         await top_holds(it.host.environ)
 

@@ -220,17 +220,34 @@ def test_status_tells_times_as_people_do_and_what_a_retry_hides(guest: Guest, pv
     assert lines["last trouble"].strip() == "backend Closed never came"
 
 
-@pytest.mark.parametrize(("klass", "names"), [("vbd", ["xvda", "xvdb"]), ("vif", ["vif0"])])
+@pytest.mark.parametrize(
+    ("klass", "names"),
+    [("vbd", ["xvda", "xvdb"]), ("vif", ["vif0"]), ("console", ["console-1"])],
+)
 def test_list_and_status_of_one_class_have_its_devices_only(
     guest: Guest, pvfront: Run, klass: str, names: list[str]
 ) -> None:
+    guest.device("console", 1)
     for verb in ("list", "status"):
         rows = [row for row in json.loads(pvfront(verb, "--json")[1]) if row["class"] == klass]
         assert [row["name"] for row in rows] == names
-        assert json.loads(pvfront(klass, verb, "--json")[1]) == rows
+        found = json.loads(pvfront(klass, verb, "--json")[1])
+        assert [{**one, **row} for one, row in zip(found, rows, strict=True)] == found
     code, out, _ = pvfront(klass, "list")
     assert code == 0
     assert [line.split()[2] for line in out.splitlines()] == ["NAME", *names]
+
+
+def test_the_list_of_consoles_says_who_has_one_open_and_who_writes(
+    guest: Guest, pvfront: Run
+) -> None:
+    guest.device("console", 1)
+    guest.device("console", 2)
+    guest.state("console-1", os_device="/dev/pvfront/console/x", pty_in_use=True, writer="who")
+    header, *rows = [line.split() for line in pvfront("console", "list")[1].splitlines()]
+    assert header[-3:] == ["IN", "USE", "WRITER"]
+    assert rows[0][-3:] == ["/dev/pvfront/console/x", "yes", "who"]
+    assert rows[1][-3:] == ["-", "no", "-"]
 
 
 def test_a_number_means_a_device_of_the_class_that_is_asked(guest: Guest, pvfront: Run) -> None:

@@ -35,7 +35,7 @@ DOCUMENTED = [
     (path, command, text) for path in screens.FILES for command, text in shown(path).items()
 ]
 HEADERS = {
-    "list": [list_.HEADER],
+    "list": [list(list_.COLUMNS)],
     "status": [figures.REQUESTS, figures.EVENTS],
     "top": [[column.header for column in COLUMNS[klass]] for klass in ("vbd", "vif")],
     "ledger": [ledger.DEVICES, ledger.PROCESSES],
