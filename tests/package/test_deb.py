@@ -45,6 +45,25 @@ def test_the_worker_has_its_symbols_in_the_other_package(deb: Path) -> None:
     assert any(bytes.fromhex(one) in worker for one in ids)
 
 
+def test_neither_programs_nor_symbols_tell_where_they_were_compiled(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    looked_at = 0
+    for deb in DIST.glob("pvfront*.deb"):
+        tree = tmp_path / deb.stem
+        subprocess.run(["dpkg-deb", "-x", str(deb), str(tree)], check=True)
+        for path in tree.rglob("*"):
+            if path.is_symlink() or not path.is_file():
+                continue
+            with path.open("rb") as file:
+                if file.read(4) != b"\x7fELF":
+                    continue
+            unpack = ["objcopy", "--decompress-debug-sections", str(path), str(plain)]
+            subprocess.run(unpack, check=True)
+            assert str(ROOT).encode() not in plain.read_bytes(), path.relative_to(tree)
+            looked_at += 1
+    assert looked_at > 10
+
+
 def test_it_installs_works_and_after_a_purge_nothing_is_left(debian: Debian, deb: Path) -> None:
     before = debian.files()
     debian.install(deb)
