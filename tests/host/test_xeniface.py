@@ -44,6 +44,7 @@ from pvfront.agent.context import ShutdownAsked
 from pvfront.agent.settings import AgentSettings
 from pvfront.agent.xeniface.bus import ALL_PENDING, INTROSPECTION, PENDING, error_name
 from pvfront.agent.xeniface.component import Xeniface
+from pvfront.agent.xeniface.framing import MOST
 from pvfront.agent.xeniface.policy import Limits, Settings
 from pvfront.errors import PvfrontError
 from pvfront.host import Host
@@ -181,11 +182,24 @@ async def test_a_path_that_can_be_none_is_refused_and_shown_harmless(
     assert said.isprintable()
 
 
-async def test_a_huge_value_is_refused_and_the_service_goes_on(root: Client) -> None:
-    name, said = await fails(root.call("WriteBytes", "say", "data/x", bytes(8 << 20)))
-    assert (name, said) == (LIMITS, f"a value has at most 2048 bytes, not {8 << 20}")
+async def test_a_large_value_is_refused_and_the_service_goes_on(root: Client) -> None:
+    name, said = await fails(root.call("WriteBytes", "say", "data/x", bytes(4000)))
+    assert (name, said) == (LIMITS, "a value has at most 2048 bytes, not 4000")
     assert (await fails(root.call("Write", "ss", "data/x", "x" * 4000)))[0] == LIMITS
     assert await root.call("Read", "s", "domid") == "1"
+
+
+async def test_a_huge_message_is_refused_before_it_is_decoded(user: Client) -> None:
+    """Of the wrong types too, which are found by decoding it; and of calls that are not ours."""
+    everything = [Variant("as", ["x"] * 1000)] * 30
+    for member, signature, body in (
+        ("Write", "ss", ["data/x", "x" * (8 << 20)]),
+        ("Read", "av", [everything]),
+        ("NoSuchMethod", "ay", [bytes(MOST)]),
+    ):
+        said = (LIMITS, f"a message has at most {MOST} bytes")
+        assert await fails(user.call(member, signature, *body)) == said
+        assert await user.call("Read", "s", "domid") == "1"
 
 
 @pytest.mark.parametrize(

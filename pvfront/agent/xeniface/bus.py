@@ -32,6 +32,7 @@ from ...inventory import NoSuchDevice
 from ...versions import DBUS
 from ...xenstore import Transaction, XenstoreError, XenstoreLost, XenstoreTimeout
 from ...xswire import decode, encode_text
+from .framing import MOST, has_lost_its_body
 from .policy import Caller, Refused
 from .sessions import Requests, Session, Sessions
 
@@ -170,6 +171,11 @@ class Adapter:
             return False  # an object that nobody has: the library says so
         if message.interface == f"{_BUS}.Peer":
             return False
+        if has_lost_its_body(message):
+            self._answer_error(
+                message, Refused("LimitsExceeded", f"a message has at most {MOST} bytes")
+            )
+            return True
         sender = message.sender
         if self._pending[sender] >= PENDING or len(self._tasks) >= ALL_PENDING:
             refusal = Refused("LimitsExceeded", "too many calls wait for their replies")

@@ -22,6 +22,7 @@ from ...xenstore import Xenstore
 from ..context import Context, Resumed, ShutdownAsked
 from ..resume import SENTINEL
 from .bus import NAME, Adapter
+from .framing import FramedBus
 from .policy import Limits, Policy
 from .sessions import Requests, Sessions
 
@@ -85,7 +86,7 @@ class _Guest:
 async def connected() -> AsyncIterator[MessageBus]:
     """A connection to the system bus ($DBUS_SYSTEM_BUS_ADDRESS). Raises PvfrontError."""
     try:
-        bus = await MessageBus(bus_type=BusType.SYSTEM, auth_timeout=30).connect()
+        bus = await FramedBus(bus_type=BusType.SYSTEM, auth_timeout=30).connect()
     except Exception as error:  # its own errors, and whatever a socket may say
         raise PvfrontError(
             f"no D-Bus: {error or type(error).__name__}", hint="apt-get install dbus"
