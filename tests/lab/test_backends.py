@@ -35,7 +35,7 @@ BACKENDS: dict[str, Callable[[Lab], BackingDisk]] = {
 MARKS = {
     "loop": pytest.mark.long,  # what nearly every other test has, too
     "LVM": pytest.mark.long,  # what is resized below
-    "loop of 4096-byte sectors": pytest.mark.kinds("hvm", "pvh612"),
+    "loop of 4096-byte sectors": pytest.mark.kinds("pvh612"),  # in HVM: its test below
     "qdisk raw": pytest.mark.long,  # as qcow2, but for QEMU's inside
 }
 
@@ -144,6 +144,7 @@ def test_a_disk_of_any_backend_is_what_status_says_and_keeps_its_data(
     backing.remove()
 
 
+@pytest.mark.long  # at each run: the embedded host's, and networks' two queues
 def test_a_disk_of_two_queues_says_so_and_keeps_its_data(
     pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:

@@ -99,7 +99,7 @@ def test_a_never_bound_disk_goes_to_the_kernel_at_sigterm_with_the_same_data(
     backing = lab.loop_disk(32)
     guest.block_attach(backing.spec("xvdb"))
     pvf.wait_served()
-    guest.run(fio(size="8M"))
+    guest.run(fio(size="2M"))
     before = pvf.sha256()
     pvf.stop()
     try:
@@ -152,6 +152,7 @@ def test_stopping_under_a_mounted_disk_leaves_it_served_until_the_next_start(
         assert guest.run("umount /mnt/xvdb && e2fsck -f -n /dev/pvfront/xvdb").ok
 
 
+@pytest.mark.long
 def test_the_kernel_cannot_bind_a_served_disk_and_the_attempt_costs_a_reconnect(
     pvf: Pvfront, guest: Guest
 ) -> None:

@@ -92,6 +92,7 @@ def test_the_store_is_one_store_seen_from_both_sides(lab: Lab, guest: Guest) -> 
     assert guest.xenstore_read("data/absent") is None
 
 
+@pytest.mark.long  # in a run: test_disk.py's disks that go to the kernel
 @pytest.mark.disk
 def test_an_attached_disk_appears_through_the_kernels_blkfront(lab: Lab, guest: Guest) -> None:
     disk = lab.ram_disk(32)
@@ -106,6 +107,7 @@ def test_an_attached_disk_appears_through_the_kernels_blkfront(lab: Lab, guest: 
     assert disk.sha256() == seen
 
 
+@pytest.mark.long  # in a run: whatever is killed with requests held
 @pytest.mark.disk
 def test_a_delayed_disk_holds_requests_until_let_go(lab: Lab, guest: Guest) -> None:
     disk = lab.delayed_disk(32)

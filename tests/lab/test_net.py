@@ -518,7 +518,7 @@ def is_the_kernels(guest: Guest, vif: Vif) -> bool:
     return guest.has(f"/sys/class/net/{vif.name}/device/driver")
 
 
-@pytest.mark.core
+@pytest.mark.kinds("pv")
 def test_what_is_stopped_is_the_kernels_again(net: Networks, guest: Guest) -> None:
     with net.vif() as vif:
         vif.ping()

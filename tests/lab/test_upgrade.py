@@ -20,7 +20,7 @@ from lab.scenario import Lab, wait_until
 pytestmark = pytest.mark.survive
 
 # Ten rounds of ten in a soak.
-UPGRADES = 10 if int(os.environ.get("PVFRONT_REPEATS", "1")) > 1 else 3
+UPGRADES = 10 if int(os.environ.get("PVFRONT_REPEATS", "1")) > 1 else 2
 DELAY_MS = 400
 MOUNT = "/mnt/xvdb"
 LOAD = (

@@ -7,9 +7,9 @@ which runs on the embedded host where this is not loaded (`python -m lab test` d
 `lab` is the machine with Xen, booted once. `guest` is a running guest of the kind that --guest
 names (or $GUEST, or hvm). It is the same domain from test to test, and is started afresh only
 after a test that failed, left it silent or gone, or gave it a configuration of its own.
-HVM runs every test but those marked `embedded`, `long` or `pv`, the others those marked `core` or
-for them (`kinds`), PV also those marked `pv`, pvh612 those marked `ublk`. Where markers are asked
-for (-m), and in a soak, any kind runs what has them.
+HVM runs every test but those marked `embedded`, `long`, `pv` or for other kinds (`kinds`), the
+others those marked `core` or for them, PV also those marked `pv`, pvh612 those marked `ublk`.
+Where markers are asked for (-m), and in a soak, any kind runs what has them.
 
 Several runs may share one lab, each with a kind of guest of its own (`--lab-shared`).
 """
@@ -55,6 +55,7 @@ MARKERS = (
     "ublk: runs in guests whose kernel has ublk, and nowhere else",
     "embedded: not repeated in the lab, whose time is dear",
     "first: runs before all others: it begins with a boot, which is theirs then",
+    "last: runs after all others: it ends with the guest's end",
 )
 
 
@@ -121,7 +122,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in ours if item not in chosen]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
-    items.sort(key=lambda item: not item.get_closest_marker("first"))
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    if item.get_closest_marker("first"):
+        return -1
+    return 1 if item.get_closest_marker("last") else 0
 
 
 def _in_guest(item: pytest.Item, config: pytest.Config) -> bool:

@@ -80,9 +80,11 @@ class Pvfront:
     def wait_restarted(self, old: int) -> None:
         """Waits for the supervisor that systemd starts by itself after `old`, and until it serves.
 
-        Python starts then, on the guest's one processor: who asks without pause takes half of it.
+        Python starts then, on the guest's one processor, and each question is a process that takes
+        as much of it: so once there is a start, one command waits for its end.
         """
         wait_until("another supervisor", lambda: self.pid() not in (0, old), every=2)
+        self.guest.run(f"systemctl start {UNIT}", check=False)
         wait_until("its word that it serves", self.running, every=2)
 
     def log(self) -> str:
