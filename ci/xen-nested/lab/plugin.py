@@ -29,7 +29,7 @@ from _pytest.runner import runtestprotocol
 
 from . import paths, payload
 from .errors import CommandFailed, DeadlineExceeded, LabError
-from .guest import IMAGE, KINDS, Guest, Kind, triple_fault
+from .guest import IMAGE, KINDS, STEPPED, Guest, Kind, triple_fault
 from .progress import say
 from .scenario import LOCK_DEADLINE, Lab
 
@@ -40,7 +40,7 @@ TEST_DEADLINE = 1200
 """Seconds for a test that names none; the boot of the lab counts for the first test."""
 
 REPEATS = 3
-"""How often a test is repeated whose guest the emulator triple-faulted."""
+"""How often a test is repeated whose guest the emulator triple-faulted, or single-stepped."""
 
 MARKERS = (
     "disk: disks (XENVBD)",
@@ -227,6 +227,7 @@ def _answers(guest: Guest) -> bool:
 LAB = pytest.StashKey[Lab]()
 CURRENT = pytest.StashKey[bool]()
 MARK = pytest.StashKey[int]()
+SAID = pytest.StashKey[int]()
 REPORT = pytest.StashKey[pytest.TestReport]()
 BEGIN = time.monotonic()
 
@@ -235,13 +236,15 @@ BEGIN = time.monotonic()
 def pytest_runtest_setup(item: pytest.Item) -> None:
     lab = item.config.stash.get(LAB, None)
     item.stash[MARK] = lab.outer.console.position() if lab else 0
+    item.stash[SAID] = 0
     if lab:
+        item.stash[SAID] = len(lab.guest(item.config.getoption("--guest")).console())
         lab.dom0.note(0, "begins", item.nodeid)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """A test in which the emulator triple-faulted the guest runs again, counted and printed.
+    """A test in which the emulator broke the guest (its faults) runs again, counted and printed.
 
     At most REPEATS times: one fault in about 15 minutes of a guest's life was seen, so a run of
     half an hour meets two, and one repeat alone would lose every tenth of them to another fault.
@@ -254,7 +257,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     for _ in range(REPEATS):
         if not any(report.failed for report in reports) or not _emulator_faulted(item):
             break
-        say(f"the emulator triple-faulted the guest in {item.name}: this test again")
+        say(f"the emulator broke the guest in {item.name}: this test again")
         item.config.stash[LAB].tally.triple_faults.append(item.name)
         if REPORT in item.stash:
             del item.stash[REPORT]
@@ -272,7 +275,9 @@ def _emulator_faulted(item: pytest.Item) -> bool:
         return False
     guest = lab.guest(item.config.getoption("--guest"))
     dump = lab.outer.console.since(item.stash.get(MARK, 0))
-    return triple_fault(dump, guest.console(), guest.domids or None)
+    console = guest.console()
+    said = console[item.stash.get(SAID, 0) :]
+    return bool(STEPPED.search(said)) or triple_fault(dump, console, guest.domids or None)
 
 
 @pytest.hookimpl(wrapper=True)
