@@ -118,7 +118,7 @@ class LabDisk:
 
     def load(self, *, depth: int, size: str = "16M", reconnects: bool = False) -> LabLoad:
         # At a rate that leaves the one processor to what the load goes through.
-        extra = "--time_based --runtime=1000 --verify_backlog=64 --rate_iops=100,100"
+        extra = "--time_based --runtime=1000 --verify_backlog=64 --rate_iops=50,50"
         return LabLoad(self.guest, self.guest.start(fio(depth=depth, size=size, extra=extra)))
 
     def discard(self) -> None:

@@ -39,7 +39,10 @@ def sixteen_held(disk: Disk) -> bool:
         pytest.param("4k", 64, "--size=4M", marks=pytest.mark.core),
         pytest.param("64k", 16, "--fsync=8", marks=pytest.mark.embedded),
         pytest.param("1M", 4, "--size=48M", marks=pytest.mark.embedded),
-        pytest.param("512-1M", 32, "--bsrange=512-1M --blockalign=512", marks=pytest.mark.core),
+        pytest.param(
+            "512-1M", 32, "--bsrange=512-1M --blockalign=512",
+            marks=pytest.mark.kinds("hvm", "pvh612"),  # by nbd, and by ublk
+        ),
     ],
 )
 def test_what_fio_writes_it_reads_back(world: World, bs: str, depth: int, extra: str) -> None:

@@ -35,7 +35,7 @@ BACKENDS: dict[str, Callable[[Lab], BackingDisk]] = {
 MARKS = {
     "loop": pytest.mark.long,  # what nearly every other test has, too
     "LVM": pytest.mark.long,  # what is resized below
-    "loop of 4096-byte sectors": pytest.mark.kinds("pvh612"),  # in HVM: its test below
+    "loop of 4096-byte sectors": pytest.mark.kinds("pvh612"),
     "qdisk raw": pytest.mark.long,  # as qcow2, but for QEMU's inside
 }
 
@@ -157,6 +157,7 @@ def test_a_disk_of_two_queues_says_so_and_keeps_its_data(
         assert pvf.sha256(NAME) == backing.sha256()
 
 
+@pytest.mark.long
 def test_a_read_only_disk_shows_what_the_other_side_wrote_and_refuses_to_change_it(
     pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_read_only_disk_shows_what_the_other_side_wrote_and_refuses_to_change_
     backing.remove()
 
 
+@pytest.mark.long
 def test_a_disk_of_4096_byte_sectors_takes_no_smaller_request_and_a_file_system(
     pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
@@ -228,6 +230,7 @@ def test_a_disk_that_is_resized_under_a_file_system_is_so_for_its_users(
         )
 
 
+@pytest.mark.long
 def test_an_idle_disk_is_ejected_and_leaves_nothing(pvf: Pvfront, guest: Guest, lab: Lab) -> None:
     backing = lab.loop_disk(MIB)
     guest.block_attach(backing.spec(NAME))

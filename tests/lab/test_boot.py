@@ -71,6 +71,7 @@ def properties(guest: Guest, node: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
+@pytest.mark.long  # what it is for, at each run: the boot below
 def test_until_the_service_has_started_a_disk_that_will_be_ours_is_hidden(
     enabled: Pvfront, guest: Guest, lab: Lab
 ) -> None:

@@ -180,6 +180,7 @@ def test_an_interface_attached_while_all_disks_are_served_goes_to_the_kernel(
         lab.xl("network-detach", guest.kind, "1")
 
 
+@pytest.mark.long
 def test_release_gives_the_disk_back_and_says_what_became_of_it(
     pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:
