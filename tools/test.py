@@ -2,10 +2,10 @@
 """Runs the test stages and adds up what they counted.
 
 `all` runs in two lanes. One runs a guest of the lab, whose emulated machine leaves more than half
-a core idle, the other, with the lowest priority, everything else; then each runs one more guest of
-the same lab as long as there are more. `lab` is the guests alone. What is not of the first lane is
-shown stage by stage, as each ends. Any other list of stages runs one after the other, each kind of
-guest in a lab of its own.
+a core idle, the other, with a low priority, everything else; then each runs one more guest of the
+same lab as long as there are more. What C tests want compiled is so while Python's tests wait.
+`lab` is the guests alone. What is not of the first lane is shown stage by stage, as each ends. Any
+other list of stages runs one after the other, each kind of guest in a lab of its own.
 
 Every stage leaves a JUnit file under build/junit/; the sum of all of them is the last line. A
 stage that fails without saying which test failed (it could not build, the lab did not boot)
@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +43,18 @@ AGAINST = [
 ]  # fmt: skip
 """What `unit` runs once more with an adversary (tests/support/adversary.py), in some seconds."""
 LAB = ["hvm", "pv", "pvh612"]  # the longest first; pvh612 is a PVH guest
+NATIVE = {
+    "native": [],
+    "asan": ["-Db_lundef=false", "-Db_sanitize=address,undefined"],
+    "tsan": ["-Db_lundef=false", "-Db_sanitize=thread"],
+}
+"""What meson is told of each build of the C code."""
 NAMED = ["pvh"]  # make test-xen GUEST=pvh: PVH with the kernel of the others
 GROUPS = {"lint": LINT, "fast": FAST, "lab": LAB, "all": [*FAST, *LAB]}
 
 _this = threading.local()
-"""Of a thread's stages. `file`: where they write; absent: our own output. `nice`: they come last.
-`shared`: their guests are in a lab that runs already."""
+"""Of a thread's stages. `file`: where they write; absent: our own output. `nice`: how far they
+stand back (nice(1)). `shared`: their guests are in a lab that runs already."""
 
 
 @dataclass
@@ -74,7 +80,7 @@ def run(*command: str | Path) -> int:
     env["PYTHONPATH"] = str(ROOT / "ci" / "xen-nested")
     sys.stdout.flush()
     file = getattr(_this, "file", None)
-    nice = ["nice", "-n", "19"] if getattr(_this, "nice", False) else []
+    nice = ["nice", "-n", str(_this.nice)] if getattr(_this, "nice", 0) else []
     return subprocess.run(
         [str(c) for c in (*nice, *command)],
         cwd=ROOT,
@@ -100,13 +106,18 @@ def results(stage: str) -> list[Path]:
     return [*JUNIT.glob(f"{stage}.xml"), *JUNIT.glob(f"{stage}-*.xml")]
 
 
-def meson(name: str, *options: str, suite: str = "") -> int:
+def set_up(name: str) -> int:
+    build = ROOT / "build" / f"native-{name}"
+    if (build / "build.ninja").exists():
+        return 0
+    return run(BIN / "meson", "setup", "-Dabi=false", *NATIVE[name], build, ROOT)
+
+
+def meson(name: str, suite: str = "") -> int:
     """Builds the C tests in a directory of their own and runs them, or one suite of them."""
     build = ROOT / "build" / f"native-{name}"
     log = build / "meson-logs" / "testlog.junit.xml"
-    if not (build / "build.ninja").exists() and run(
-        BIN / "meson", "setup", "-Dabi=false", *options, build, ROOT
-    ):
+    if set_up(name):
         return 1
     log.unlink(missing_ok=True)
     which = ["--suite", suite] if suite else []
@@ -116,9 +127,9 @@ def meson(name: str, *options: str, suite: str = "") -> int:
     return code
 
 
-def sanitized(name: str, rules: str, *options: str, suite: str = "") -> int:
+def sanitized(name: str, rules: str, suite: str = "") -> int:
     """The C tests, and the worker's and some rules' tests on a worker, built with a sanitizer."""
-    code = meson(name, *options, "-Db_lundef=false", suite=suite)
+    code = meson(name, suite)
     build = ROOT / "build" / f"native-{name}"
     worker = build / "native" / "pvfront-worker"
     # `meson test` builds what the C tests need, and the worker is none of that.
@@ -155,13 +166,13 @@ def stage(name: str) -> int:
         case "native":
             return meson("native")
         case "asan":
-            return sanitized("asan", "ring", "-Db_sanitize=address,undefined")
+            return sanitized("asan", "ring")
         case "tsan":  # what starts no thread has nothing for it to find
-            return sanitized("tsan", "queues", "-Db_sanitize=thread", suite="threads")
+            return sanitized("tsan", "queues", suite="threads")
         case "fuzz":
-            return run(BIN / "python", "tools/fuzz.py", "--seconds", "10", "--junit", junit)
+            return run(BIN / "python", "tools/fuzz.py", "--seconds", "8", "--junit", junit)
         case "mutate":
-            return run(BIN / "python", "tools/mutate.py", "--sample", "3", "--junit", junit)
+            return run(BIN / "python", "tools/mutate.py", "--sample", "2", "--junit", junit)
         case "hvm" | "pvh" | "pv" | "pvh612":
             where = ["--lab-shared"] if getattr(_this, "shared", False) else []
             guest = ["--guest", name, f"--junit={junit}"]
@@ -208,7 +219,7 @@ def aside(name: str) -> Ended:
     return ended
 
 
-def lane(names: list[str], how: Callable[[str], Ended], ended: list[Ended], **this: bool) -> None:
+def lane(names: list[str], how: Callable[[str], Ended], ended: list[Ended], **this: int) -> None:
     vars(_this).update(this)
     for name in names:
         try:
@@ -216,6 +227,18 @@ def lane(names: list[str], how: Callable[[str], Ended], ended: list[Ended], **th
         except Exception as error:  # a lane that ends early must not look green
             print(f"test: stage {name}: {error!r}", flush=True)
             ended.append(Ended(name, Count(failed=1), 0.0))
+
+
+def compile_ahead(names: Sequence[str]) -> None:
+    """What those stages compile, behind all else: the Python tests that run meanwhile mostly wait.
+
+    What fails here fails again in its stage, which says so.
+    """
+    _this.nice = 19
+    for name in names:
+        with (LOGS / f"compile-{name}.log").open("w") as _this.file:
+            if not set_up(name):
+                run(BIN / "meson", "compile", "-C", ROOT / "build" / f"native-{name}", "-j", "2")
 
 
 def in_lanes(beside: list[str], ended: list[Ended]) -> None:
@@ -235,12 +258,18 @@ def in_lanes(beside: list[str], ended: list[Ended]) -> None:
             with contextlib.suppress(queue.Empty):
                 kind = left.get_nowait()
                 if there:
-                    lane([kind], how, ended, nice=False, shared=True)
+                    lane([kind], how, ended, nice=0, shared=True)
                 else:
                     ended.append(Ended(kind, Count(failed=1), 0.0))
 
     def other() -> None:
-        lane(beside, aside, ended, nice=True)
+        compiled = [name for name in ("native", "asan") if name in beside]
+        early = beside[: beside.index(compiled[0])] if compiled else []
+        compiler = threading.Thread(target=compile_ahead, args=[compiled], daemon=True)
+        compiler.start()
+        lane(early, aside, ended, nice=10)
+        compiler.join()
+        lane(beside[len(early) :], aside, ended, nice=19)
         guests(aside)
 
     second = threading.Thread(target=other, daemon=True)  # an interrupt ends us

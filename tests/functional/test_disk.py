@@ -40,7 +40,9 @@ def sixteen_held(disk: Disk) -> bool:
         pytest.param("64k", 16, "--fsync=8", marks=pytest.mark.embedded),
         pytest.param("1M", 4, "--size=48M", marks=pytest.mark.embedded),
         pytest.param(
-            "512-1M", 32, "--bsrange=512-1M --blockalign=512",
+            "512-1M",
+            32,
+            "--bsrange=512-1M --blockalign=512",
             marks=pytest.mark.kinds("hvm", "pvh612"),  # by nbd, and by ublk
         ),
     ],
