@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 
@@ -16,14 +17,26 @@ from lab.vifs import Vif
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
 INSTALL = "DEBIAN_FRONTEND=noninteractive apt-get -o Dpkg::Use-Pty=0 -y"
-CONFIG = '[disk]\nclaim = ["xvdb"]\n[vif]\nclaim = ["vif1"]\n'
+CONFIG = '[disk]\nclaim = ["xvd[bc]"]\n[vif]\nclaim = ["vif1"]\n'
 # The emulator takes more than the 90 s that systemd waits for a device.
 FSTAB = (
     "/dev/pvfront/xvdb /srv ext4 "
     "defaults,x-systemd.requires=pvfront-vbd.service,x-systemd.device-timeout=10min 0 2\n"
 )
-NETWORK = "[Match]\nMACAddress={mac}\n[Network]\nLinkLocalAddressing=no\nAddress={address}/24\n"
+NETWORK = """[Match]
+MACAddress={mac}
+[Network]
+LinkLocalAddressing=no
+Address={v4}/24
+[Address]
+Address={v6}/64
+DuplicateAddressDetection=none
+"""
+HOOKS = "/etc/pvfront/hooks.d"
+LOG = "/root/hooks.log"
+HOOK = f'#!/bin/sh\necho "$PVFRONT_EVENT $PVFRONT_KIND" >>{LOG}; sync {LOG}\n'
 ENABLED = "/etc/systemd/system/multi-user.target.wants"
+ALIAS = "/etc/systemd/system/dbus-org.pvfront.Xeniface1.service"
 OURS = "/etc/systemd/network/10-lab.network"
 
 
@@ -42,6 +55,11 @@ def small_files() -> str:
     )
 
 
+def wait_addresses(guest: Guest, *addresses: str) -> None:
+    said = "ip -o address show dev eth1"
+    wait_until("the addresses", lambda: set(addresses) <= set(re.split("[ /]", guest.output(said))))
+
+
 @pytest.fixture
 def fresh(lab: Lab, pytestconfig: pytest.Config) -> Iterator[Guest]:
     """The guest, down, and as if it had never seen pvfront."""
@@ -58,8 +76,8 @@ def fresh(lab: Lab, pytestconfig: pytest.Config) -> Iterator[Guest]:
     guest.dirty = True
     with guest.root_in_dom0() as root:
         lab.dom0.run(
-            f"cd {root} && : >etc/fstab && rm -rf .{OURS} .{ENABLED}/systemd-networkd.service "
-            f".{ENABLED}/pvfront-* {settings}"
+            f"cd {root} && : >etc/fstab && rm -rf .{OURS} .{LOG} root/pvfront.deb {settings} "
+            f".{ENABLED}/systemd-networkd.service .{ENABLED}/pvfront-* .{ALIAS}"
         )
 
 
@@ -74,7 +92,8 @@ def test_a_guest_gets_the_package_uses_it_and_is_the_kernels_again_after_a_purge
         f"mkfs.ext4 -q {backing.device} && mkdir -p /tmp/files && "
         f"mount {backing.device} /tmp/files && echo on the disk >/tmp/files/f && umount /tmp/files"
     )
-    disks = [backing.spec("xvdb")]
+    spare = lab.loop_disk(16)
+    disks = [backing.spec("xvdb"), spare.spec("xvdc")]
     vifs = [f"type=vif,mac={vif.mac},script=vif-lab,ip={theirs[0]}/24 {theirs[1]}/64"]
 
     guest.create(disks=disks, vifs=vifs)
@@ -82,40 +101,53 @@ def test_a_guest_gets_the_package_uses_it_and_is_the_kernels_again_after_a_purge
     guest.run(f"{INSTALL} install /root/pvfront.deb", timeout=900)
     assert guest.output("pvfront config check").endswith("nothing is wrong")
     assert guest.output("systemctl --failed --no-legend") == ""
-    assert guest.has("/sys/block/xvdb"), "nothing is taken that is not named"
+    for disk in ("xvdb", "xvdc"):
+        assert guest.has(f"/sys/block/{disk}"), "nothing is taken that is not named"
     assert guest.output("readlink /sys/class/net/eth1/device/driver").endswith("/vif")
 
     guest.write("/etc/pvfront/pvfront.toml", CONFIG)
+    for moment in ("pre-shutdown", "post-shutdown"):
+        guest.run(f"mkdir -p {HOOKS}/{moment}.d")
+        guest.write(f"{HOOKS}/{moment}.d/log", HOOK, 0o755)
     guest.write("/etc/fstab", FSTAB)
-    guest.write(OURS, NETWORK.format(mac=vif.mac, address=ours[0]))
+    guest.write(OURS, NETWORK.format(mac=vif.mac, v4=ours[0], v6=ours[1]))
     guest.run(f"ln -s /lib/systemd/system/systemd-networkd.service {ENABLED}/; sync")
     guest.shutdown()
     guest.create(disks=disks, vifs=vifs)  # raises if a unit has failed
     pvf = Pvfront(lab, guest)
+    assert guest.output(f"cat {LOG}") == "pre-shutdown poweroff\npost-shutdown poweroff"
     assert guest.output("cat /srv/f") == "on the disk"
     node = guest.output("readlink -f /dev/pvfront/xvdb")
     assert guest.output("findmnt -n -o SOURCE /srv") == node
-    wait_until(
-        "the address", lambda: ours[0] in guest.output("ip -o address show dev eth1")
-    )
+    wait_addresses(guest, *ours)
     vif.ping(56, 4000)
     owners = {device["name"]: device["owner"] for device in pvf.list()}
-    assert {owners["xvdb"], owners["vif1"]} == {"pvfront"}
+    assert {owners[name] for name in ("xvdb", "xvdc", "vif1")} == {"pvfront"}
     assert guest.output("systemctl --failed --no-legend") == ""
+    number = f"/local/domain/{guest.number}"
+    wait_until("the agent's keys", lambda: lab.xenstore_read(f"{number}/data/updated"))
+    assert lab.xenstore_read(f"{number}/attr/PVAddons/Installed") == "1"
 
+    # So that it cannot be unmounted, as systemd does before it stops what the mount requires.
+    user = guest.start("exec tail -f /srv/f")
     said = guest.run(f"{INSTALL} purge pvfront", timeout=900).stdout
     assert "vbd-51728 (xvdb) is in use: its worker goes on serving it" in said
+    assert "vbd-51744 (xvdc) is released" in said
     assert guest.output("cat /srv/f") == "on the disk", "it goes on"
     assert not guest.has("/etc/pvfront")
+    wait_until("the kernel's eth1", lambda: guest.has("/sys/class/net/eth1/device/driver"))
+    wait_addresses(guest, *ours)
+    vif.ping(56)
+    user.kill()
     guest.run("echo '/dev/xvdb /srv ext4 defaults 0 2' >/etc/fstab; sync")
     guest.shutdown()
     guest.create(disks=disks, vifs=vifs)
     assert guest.output("findmnt -n -o SOURCE /srv") == "/dev/xvdb"
     assert guest.output("cat /srv/f") == "on the disk"
     assert guest.output("readlink /sys/class/net/eth1/device/driver").endswith("/vif")
-    wait_until(
-        "the address", lambda: ours[0] in guest.output("ip -o address show dev eth1")
-    )
+    wait_addresses(guest, *ours)
     assert guest.output("systemctl --failed --no-legend") == ""
+    assert guest.has("/sys/block/xvdc")
     guest.destroy()
-    backing.remove()
+    for disk in (backing, spare):
+        disk.remove()

@@ -17,18 +17,9 @@ MAIN = f"{NAME} /org/pvfront/Xeniface1 {NAME}"
 NOBODY = "setpriv --reuid=nobody --regid=nogroup --clear-groups"
 SEEN = "/run/xeniface-seen"
 
-INSTALL = f"""
-test -e /usr/share/dbus-1/system.d/{NAME}.conf && exit
-cp /opt/pvfront/lab/systemd/dbus/{NAME}.conf /usr/share/dbus-1/system.d/
-cp /opt/pvfront/lab/systemd/dbus/{NAME}.service /usr/share/dbus-1/system-services/
-busctl call org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus ReloadConfig
-"""
-"""Where the guest has not got it from the package."""
-
 
 @pytest.fixture
 def agent(guest: Guest) -> Iterator[Guest]:
-    guest.run(INSTALL)
     guest.run("systemctl start dbus && systemctl restart pvfront-agent")
     wait_until("the name", lambda: guest.run(f"busctl status {NAME}", check=False).ok)
     yield guest
