@@ -239,7 +239,6 @@ class BusDevice(ABC, Generic[E, F]):
                 await self._do(misstep)
 
     async def _do(self, misstep: Misstep) -> None:
-        log.info("%r: misstep %s at %s", self, misstep.action, misstep.at)
         if misstep.action == "state":
             await self.jump(misstep.number)
         elif misstep.action == "keys":
@@ -251,6 +250,8 @@ class BusDevice(ABC, Generic[E, F]):
             if misstep.number:
                 await asyncio.sleep(misstep.number / 1000)
                 await self.come_back()
+        # Behind it: whoever reads this may lean on what was done.
+        log.info("%r: misstep %s at %s", self, misstep.action, misstep.at)
 
     async def jump(self, state: int) -> None:
         """Writes any number as its state."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE
+from waiting import PATIENCE, eventually
 
 from pvfront import api
 from pvfront.host import Host
@@ -42,7 +42,8 @@ async def test_two_ends_talk_through_a_granted_page_and_leave_nothing(host: Host
     status, out, err = await said(await example("talk_to_self.py", "50"))
     assert (status, err) == (0, "")
     assert out.startswith("domain 1: 50 turns, through grant ")
-    assert host.dump() == {"ports": [], "grants": [], "deferred": 0}
+    nothing = {"ports": [], "grants": [], "deferred": 0}
+    await eventually("nothing is left", lambda: host.dump() == nothing, why=host.dump)
 
 
 async def test_a_program_follows_the_states_of_devices_that_come_and_go(host: Host) -> None:

@@ -363,7 +363,7 @@ async def test_each_step_can_be_left_out(step: str) -> None:
     async with disk() as (_, backend, frontend):
         await frontend.connect()
         await frontend.disconnect()
-        await backend.misstep(Misstep.silence(at=step, times=1))
+        await backend.misstep(Misstep.silence(at=step))
         if step == "probe":
             await backend.vanish()
             await backend.come_back()

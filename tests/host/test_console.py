@@ -12,7 +12,7 @@ import signal
 import pytest
 import pytest_asyncio
 from consoleworld import ConsoleWorld, console_world, numbered
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -202,8 +202,8 @@ async def test_a_name_that_is_no_file_s_is_refused_and_the_console_has_its_numbe
 ) -> None:
     devid = await it.attach("../../etc/passwd")
     assert it.state(devid)["label"] == f"console-{devid}"
-    assert "no name for a file" in it.log
-    await it.host.detach_console(1, devid)
+    await eventually("why, in the log", lambda: "no name for a file" in it.log, why=lambda: it.log)
+    await it.host.detach_console(1, devid, timeout=PATIENCE)
 
 
 async def test_a_detached_console_takes_its_terminal_along(it: ConsoleWorld) -> None:
@@ -211,5 +211,5 @@ async def test_a_detached_console_takes_its_terminal_along(it: ConsoleWorld) -> 
     devid = await it.attach("short")
     path = it.service.terminal("short")
     assert path.exists()
-    await it.host.detach_console(1, devid)
+    await it.host.detach_console(1, devid, timeout=PATIENCE)
     await eventually("its terminal is gone", lambda: not path.is_symlink(), why=lambda: it.log)

@@ -180,6 +180,6 @@ async def test_a_shell_on_the_terminal_serves_dom0_and_another_follows_it(
 async def test_a_client_of_a_console_that_goes_is_told(it: ConsoleWorld, attached) -> None:
     one = attached("--read-only")
     await _clients(it, 1)
-    await it.host.detach_console(1, it.devid)
+    await it.host.detach_console(1, it.devid, timeout=PATIENCE)
     await one.expect("detached")
     assert await one.expect_end() == 1

@@ -337,7 +337,7 @@ async def test_a_busy_program_is_parked_and_goes_on(
             await served.loop.until_phase(Phase.CONNECTED, timeout=PATIENCE)
         ended = True
         counts = await asyncio.wait_for(asyncio.gather(*lanes), PATIENCE)
-        assert disk.info.generation == 4
+        assert disk.info.generation >= 4
     data = world.store.read_bytes()
     for lane, count in enumerate(counts):
         for block in range(min(count, 200)):

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import sys
 import termios
 from collections.abc import AsyncIterator, Iterator
@@ -20,6 +21,7 @@ from test_admin import pvfront
 from test_negotiation import RICH, Place, place
 from waiting import PATIENCE, eventually, wait_for
 
+from pvfront.host.child import answers
 from pvfront.metrics import OPENMETRICS
 
 PVFRONT = [sys.executable, "-P", "-m", "pvfront"]
@@ -70,7 +72,7 @@ async def test_top_tells_what_a_disk_does_and_that_it_has_gone() -> None:
             assert "READ MB/S" in table
             assert "xvdb" in table
             assert "\x1b" not in table, "no terminal"
-            await it.host.detach_disk(1, 51728)
+            await it.host.detach_disk(1, 51728, timeout=PATIENCE)
             await until(lambda devices: devices == [])
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -151,7 +153,7 @@ async def test_metrics_are_those_of_the_device_printed_in_a_file_and_on_a_socket
         process = await asyncio.create_subprocess_exec(
             *PVFRONT, "metrics", "--listen", str(path), env={**os.environ, **it.host.environ}
         )
-        await eventually("the socket", path.exists)
+        await eventually("the socket", lambda: answers(path, socket.SOCK_STREAM))
         assert path.stat().st_mode & 0o777 == 0o600
         for _ in range(2):
             head, _, body = (await asked(path, "/metrics")).partition("\r\n\r\n")

@@ -61,7 +61,7 @@ async def test_a_dead_worker_and_a_new_supervisor_are_on_record_in_one_file(
 ) -> None:
     await kill_worker(served)
     await served.until(
-        "connected again", lambda s: s["generation"] == 2 and s["phase"] == "connected"
+        "connected again", lambda s: s["generation"] > 1 and s["phase"] == "connected"
     )
     await served.stop(signal.SIGKILL)
     killed = await events(served, "xvdb")

@@ -234,7 +234,7 @@ async def test_rule_26_a_backend_that_vanishes_mid_i_o_ends_the_requests_and_may
     for reply in replies:
         assert isinstance(await outcome(reply), ConnectionError)
     await disk.until("it is no longer served", lambda s: not s)
-    assert "closed: removed" in disk.log
+    await disk.logged("closed: removed")
     await world.backend.release()
     await world.backend.come_back()
     await world.host.store.write(f"{disk.front}/state", "1")  # as a toolstack that attaches it
@@ -395,7 +395,7 @@ async def test_rule_28_a_stalled_backend_does_not_keep_a_detach_from_ending(
     await disk.leave()
     await world.host.detach_disk(1, disk.vdev, timeout=PATIENCE)
     disk.gone = True
-    assert "detached by the toolstack" in disk.log
+    await disk.logged("detached by the toolstack")
 
 
 async def test_rule_28_a_client_that_stays_is_refused_not_hung(disk: Disk, world: World) -> None:

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from backendgone import noticed
 from waiting import PATIENCE, eventually
 
 from pvfront.host import Host
@@ -198,6 +199,14 @@ class ConsoleWorld:
         assert self.service is not None
         found: dict[str, Any] = (await self.service.status(f"console-{devid}"))["statistics"]
         return found
+
+    async def backend_dies(self, devid: int) -> None:
+        """Kills the backend and starts another one, to which the frontend comes again."""
+        generation = self.state(devid)["generation"]
+        await self.backend.kill()
+        self.backend = await ConsBackend.start(self.host)
+        await noticed(self, devid, generation)
+        await self.connected(devid, after=generation)
 
     def kill(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)

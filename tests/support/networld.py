@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backendgone import noticed
 from waiting import PATIENCE, eventually
 
 from pvfront.host import Host
@@ -166,11 +167,7 @@ class Network:
         return await asyncio.wait_for(network.run(*PYTHON, program, *arguments), PATIENCE)
 
     async def backend_dies(self, **features: Any) -> None:
-        """Kills the backend and starts another one, which makes every frontend come again.
-
-        As Linux's, it connects to the rings that it finds. One that has done so before the frontend
-        looked was never away, and is told to close.
-        """
+        """Kills the backend and starts another one, which makes every frontend come again."""
         before = {
             devid: state["generation"]
             for devid in map(int, await self.host.store.directory("/local/domain/1/device/vif"))
@@ -179,17 +176,7 @@ class Network:
         await self.backend.kill()
         self.backend = await NetBackend.start(self.host, self.net, **features)
         for devid, generation in before.items():
-            at = f"/local/domain/0/backend/vif/1/{devid}/state"
-
-            async def noticed(devid: int = devid, old: int = generation, at: str = at) -> bool:
-                state = self.state(devid)
-                if state["phase"] != "connected" or state["generation"] != old:
-                    return True
-                if await self.host.store.read_opt(at) == "4":
-                    await self.backend.state(5, vif=devid)
-                return False
-
-            await eventually("its end noticed", noticed, why=lambda: self.log)
+            await noticed(self, devid, generation)
 
     async def detach(self, devid: int = 0) -> None:
         """Detaches an interface; nothing of it is left at either end."""
