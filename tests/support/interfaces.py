@@ -12,11 +12,15 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
+
+import click
+
+from pvfront.cli import cli
 
 RECORDS = Path(__file__).resolve().parents[1] / "interfaces"
 
@@ -118,6 +122,21 @@ def dbus_surface(introspection: str) -> Surface:
                 ends[given].append(f"{arg.get('name')}: {arg.get('type')}")
             found[name] = f"{part.tag} ({', '.join(ends['in'])}) -> ({', '.join(ends['out'])})"
     return found
+
+
+# -- the command line ----------------------------------------------------------------------------
+
+
+def commands(group: click.Group = cli, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Each command by its words ("vbd serve")."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path}{name} ")
+        else:
+            yield path + name, command
 
 
 # -- JSON --------------------------------------------------------------------------------------

@@ -5,29 +5,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import interfaces
 import pytest
-from interfaces import judge
+from interfaces import commands, judge
 
 from pvfront import api, versions
 from pvfront.agent.xeniface.bus import INTROSPECTION
-from pvfront.cli import cli
-
-
-def commands(group: click.Group = cli, path: str = "") -> Iterator[tuple[str, click.Command]]:
-    context = click.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        assert command is not None
-        if isinstance(command, click.Group):
-            yield from commands(command, f"{path}{name} ")
-        else:
-            yield path + name, command
-
 
 POLICY = Path(__file__).resolve().parents[2] / "docs" / "interfaces.md"
 

@@ -7,13 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from interfaces import commands
 
 from pvfront import __version__
 from pvfront.agent.settings import AgentSettings
@@ -33,17 +33,6 @@ def plain(roff: str) -> str:
     text = re.sub(r"^\.\\\".*$", "", text, flags=re.M)
     text = re.sub(r"^\.[A-Z]{1,2}\b ?", "", text, flags=re.M)
     return text.replace('"', "")
-
-
-def commands(group: click.Group = cli, path: str = "") -> Iterator[tuple[str, click.Command]]:
-    context = click.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        assert command is not None
-        if isinstance(command, click.Group):
-            yield from commands(command, f"{path}{name} ")
-        else:
-            yield path + name, command
 
 
 def options(command: click.Command) -> set[str]:
