@@ -11,22 +11,15 @@ of faults.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self, TypedDict, Unpack
+from typing import Literal, Self, Unpack
 
-from pvfront.host.faults import FaultError, Rule, whole
+from pvfront.host.faults import FaultError, Rule, Turns, counts, distance
 
 __all__ = ["KINDS", "ConsFault"]
 
 KINDS = ("in_prod", "out_cons", "scribble", "silent", "storm", "deaf")
 
 _U32 = (1 << 32) - 1
-
-
-class When(TypedDict, total=False):
-    """When a fault fires; what is left out: always."""
-
-    skip: int
-    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +33,32 @@ class ConsFault(Rule):
     count: int = 0
 
     @classmethod
-    def index(cls, which: Literal["in_prod", "out_cons"], by: int, **when: Unpack[When]) -> Self:
+    def index(cls, which: Literal["in_prod", "out_cons"], by: int, **when: Unpack[Turns]) -> Self:
         """An index of the backend's is published off by `by`: forward, or (negative) backward."""
         if which not in ("in_prod", "out_cons"):
             raise FaultError(f"{which!r}: a backend has in_prod and out_cons")
-        value = whole("by", by, -(1 << 31), (1 << 31) - 1)
-        if not value:
-            raise FaultError("by=0 moves nothing")
-        return cls._make(which, value & _U32, when)
+        return cls._make(which, distance(by) & _U32, when)
 
     @classmethod
-    def scribble(cls, **when: Unpack[When]) -> Self:
+    def scribble(cls, **when: Unpack[Turns]) -> Self:
         """It writes over the frontend's indices and bytes, after it has read them."""
         return cls._make("scribble", 0, when)
 
     @classmethod
-    def silent(cls, **when: Unpack[When]) -> Self:
+    def silent(cls, **when: Unpack[Turns]) -> Self:
         """What was published is followed by no event."""
         return cls._make("silent", 0, when)
 
     @classmethod
-    def storm(cls, **when: Unpack[When]) -> Self:
+    def storm(cls, **when: Unpack[Turns]) -> Self:
         """An event for nothing each millisecond."""
         return cls._make("storm", 0, when)
 
     @classmethod
-    def deaf(cls, **when: Unpack[When]) -> Self:
+    def deaf(cls, **when: Unpack[Turns]) -> Self:
         """It takes nothing of what the frontend publishes."""
         return cls._make("deaf", 0, when)
 
     @classmethod
-    def _make(cls, kind: str, value: int, when: When) -> Self:
-        unknown = when.keys() - When.__annotations__.keys()
-        if unknown:
-            raise FaultError(f"{kind}: no such argument: {', '.join(sorted(unknown))}")
-        return cls(
-            kind,
-            value,
-            whole("skip", when.get("skip", 0), 0, _U32),
-            whole("count", when.get("count", 0), 0, _U32),
-        )
+    def _make(cls, kind: str, value: int, when: Turns) -> Self:
+        return cls(kind, value, *counts(kind, when))

@@ -103,6 +103,15 @@ class Rule:
         return cls(**data)
 
 
+class Turns(TypedDict, total=False):
+    """When a fault of a network's or a console's fires; what is left out: always."""
+
+    skip: int
+    """So many chances pass first."""
+    count: int
+    """Fires so often; 0: for ever."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault(Rule):
     """One rule of the engine's table; made by the constructors below, which check what they get.
@@ -210,9 +219,7 @@ class Fault(Rule):
     @classmethod
     def producer(cls, by: int, **which: Unpack[Selection]) -> Self:
         """rsp_prod is published off by `by`: forward, or (negative) backward."""
-        if not by:
-            raise FaultError("by=0 moves nothing")
-        return cls._make("producer", which, value=whole("by", by, -(1 << 31), (1 << 31) - 1))
+        return cls._make("producer", which, value=distance(by))
 
     # -- events ----------------------------------------------------------------------------------
 
@@ -448,6 +455,23 @@ def whole(name: str, value: object, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise FaultError(f"{name}={value!r} is not a whole number in {low}..{high}")
     return value
+
+
+def distance(by: object) -> int:
+    """How far an index is moved, forward or (negative) backward. Raises FaultError."""
+    if not (value := whole("by", by, -(1 << 31), (1 << 31) - 1)):
+        raise FaultError("by=0 moves nothing")
+    return value
+
+
+def counts(kind: str, when: Turns) -> tuple[int, int]:
+    """`skip` and `count` of a fault. Raises FaultError."""
+    if unknown := when.keys() - Turns.__annotations__.keys():
+        raise FaultError(f"{kind}: no such argument: {', '.join(sorted(unknown))}")
+    return (
+        whole("skip", when.get("skip", 0), 0, _U64),
+        whole("count", when.get("count", 0), 0, _U64),
+    )
 
 
 def _micro(name: str, ms: float) -> int:

@@ -12,9 +12,9 @@ faults.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self, TypedDict, Unpack
+from typing import Literal, Self, Unpack
 
-from pvfront.host.faults import FaultError, Rule, whole
+from pvfront.host.faults import FaultError, Rule, Turns, counts, distance, whole
 
 __all__ = ["KINDS", "NetFault"]
 
@@ -47,13 +47,6 @@ REQUESTS = {
 _U64 = (1 << 64) - 1
 
 
-class When(TypedDict, total=False):
-    """When a fault fires; what is left out: always."""
-
-    skip: int
-    count: int
-
-
 @dataclass(frozen=True, slots=True)
 class NetFault(Rule):
     """One rule of the engine's table; made by the constructors below, which check what they get."""
@@ -69,17 +62,17 @@ class NetFault(Rule):
     # -- what the frontend receives --------------------------------------------------------------
 
     @classmethod
-    def rx_id(cls, value: int, **when: Unpack[When]) -> Self:
+    def rx_id(cls, value: int, **when: Unpack[Turns]) -> Self:
         """A received slot's id is `value`."""
         return cls._make("rx_id", whole("value", value, 0, 0xFFFF), when)
 
     @classmethod
-    def rx_offset(cls, value: int, **when: Unpack[When]) -> Self:
+    def rx_offset(cls, value: int, **when: Unpack[Turns]) -> Self:
         """A received slot's offset in its page is `value`."""
         return cls._make("rx_offset", whole("value", value, 0, 0xFFFF), when)
 
     @classmethod
-    def rx_status(cls, value: int, **when: Unpack[When]) -> Self:
+    def rx_status(cls, value: int, **when: Unpack[Turns]) -> Self:
         """A received slot's status, the number of its bytes, is `value`."""
         return cls._make("rx_status", whole("value", value, -(1 << 15), (1 << 15) - 1), when)
 
@@ -87,7 +80,7 @@ class NetFault(Rule):
     def rx_flags(
         cls,
         *flip: Literal["data_validated", "csum_blank", "more_data", "extra_info"],
-        **when: Unpack[When],
+        **when: Unpack[Turns],
     ) -> Self:
         """These flags of a received slot are turned over."""
         unknown = set(flip) - FLAGS.keys()
@@ -103,7 +96,7 @@ class NetFault(Rule):
         gso_size: int = 0,
         gso_type: int = 0,
         times: int = 1,
-        **when: Unpack[When],
+        **when: Unpack[Turns],
     ) -> Self:
         """A received packet has extra info of this kind instead of its own, `times` times."""
         number = EXTRAS[kind] if isinstance(kind, str) else whole("kind", kind, 0, 0xFF)
@@ -112,42 +105,42 @@ class NetFault(Rule):
         return cls._make("rx_extra", value | whole("times", times, 1, 4) << 32, when)
 
     @classmethod
-    def rx_rewrite(cls, **when: Unpack[When]) -> Self:
+    def rx_rewrite(cls, **when: Unpack[Turns]) -> Self:
         """The pages of a received packet are overwritten right after it was given."""
         return cls._make("rx_rewrite", 0, when)
 
     @classmethod
-    def rx_headroom(cls, room: int, **when: Unpack[When]) -> Self:
+    def rx_headroom(cls, room: int, **when: Unpack[Turns]) -> Self:
         """A received packet has `room` bytes before it in each of its pages, asked for or not."""
         return cls._make("rx_headroom", whole("room", room, 1, 2048), when)
 
     # -- what it sends ---------------------------------------------------------------------------
 
     @classmethod
-    def tx_id(cls, value: int, **when: Unpack[When]) -> Self:
+    def tx_id(cls, value: int, **when: Unpack[Turns]) -> Self:
         """The answer to a sent slot has the id `value`."""
         return cls._make("tx_id", whole("value", value, 0, 0xFFFF), when)
 
     @classmethod
     def tx_status(
-        cls, status: Literal["okay", "error", "dropped", "null"] | int, **when: Unpack[When]
+        cls, status: Literal["okay", "error", "dropped", "null"] | int, **when: Unpack[Turns]
     ) -> Self:
         """The answer to a sent slot has this status."""
         number = STATUS[status] if isinstance(status, str) else status
         return cls._make("tx_status", whole("status", number, -(1 << 15), (1 << 15) - 1), when)
 
     @classmethod
-    def tx_drop(cls, **when: Unpack[When]) -> Self:
+    def tx_drop(cls, **when: Unpack[Turns]) -> Self:
         """A sent slot is never answered."""
         return cls._make("tx_drop", 0, when)
 
     @classmethod
-    def tx_duplicate(cls, **when: Unpack[When]) -> Self:
+    def tx_duplicate(cls, **when: Unpack[Turns]) -> Self:
         """A sent slot is answered twice."""
         return cls._make("tx_duplicate", 0, when)
 
     @classmethod
-    def look(cls, pattern: int, **when: Unpack[When]) -> Self:
+    def look(cls, pattern: int, **when: Unpack[Turns]) -> Self:
         """No fault but a look: counts the 64-bit words `pattern` that lie in the granted pages of a
         sent packet outside of its bytes. The counter is `canaries` of `NetBackend.stats`.
         """
@@ -156,20 +149,17 @@ class NetFault(Rule):
     # -- either ----------------------------------------------------------------------------------
 
     @classmethod
-    def producer(cls, by: int, *, ring: Literal["tx", "rx"] = "tx", **when: Unpack[When]) -> Self:
+    def producer(cls, by: int, *, ring: Literal["tx", "rx"] = "tx", **when: Unpack[Turns]) -> Self:
         """A ring's rsp_prod is published off by `by`: forward, or (negative) backward."""
-        value = whole("by", by, -(1 << 31), (1 << 31) - 1)
-        if not value:
-            raise FaultError("by=0 moves nothing")
-        return cls._make("producer" if ring == "tx" else "rx_producer", value, when)
+        return cls._make("producer" if ring == "tx" else "rx_producer", distance(by), when)
 
     @classmethod
-    def silent(cls, **when: Unpack[When]) -> Self:
+    def silent(cls, **when: Unpack[Turns]) -> Self:
         """What was published is followed by no event, though one is due."""
         return cls._make("silent", 0, when)
 
     @classmethod
-    def storm(cls, **when: Unpack[When]) -> Self:
+    def storm(cls, **when: Unpack[Turns]) -> Self:
         """An event for nothing after each turn of the backend's."""
         return cls._make("storm", 0, when)
 
@@ -182,7 +172,7 @@ class NetFault(Rule):
         value: int,
         *,
         of: str = "any",
-        **when: Unpack[When],
+        **when: Unpack[Turns],
     ) -> Self:
         """This field of an answer is `value`. `of`: to such requests (REQUESTS) only."""
         most = 0xFFFF if what in ("id", "type") else 0xFFFFFFFF
@@ -196,7 +186,7 @@ class NetFault(Rule):
         what: Literal["drop", "duplicate", "hold"],
         *,
         of: str = "any",
-        **when: Unpack[When],
+        **when: Unpack[Turns],
     ) -> Self:
         """A request is never answered, or twice, or when the faults are replaced."""
         if what not in ("drop", "duplicate", "hold"):
@@ -204,41 +194,29 @@ class NetFault(Rule):
         return cls._make(f"ctrl_{what}", 0, when, of)
 
     @classmethod
-    def control_scribble(cls, *, of: str = "any", **when: Unpack[When]) -> Self:
+    def control_scribble(cls, *, of: str = "any", **when: Unpack[Turns]) -> Self:
         """The page with a request's list or key is overwritten before it is answered."""
         return cls._make("ctrl_scribble", 0, when, of)
 
     @classmethod
-    def control_producer(cls, by: int, **when: Unpack[When]) -> Self:
+    def control_producer(cls, by: int, **when: Unpack[Turns]) -> Self:
         """The ring's rsp_prod is published off by `by`."""
-        value = whole("by", by, -(1 << 31), (1 << 31) - 1)
-        if not value:
-            raise FaultError("by=0 moves nothing")
-        return cls._make("ctrl_producer", value, when)
+        return cls._make("ctrl_producer", distance(by), when)
 
     @classmethod
-    def control_silent(cls, **when: Unpack[When]) -> Self:
+    def control_silent(cls, **when: Unpack[Turns]) -> Self:
         """An answer is followed by no event, though one is due."""
         return cls._make("ctrl_silent", 0, when)
 
     @classmethod
-    def control_storm(cls, **when: Unpack[When]) -> Self:
+    def control_storm(cls, **when: Unpack[Turns]) -> Self:
         """An event for nothing each millisecond, from the next request on."""
         return cls._make("ctrl_storm", 0, when)
 
     # -- the table -------------------------------------------------------------------------------
 
     @classmethod
-    def _make(cls, kind: str, value: int, when: When, of: str = "any") -> Self:
-        unknown = when.keys() - When.__annotations__.keys()
-        if unknown:
-            raise FaultError(f"{kind}: no such argument: {', '.join(sorted(unknown))}")
+    def _make(cls, kind: str, value: int, when: Turns, of: str = "any") -> Self:
         if of not in REQUESTS:
             raise FaultError(f"of={of!r}: there are {', '.join(REQUESTS)}")
-        return cls(
-            kind,
-            value & _U64,
-            REQUESTS[of],
-            whole("skip", when.get("skip", 0), 0, _U64),
-            whole("count", when.get("count", 0), 0, _U64),
-        )
+        return cls(kind, value & _U64, REQUESTS[of], *counts(kind, when))
