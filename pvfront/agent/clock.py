@@ -55,9 +55,8 @@ def measure(
     """Compares when a second begins. Blocks for a second or two."""
     kind = guest_type(roots)
     if kind != "HVM":
-        return Reading(
-            "unknown", why=f"a {kind or 'guest that is none'} has no clock of the host's"
-        )
+        who = f"a {kind} guest" if kind else "what is no guest of Xen"
+        return Reading("unknown", why=f"{who} sees no clock of the host's")
     rtc = roots.sys / "class" / "rtc" / "rtc0"
     name = sysfs.read(rtc / "name") or ""
     before, last = now(), sysfs.read_int(rtc / "since_epoch")

@@ -25,7 +25,10 @@ def agent() -> None:
 @agent.command()
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
 def run(verbose: bool) -> None:
-    """Run the agent until SIGTERM: tell the toolstack of this guest, do what it asks for."""
+    """Tell the toolstack of this guest, and do what it asks for.
+
+    This is the agent, in the foreground, until SIGTERM.
+    """
     from ..agent.service import serve
     from ..agent.settings import from_config
     from ..config import FILE, load
@@ -37,9 +40,10 @@ def run(verbose: bool) -> None:
 @agent.command()
 @click.argument("moment", type=click.Choice(MOMENTS))
 def hooks(moment: str) -> None:
-    """Run the hooks of MOMENT; those of a shutdown only if the machine is on its way down.
+    """Run the hooks of MOMENT.
 
-    A hook that fails or hangs is said in the log, and holds up nothing but its time.
+    Those of a shutdown are run only if the machine is on its way down. A hook that fails or hangs
+    is said in the log, and holds up nothing but its time.
     """
     from ..agent.shutdown import run_hooks
 

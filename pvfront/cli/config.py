@@ -22,10 +22,10 @@ def config() -> None:
 @click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @json_option
 def check(file: Path | None, as_json: bool) -> None:
-    """Read FILE, or /etc/pvfront/pvfront.toml, as the services do, and say what is wrong with it.
+    """Say what is wrong with FILE, or /etc/pvfront/pvfront.toml.
 
-    Without the file there is nothing wrong: the defaults hold, and no device is taken. Of each
-    section the first mistake is told.
+    It is read as the services read it. Without the file there is nothing wrong: the defaults hold,
+    and no device is taken. Of each section the first mistake is told.
     """
     path = file or platform().config_dir / settings.FILE
     found = settings.problems(path, needed=file is not None)

@@ -87,8 +87,10 @@ def serve(names: tuple[str, ...], everything: bool, settings: Any, verbose: bool
     help="Bytes of what came before to begin with.",
 )
 def attach(name: str, read_only: bool, steal: bool, history: int) -> None:
-    """Attach this terminal to console NAME, as the program on its terminal is: what dom0 types is
-    shown, what is typed here goes to dom0.
+    """Attach this terminal to console NAME.
+
+    It becomes what the program on the console's terminal is: what dom0 types is shown, what is
+    typed here goes to dom0.
 
     Ctrl-] ends it, as in xl console. Several may be attached; one writes at a time: the program
     that has the terminal open, or who came first. Others watch, unless --steal is said.
@@ -114,10 +116,10 @@ def attach(name: str, read_only: bool, steal: bool, history: int) -> None:
     help="Lines of the journal to begin with.",
 )
 def log(name: str, stdin: bool, priority: str | None, units: tuple[str, ...], lines: int) -> None:
-    """Write the journal, as it grows, to console NAME until it is ended.
+    """Write the journal, as it grows, to console NAME.
 
-    Nobody who logs waits for who reads the console: where lines are too many, some are dropped, and
-    a line in their place says how many.
+    It goes on until it is ended. Nobody who logs waits for who reads the console: where lines are
+    too many, some are dropped, and a line in their place says how many.
     """
     if stdin and (priority or units):
         raise click.UsageError("--priority and --unit are of the journal")
@@ -143,9 +145,10 @@ def log(name: str, stdin: bool, priority: str | None, units: tuple[str, ...], li
     help="Offer the programs in DIR.",
 )
 def channel(name: str, files: Path | None, writable: bool, commands: Path | None) -> None:
-    """Let dom0 copy files and run commands over console NAME, until this is ended.
+    """Let dom0 copy files and run commands over console NAME.
 
-    Nothing is offered but what is said. In dom0 `pvfront-channel` is the other end.
+    It goes on until it is ended. Nothing is offered but what is said. In dom0 `pvfront-channel` is
+    the other end.
     """
     if files is None and commands is None:
         raise click.UsageError("say --files or --commands, or there is nothing to offer")

@@ -17,10 +17,11 @@ from .output import print_json, print_table
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Look at all that pvfront needs: guest, modules, limits, permissions, store, devices.
+    """Say what is wrong with this guest, and how it is mended.
 
-    Each line is OK, WARN or FAIL, with what to do about it in parentheses. The status is 1 if
-    anything failed.
+    Looks at all that pvfront needs: kernel, modules, limits, permissions, store, devices. Each line
+    is OK, WARN or FAIL, with what to do about it in parentheses. The status is 1 if anything
+    failed.
     """
     findings = examiner.examine(asyncio.run(gather()))
     if as_json:

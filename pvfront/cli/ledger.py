@@ -23,8 +23,9 @@ UNKNOWN = "unknown (xen-gntalloc does not say)"
 @click.argument("device", required=False, shell_complete=complete.device)
 @json_option
 def ledger(device: str | None, as_json: bool) -> None:
-    """Show the event channels and granted pages that DEVICE, or every device, holds.
+    """Show who holds which event channels and granted pages.
 
+    Of DEVICE, or of every device, and of each process.
     MAPPED are the pages that the backend has mapped, as far as that can be known.
     """
     found = with_store(lambda store: look(store, device))

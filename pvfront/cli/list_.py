@@ -39,7 +39,7 @@ NOTHING = More(lambda _device: {}, MappingProxyType({}))
 @click.command("list")
 @json_option
 def list_command(as_json: bool) -> None:
-    """List every PV device: class, id, name, backend domain, states, owner, OS device.
+    """List every PV device, the states of both ends, and who has it.
 
     The owner is kernel, pvfront or none. A line on standard error says if there are disks and the
     disk service does not run.

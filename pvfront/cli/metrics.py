@@ -23,7 +23,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--listen", type=FILE, help="Answer GET /metrics on this Unix socket until SIGTERM.")
 def metrics(textfile: Path | None, listen: Path | None) -> None:
-    """Print the metrics of every served device and queue, as OpenMetrics.
+    """Print the metrics of every served device as OpenMetrics.
 
     A file for node_exporter is in the older text format, which is all that its collector reads. On
     a socket the Accept header decides.

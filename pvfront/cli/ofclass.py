@@ -20,12 +20,12 @@ def add_list_and_status(group: click.Group, plural: str, one: str, more: More = 
     klass = group.name
     besides = f"; besides: {', '.join(more.columns).lower()}" if more.columns else ""
 
-    @group.command("list", help=f"List the {plural}, as `pvfront list` does{besides}.")
+    @group.command("list", help=f"List the {plural}.\n\nAs `pvfront list` does{besides}.")
     @json_option
     def list_command(as_json: bool) -> None:
         show_list(as_json, klass, more)
 
-    @group.command("status", help=f"Show one {one}, or each, as `pvfront status` does.")
+    @group.command("status", help=f"Show one {one}, or each, in full.")
     @click.argument("device", required=False, shell_complete=complete.device)
     @json_option
     def status(device: str | None, as_json: bool) -> None:

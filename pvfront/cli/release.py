@@ -16,9 +16,10 @@ from .output import with_store
 @click.argument("klass", metavar="CLASS", shell_complete=complete.device_class)
 @click.argument("device", shell_complete=complete.device)
 def release(klass: str, device: str) -> None:
-    """Close a served DEVICE of CLASS (vbd) and give it back to the kernel, if it can have it.
+    """Close a served DEVICE of CLASS and give it back to the kernel.
 
-    A device in use is not released.
+    CLASS is vbd, vif or console. A disk that the kernel had before rests instead. A device in use
+    is not released.
     """
 
     async def work(store: Xenstore) -> str:

@@ -23,7 +23,10 @@ _FIRST = ("name", "class", "id", "owner", "os_device", "link", "phase", "reason"
 @click.argument("device", required=False, shell_complete=complete.device)
 @json_option
 def status(device: str | None, as_json: bool) -> None:
-    """Show a DEVICE (xvdb, 51728, vif0, enX0), or each: states, geometry, worker, counters."""
+    """Show a DEVICE (xvdb, 51728, vif0, enX0), or each, in full.
+
+    That is its states, what was negotiated, its worker, and the counters of each queue.
+    """
     show(device, as_json)
 
 

@@ -7,6 +7,8 @@ escaped; `read --raw` writes the bytes as they are.
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from .. import storetool
@@ -26,7 +28,10 @@ def store() -> None:
 @click.option("-p", "--permissions", is_flag=True, help="Print each node's permissions.")
 @json_option
 def ls(path: str, full: bool, permissions: bool, as_json: bool) -> None:
-    """List PATH (default: the guest's own directory) and everything below it."""
+    """List PATH and everything below it.
+
+    Without one, that is the guest's own directory.
+    """
     nodes = with_store(lambda s: storetool.tree(s, path, permissions=permissions))
     if as_json:
         print_json([node.as_json() for node in nodes])
@@ -81,19 +86,16 @@ def rm(paths: tuple[str, ...]) -> None:
 @click.option("-n", "--count", type=click.IntRange(min=1), help="End after this many events.")
 @json_option
 def watch(path: str, count: int | None, as_json: bool) -> None:
-    """Print PATH, and every path at or below it that changes, until interrupted.
+    """Print PATH, and then whatever changes at or below it.
 
-    The first line comes at once: PATH itself.
+    It goes on until interrupted. The first line comes at once: PATH itself.
     """
 
     async def follow(s: Xenstore) -> None:
         seen = 0
         async with s.watch(path) as changes:
             async for changed in changes:
-                if as_json:
-                    print_json({"path": changed})
-                else:
-                    click.echo(printable(changed))
+                click.echo(json.dumps({"path": changed}) if as_json else printable(changed))
                 seen += 1
                 if seen == count:
                     return

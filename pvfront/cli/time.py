@@ -15,7 +15,7 @@ from .status import show_fields
 @click.option("--set", "to_set", is_flag=True, help="Set this guest's clock if it is wrong.")
 @json_option
 def time(to_set: bool, as_json: bool) -> None:
-    """Show how far this guest's clock is from the host's, and how that is known.
+    """Show how far this guest's clock is from the host's.
 
     The source is "unknown" where the kind of guest lets user space see none: PV and PVH.
     """

@@ -40,8 +40,9 @@ NOTHING = "no device is served"
 @click.option("-c", "--count", type=click.IntRange(min=1), help="End after so many intervals.")
 @json_option
 def top(interval: float, count: int | None, as_json: bool) -> None:
-    """Show what each served device and queue does a second, until interrupted.
+    """Show what each served device does a second, until interrupted.
 
+    Each queue of one that has several, too.
     Requests, megabytes (10^6 bytes), packets, gigabits, drops and errors, requests in flight,
     bounds of the latency, notifications of the backend, and the worker's processor time (of one
     processor). On a terminal q ends it; elsewhere there are tables, one after the other. With

@@ -41,10 +41,11 @@ def trace(
     write: BinaryIO | None,
     as_json: bool,
 ) -> None:
-    """Show the timeline of DEVICE, or of all: states of both ends, waits, phases, workers.
+    """Show what happened to DEVICE, or to all, and when.
 
-    Each line has the time, the seconds since the line before, the device and its generation. What
-    a supervisor has recorded is there after its end, and after that of the device.
+    That is states of both ends, waits, phases, workers. Each line has the time, the seconds since
+    the line before, the device and its generation. What a supervisor has recorded is there after
+    its end, and after that of the device.
 
     With --packets, show each packet that passes a served network interface until interrupted:
     direction, length, slots of the ring, who finishes its checksum, what it is to be cut into, and

@@ -17,10 +17,11 @@ from .output import complain, with_store
 @click.command()
 @click.argument("device", required=False, shell_complete=complete.device)
 def upgrade(device: str | None) -> None:
-    """Replace the worker of a served DEVICE, or of each, by one of the installed program.
+    """Replace the worker of a served DEVICE, or of each.
 
-    The new one takes over in the midst of everything: the connection to the backend stays, and
-    whoever uses the device notices a pause of milliseconds. If it cannot, the old one goes on.
+    The new one, of the installed program, takes over in the midst of everything: the connection to
+    the backend stays, and whoever uses the device notices a pause of milliseconds. If it cannot,
+    the old one goes on.
     """
 
     async def work(store: Xenstore) -> list[str]:

@@ -92,10 +92,11 @@ async def test_with_a_disk_it_is_what_is_recorded(
 
 
 @pytest.mark.parametrize(("verb", "arguments"), [("store watch", ["-n", "1", "domid"])])
-async def test_a_command_that_goes_on_prints_objects(
+async def test_a_command_that_goes_on_prints_an_object_a_line(
     disk: Place, verb: str, arguments: list[str]
 ) -> None:
-    assert await shown(disk.host.environ, verb, *arguments)
+    (line,) = (await printed(disk.host.environ, *verb.split(), *arguments, "--json")).splitlines()
+    holds(verb, json.loads(line))
 
 
 async def test_with_a_console_it_is_what_is_recorded() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import select
 import socket
 import threading
@@ -476,6 +477,17 @@ def test_help_is_there_for_every_verb(pvfront: Run) -> None:
         code, out, _ = pvfront(*verb, "--help")
         assert code == 0
         assert "Usage: pvfront" in out
+
+
+@pytest.mark.parametrize(
+    "group", [[], ["vbd"], ["vif"], ["console"], ["agent"], ["config"], ["store"]], ids=" ".join
+)
+def test_a_group_tells_each_of_its_verbs_in_a_whole_sentence(
+    pvfront: Run, group: list[str]
+) -> None:
+    listed = pvfront(*group, "--help")[1].partition("Commands:\n")[2].splitlines()
+    assert listed
+    assert [line for line in listed if not re.search(r"[^.]\.$", line)] == []
 
 
 def test_outside_of_a_xen_guest_the_error_says_so(guest: Guest, pvfront: Run) -> None:

@@ -40,6 +40,16 @@ def test_a_console_without_a_name_has_its_number() -> None:
     assert keys.name_of(None, 3) == ("console-3", None)
 
 
+UNITS = Path(__file__).resolve().parents[2] / "systemd"
+
+
+@pytest.mark.parametrize("unit", ["pvfront-getty@.service", "pvfront-channel@.service"])
+def test_a_unit_of_one_console_takes_its_name_as_it_is(unit: str) -> None:
+    text = (UNITS / unit).read_text(encoding="utf-8")
+    assert "%i" in text
+    assert "%I" not in text, "systemd makes a slash of each hyphen of it: console-1"
+
+
 # -- history -----------------------------------------------------------------------------------
 
 
