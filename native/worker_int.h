@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause
  *
  * What the worker's files share with each other only: worker.c (the device's state machine),
- * worker_net.c (a network's messages), worker_cons.c (a console's), worker_tell.c (what it says), hand_over.c (another takes over).
+ * worker_net.c and worker_cons.c (a network's messages, a console's), worker_tell.c (what it says),
+ * hand_over.c (another takes over).
  */
 #ifndef PVF_WORKER_INT_H
 #define PVF_WORKER_INT_H

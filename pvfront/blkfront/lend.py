@@ -230,6 +230,14 @@ def supervisor(
     )
 
 
+class NotStarted(PvfrontError):
+    """The program cannot be started; `status` is what a shell would end with."""
+
+    def __init__(self, program: str, error: OSError) -> None:
+        super().__init__(f"{program} cannot be started: {error.strerror}")
+        self.status = 127 if isinstance(error, FileNotFoundError) else 126
+
+
 class Lender:
     """Starts a program that finds disks in its environment; `Borrower` as long as it runs."""
 
@@ -245,7 +253,7 @@ class Lender:
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
-        """Starts the program and waits for its end. Raises PvfrontError: it cannot be started."""
+        """Starts the program and waits for its end. Raises NotStarted."""
         try:
             ends = {label: theirs.fileno() for label, (_, theirs) in self._pairs.items()}
             environ = {
@@ -259,10 +267,7 @@ class Lender:
                     *self.command, env=environ, pass_fds=list(ends.values())
                 )
             except OSError as error:
-                self.status = 127 if isinstance(error, FileNotFoundError) else 126
-                raise PvfrontError(
-                    f"{self.command[0]} cannot be started: {error.strerror}"
-                ) from error
+                raise NotStarted(self.command[0], error) from error
             finally:
                 for _, theirs in self._pairs.values():
                     theirs.close()

@@ -15,6 +15,7 @@ from ..platform import platform
 from ..service import prepare_process
 from . import complete
 from .ofclass import add_list_and_status
+from .output import complain
 
 if TYPE_CHECKING:
     from ..blkfront.settings import Export
@@ -133,6 +134,7 @@ def lend(names: str, command: tuple[str, ...], force: bool, verbose: bool) -> No
         command = command[1:]
     if not command:
         raise click.UsageError("name the program that is to have the disks")
+    from ..blkfront.lend import NotStarted
     from ..blkfront.lend import lend as lend_disks
 
     # Not prepare_process(): a program would inherit what fits a server that writeback waits for.
@@ -140,4 +142,8 @@ def lend(names: str, command: tuple[str, ...], force: bool, verbose: bool) -> No
         level=logging.DEBUG if verbose else logging.WARNING,
         format="%(asctime)s %(levelname)-7s %(message)s",
     )
-    raise SystemExit(asyncio.run(lend_disks(names.split(","), command, force=force)))
+    try:
+        raise SystemExit(asyncio.run(lend_disks(names.split(","), command, force=force)))
+    except NotStarted as error:
+        complain(error)
+        raise SystemExit(error.status) from None

@@ -157,7 +157,7 @@ async def test_a_programs_exit_status_is_the_commands(world: World) -> None:
 
 
 async def test_a_program_that_is_not_there_is_one_line(world: World) -> None:
-    _, errors = await world.lend("/no/such/program", status=1)
+    _, errors = await world.lend("/no/such/program", status=127)
     assert errors == "pvfront: /no/such/program cannot be started: No such file or directory\n"
 
 
