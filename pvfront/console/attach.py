@@ -106,7 +106,7 @@ def _raw() -> Iterator[None]:
         return
     before = termios.tcgetattr(0)
     try:
-        tty.setraw(0)
+        tty.setraw(0, termios.TCSADRAIN)  # what was typed already is not to be thrown away
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)

@@ -90,6 +90,15 @@ async def test_attached_one_talks_with_dom0_until_ctrl_bracket(it: ConsoleWorld,
     await _clients(it, 0)
 
 
+async def test_what_is_typed_before_it_is_attached_comes_too(it: ConsoleWorld, attached) -> None:
+    async with await it.dom0(it.devid) as dom0:
+        one = attached("--history=0")
+        one.child.send("early")  # Python takes longer to start
+        assert await dom0.receive(5) == b"early"
+        await one.detach()
+    await _clients(it, 0)
+
+
 async def test_two_readers_see_the_same_bytes_and_a_late_one_what_came_before(
     it: ConsoleWorld, attached
 ) -> None:
