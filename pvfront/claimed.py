@@ -2,9 +2,9 @@
 """Which devices a service is to take: those that `claim` in pvfront.toml(5) names.
 
 Nothing is taken that is not named. This file is also a program, for udev's rules, which ask about
-each disk at boot: so it imports little.
+disks at boot: so it imports little.
 
-    python3 -m pvfront.claimed DEVID        0: the disk of that number is named; 1: it is not
+    python3 -m pvfront.claimed NUMBER...    a line for each disk: "51728 named" or "51728 other"
 """
 
 from __future__ import annotations
@@ -50,13 +50,16 @@ def main(arguments: list[str]) -> int:
     from .config import load
     from .errors import PvfrontError
 
+    named: tuple[str, ...] = ()
     try:
         disks = load(Path(os.environ.get("PVFRONT_CONFIG", CONFIG))).section("disk")
-        return 0 if names_disk(disks.strings("claim"), int(arguments[0])) else 1
+        named = disks.strings("claim")
     except PvfrontError as error:
         # The service does not start with such a file, and takes nothing either.
         print(f"pvfront: {error}", file=sys.stderr)
-        return 1
+    for number in arguments:
+        print(number, "named" if names_disk(named, int(number)) else "other")
+    return 0
 
 
 if __name__ == "__main__":

@@ -287,9 +287,16 @@ def test_udev_is_told_of_a_disk_whether_it_is_named(
 ) -> None:
     path = tmp_path / "pvfront.toml"
     monkeypatch.setenv("PVFRONT_CONFIG", str(path))
-    assert claimed.main([str(XVDB)]) == 1, "there is no file"
+
+    def named() -> list[str]:
+        assert claimed.main([str(XVDB), str(XVDC)]) == 0
+        return [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+
+    assert named() == ["other", "other"], "there is no file"
     path.write_text('[disk]\nclaim = ["xvdb"]\nmax_queues = 99\n')
-    assert (claimed.main([str(XVDB)]), claimed.main([str(XVDC)])) == (0, 1)
+    assert named() == ["named", "other"]
     path.write_text("[disk]\nclaim = 3\n")
-    assert claimed.main([str(XVDB)]) == 1
-    assert "claim = 3: must be a list of strings" in capsys.readouterr().err
+    claimed.main([str(XVDB)])
+    said = capsys.readouterr()
+    assert said.out == f"{XVDB} other\n"
+    assert "claim = 3: must be a list of strings" in said.err
