@@ -12,6 +12,7 @@ may be; what the system calls it is cut and stripped of control characters.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,13 +32,19 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from . import __version__, inventory
+from .agent import SOCKET
 from .counters import CLASSES, Sample, sample
+from .errors import PvfrontError
 from .figures import DROPS, OPERATIONS
 from .platform import Platform, platform
+from .questions import ask
 from .xswire import printable
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+
+ASKING = 5.0
+"""Seconds for the agent's answer: metrics of devices do not wait longer for it."""
 
 _QUEUE = ("device", "queue")
 Table = Mapping[str, tuple[str, str, str]]
@@ -128,11 +135,16 @@ class Devices(Collector):
         *,
         services: Mapping[str, bool] | None = None,
         limit: int | None = None,
+        agent: Mapping[str, Any] | None = None,
     ) -> None:
-        """`services`: whether that of a class runs; `limit`: of granted pages, None: not known."""
+        """`services`: whether that of a class runs; `limit`: of granted pages, None: not known.
+
+        `agent`: what the guest agent says of what it publishes; None: none answers.
+        """
         self._samples = samples
         self._services = services or {}
         self._limit = limit
+        self._agent = agent
 
     def collect(self) -> Iterator[Metric]:
         """Every family that has something to say."""
@@ -154,6 +166,7 @@ class Devices(Collector):
                 "Pages that user space may grant to other domains.",
                 self._limit,
             )
+        yield from self._of_the_agent()
         yield from self._of_devices()
         disks = [one for one in self._samples if one.klass == "vbd"]
         networks = [one for one in self._samples if one.klass == "vif"]
@@ -168,6 +181,17 @@ class Devices(Collector):
         yield from _queues(consoles, CONSOLE_COUNTERS, CounterMetricFamily)
         yield from _queues(consoles, CONSOLE_GAUGES, GaugeMetricFamily)
         yield from _queues(self._samples, EVENTS, CounterMetricFamily)
+
+    def _of_the_agent(self) -> Iterator[Metric]:
+        if self._agent is not None:
+            yield GaugeMetricFamily(
+                "pvfront_agent_keys", "Keys that the agent has published.", self._agent["keys"]
+            )
+            yield CounterMetricFamily(
+                "pvfront_agent_store_writes",
+                "Writes and removals in the store to publish them.",
+                self._agent["store_writes"],
+            )
 
     def _of_devices(self) -> Iterator[Metric]:
         info = InfoMetricFamily("pvfront_device", "A served device.", labels=["device"])
@@ -289,7 +313,17 @@ def devices(on: Platform | None = None) -> Devices:
     """The metrics as they are now. `on`, here and below: None is ours."""
     on = on or platform()
     services = {klass: inventory.supervisor(klass, on.run_dir) is not None for klass in CLASSES}
-    return Devices(sample(on), services=services, limit=on.grant_limit())
+    agent = asyncio.run(_agent(on.run_dir))
+    return Devices(sample(on), services=services, limit=on.grant_limit(), agent=agent)
+
+
+async def _agent(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        async with asyncio.timeout(ASKING):
+            answer = await ask(run_dir / SOCKET, {"verb": "status"})
+        return {name: int(answer["agent"]["publish"][name]) for name in ("keys", "store_writes")}
+    except (OSError, PvfrontError, LookupError, TypeError, ValueError):
+        return None  # it does not run, is about to end, or hangs
 
 
 def exposition(accept: str = OPENMETRICS, on: Platform | None = None) -> tuple[bytes, str]:

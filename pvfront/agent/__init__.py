@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """The guest agent (XENIFACE): what toolstacks read and ask for. docs/agent.md."""
+
+SOCKET = "agent.sock"
+"""In the directory of run files: who asks there is told what the agent says of itself."""

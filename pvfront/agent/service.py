@@ -20,6 +20,7 @@ from ..platform import platform
 from ..questions import answering, ask
 from ..service import keep_watchdog, sd_notify
 from ..xenstore import XenstoreLost
+from . import SOCKET
 from .board import Board
 from .clock import Clock
 from .context import Component, Context
@@ -39,7 +40,6 @@ from .xeniface.component import Xeniface
 
 log = logging.getLogger(__name__)
 
-SOCKET = "agent.sock"
 PAUSES = (1.0, 60.0)  # seconds before a component that failed is begun again: first, most
 
 

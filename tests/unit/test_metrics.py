@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pvfront.counters import Sample
 from pvfront.metrics import OPENMETRICS, Devices, buckets, label, write_textfile
 from pvfront.metricsserver import answer
 from pvfront.platform import Embedded
+from pvfront.questions import answering
 
 
 def text(*samples: Sample, **more: Any) -> str:
@@ -147,6 +149,27 @@ def test_whatever_a_device_is_called_it_is_one_bounded_label(name: str) -> None:
     assert len(label(name)) <= 64
     assert label(name).isprintable()
     assert "\x1b" not in text(hostile)
+
+
+def test_what_the_agent_writes_into_the_store_is_counted(tmp_path: Path) -> None:
+    assert "pvfront_agent_keys" not in families(DISK)
+    found = families(DISK, agent={"keys": 21, "store_writes": 22})
+    assert value(found["pvfront_agent_keys"]) == 21
+    assert value(found["pvfront_agent_store_writes"], "_total") == 22
+
+    said: dict[str, Any] = {"ok": True, "agent": {"publish": {"keys": 5, "store_writes": 7}}}
+
+    async def answers(_: dict[str, Any]) -> dict[str, Any]:
+        return said
+
+    async def asked() -> dict[str, Any] | None:
+        async with answering(tmp_path / "agent.sock", "agent", {"status": answers}):
+            return await metrics._agent(tmp_path)
+
+    assert asyncio.run(asked()) == {"keys": 5, "store_writes": 7}
+    said = {"ok": True, "agent": {"publish": {}}}
+    assert asyncio.run(asked()) is None
+    assert asyncio.run(metrics._agent(tmp_path)) is None, "none runs"
 
 
 def test_the_textfile_is_in_the_format_that_node_exporter_reads() -> None:
