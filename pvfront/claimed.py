@@ -41,6 +41,13 @@ def names_vif(patterns: Collection[str], devid: int, interfaces: Collection[str]
     return matches(patterns, (str(devid), f"vif{devid}", f"enX{devid}", *interfaces))
 
 
+def names_console(patterns: Collection[str], devid: int, name: str) -> bool:
+    """Whether that secondary console is named: 1, console-1, or as its channel is called; 0, the
+    primary one, never is.
+    """
+    return devid != 0 and matches(patterns, (str(devid), f"console-{devid}", name))
+
+
 def left_running(run_dir: Path, klass: str) -> bool:
     """Whether workers of an earlier supervisor go on, for whom somebody must be there."""
     return any(run_dir.glob(f"{klass}-*.sock"))

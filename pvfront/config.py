@@ -46,6 +46,7 @@ FILE = "pvfront.toml"
 SECTIONS = {
     "disk": "pvfront.blkfront.settings",
     "vif": "pvfront.netfront.settings",
+    "console": "pvfront.console.settings",
     "agent": "pvfront.agent.settings",
 }
 """Every section, and the module whose `from_config(Config)` reads it."""

@@ -34,7 +34,7 @@ _CONFIG = {
     "xen-gntalloc": "CONFIG_XEN_GRANT_DEV_ALLOC",
 }
 _SERVICE = {"vbd": "disk", "vif": "network", "console": "console"}
-_SECTION = {"vbd": "disk", "vif": "vif"}
+_SECTION = {"vbd": "disk", "vif": "vif", "console": "console"}
 
 
 class Level(StrEnum):

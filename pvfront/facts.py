@@ -268,13 +268,17 @@ def named(on: Platform) -> Callable[[Device], bool]:
     """Whether the settings name a device; no device if there is something wrong with them."""
     try:
         file = config.load(on.config_dir / config.FILE)
-        disks, vifs = (file.section(name).strings("claim") for name in ("disk", "vif"))
+        disks, vifs, consoles = (
+            file.section(name).strings("claim") for name in ("disk", "vif", "console")
+        )
     except PvfrontError:
         return lambda device: False
 
     def of(device: Device) -> bool:
         if device.klass == "vbd":
             return claimed.names_disk(disks, device.id)
+        if device.klass == "console":
+            return claimed.names_console(consoles, device.id, device.name)
         return device.klass == "vif" and claimed.names_vif(vifs, device.id, [device.os_device])
 
     return of

@@ -15,7 +15,6 @@ from ..console import listing
 from ..errors import PvfrontError
 from ..platform import platform
 from ..service import prepare_process
-from ..xenstore import Xenstore
 from . import complete
 from .list_ import More
 from .ofclass import add_list_and_status
@@ -49,30 +48,44 @@ add_list_and_status(
 @click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete.device)
 @click.option("--all", "everything", is_flag=True, help="Every one, also those attached later.")
 @click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file of settings instead of /etc/pvfront/pvfront.toml.",
+)
+@click.option(
     "-o",
     "--option",
-    "settings",
+    "hotkeys",
     metavar="KEY=VALUE",
     multiple=True,
     callback=lambda _context, _parameter, values: _settings(values),
     help="hotkey.NAME=^X gives console NAME hot keys behind that control character.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
-def serve(names: tuple[str, ...], everything: bool, settings: Any, verbose: bool) -> None:
+def serve(
+    names: tuple[str, ...],
+    everything: bool,
+    config: Path | None,
+    hotkeys: Any,
+    verbose: bool,
+) -> None:
     """Serve secondary consoles in user space until SIGTERM.
 
-    NAME is a channel's name in the xl config, or console-1. Each is a terminal under
+    NAME is a channel's name in the xl config, or console-1. Without one, those that
+    /etc/pvfront/pvfront.toml names are served, and with --all every one. Each is a terminal under
     /dev/pvfront/console. The primary console stays with the kernel.
 
     Where systemd restarts the service, terminals, workers and what nobody has read yet are kept.
     """
-    if bool(names) == everything:
+    if names and everything:
         raise click.UsageError("name the consoles to serve, or say --all")
     from ..console.service import serve as serve_consoles
 
     in_guest = platform().name == "xen"
     prepare_process(logging.DEBUG if verbose else logging.INFO, relied_on=in_guest)
-    raise SystemExit(asyncio.run(serve_consoles(names, everything=everything, settings=settings)))
+    raise SystemExit(
+        asyncio.run(serve_consoles(names, everything=everything, config=config, hotkeys=hotkeys))
+    )
 
 
 @console.command()
@@ -126,7 +139,7 @@ def log(name: str, stdin: bool, priority: str | None, units: tuple[str, ...], li
     from ..console import log as journal
 
     command = None if stdin else journal.journal(priority, units, lines)
-    raise SystemExit(journal.run(_terminal(name), command))
+    raise SystemExit(journal.run(_served(name)[2], command))
 
 
 @console.command()
@@ -147,30 +160,47 @@ def log(name: str, stdin: bool, priority: str | None, units: tuple[str, ...], li
 def channel(name: str, files: Path | None, writable: bool, commands: Path | None) -> None:
     """Let dom0 copy files and run commands over console NAME.
 
-    It goes on until it is ended. Nothing is offered but what is said. In dom0 `pvfront-channel` is
-    the other end.
+    It goes on until it is ended. Nothing is offered but what is said here or, if nothing is, in
+    [console.NAME] of pvfront.toml. In dom0 `pvfront-channel` is the other end.
     """
-    if files is None and commands is None:
-        raise click.UsageError("say --files or --commands, or there is nothing to offer")
     if writable and files is None:
         raise click.UsageError("--writable is of --files")
     from ..console.channel import serve as serve_channel
 
+    devid, label, terminal = _served(name)
+    if files is None and commands is None:
+        files, writable, commands = _offered(devid, label)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    raise SystemExit(
-        serve_channel(_terminal(name), files=files, writable=writable, commands=commands)
+    raise SystemExit(serve_channel(terminal, files=files, writable=writable, commands=commands))
+
+
+def _offered(devid: int, label: str) -> tuple[Path | None, bool, Path | None]:
+    """What the settings let dom0 have over a console: files, whether to be written, commands."""
+    from ..config import FILE, load
+    from ..console.settings import from_config
+
+    path = platform().config_dir / FILE
+    one = from_config(load(path)).of(devid, label)
+    if not one.files and not one.commands:
+        raise click.UsageError(
+            f"say --files or --commands, here or in [console.{label}] of {path}: "
+            "there is nothing to offer"
+        )
+    return (
+        Path(one.files) if one.files else None,
+        one.writable,
+        (Path(one.commands) if one.commands else None),
     )
 
 
-def _terminal(name: str) -> Path:
-    """The terminal of a console that is served. Raises PvfrontError."""
+def _served(name: str) -> tuple[int, str, Path]:
+    """Number, name and terminal of a console that is served. Raises PvfrontError."""
     from ..console.service import find, names
     from ..inventory import read_state
 
-    async def number(store: Xenstore) -> int:
-        return find(name, await names(store))
-
-    state = read_state(f"console-{with_store(number)}", platform().run_dir) or {}
+    present: dict[int, str] = with_store(names)
+    devid = find(name, present)
+    state = read_state(f"console-{devid}", platform().run_dir) or {}
     if not (path := state.get("os_device")):
         raise PvfrontError(f"{name}: nobody serves it", hint="systemctl start pvfront-console")
-    return Path(str(path))
+    return devid, present[devid], Path(str(path))

@@ -43,6 +43,8 @@ def note(text: str, hint: str | None = None, program: str = "pvfront") -> None:
 
 def printable(text: str) -> str:
     """Text from the store with everything escaped that could play with a terminal."""
+    if text.isprintable():  # most is, and a flood of lines may come through here
+        return text
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

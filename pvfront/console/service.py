@@ -6,16 +6,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import string
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..budget import Budget
 from ..claim import CannotTake
+from ..claimed import is_pattern, left_running, names_console
+from ..config import FILE, load
 from ..deviceclass import DeviceClass
 from ..hooks import Hooks
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
-from ..supervisor import Supervisor
+from ..supervisor import Supervisor, nothing_named
 from ..suspend_shared import in_guest
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice
@@ -23,7 +26,7 @@ from ..xenstore import Xenstore
 from . import dump, fdstore, keys
 from .frontend import ConsoleFrontend
 from .hotkeys import HotKeys
-from .settings import ConsoleSettings
+from .settings import SECTION, Settings, from_config
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +44,12 @@ class Consoles(DeviceClass):
     kept_over_restart = True
 
     def __init__(
-        self, on: Platform, settings: ConsoleSettings | None = None, *, kept: dict[str, int]
+        self, on: Platform, settings: Settings | None = None, *, kept: dict[str, int]
     ) -> None:
         """`kept`: descriptors of an earlier supervisor's, by name."""
         super().__init__(on)
         self.budget = Budget(on.grant_limit)
-        self.settings = settings or ConsoleSettings()
+        self.settings = settings or Settings()
         self.kept = kept
         self._names: dict[int, str] = {}
         self.hooks = Hooks(on.config_dir / "hooks.d")
@@ -70,7 +73,7 @@ class Consoles(DeviceClass):
 
     def frontend(self, device: XenbusDevice) -> ConsoleFrontend:
         name = self.label(device.devid)
-        escape = self.settings.hotkey.get(name)
+        escape = self.settings.escape(device.devid, name)
         return ConsoleFrontend(
             device.name,
             name,
@@ -132,19 +135,40 @@ def find(name: str, present: dict[int, str]) -> int:
 
 
 async def serve(
-    wished: Collection[str], *, everything: bool, settings: ConsoleSettings | None = None
+    wished: Collection[str],
+    *,
+    everything: bool,
+    config: Path | None = None,
+    hotkeys: Mapping[str, int] | None = None,
 ) -> int:
-    """Serves the named consoles, or every secondary one, until SIGTERM; the exit status."""
+    """Serves the named consoles, or every secondary one, or those that the file of settings names,
+    until SIGTERM; the exit status.
+
+    `config`: the file of settings instead of the usual one; `hotkeys`: above it, by name.
+    """
     on = platform()
     on.require()
+    path = config or on.config_dir / FILE
+    settings = replace(from_config(load(path, needed=config is not None)), hotkeys=hotkeys or {})
+    patterns = ("*",) if everything else settings.service.claim
+    if not wished and not patterns and not left_running(on.run_dir, Consoles.klass):
+        return nothing_named(path, "console", 'claim = ["login"]', SECTION)
     kept = fdstore.kept()
     store = await on.store()
     try:
         present = await names(store)
         named = [find(name, present) for name in wished]
+        # xl attaches no console later, so that all names are known now.
         wanted: Callable[[int], bool] = (
-            (lambda devid: devid != PRIMARY) if everything else (lambda devid: devid in named)
+            (lambda devid: devid in named)
+            if wished
+            else (lambda devid: names_console(patterns, devid, present.get(devid, "")))
         )
+        for pattern in () if wished else patterns:
+            if not is_pattern(pattern) and not any(
+                names_console([pattern], devid, name) for devid, name in present.items()
+            ):
+                log.info("%s: named in %s, and not there", pattern, path)
         supervisor = Supervisor(
             store,
             Consoles(on, settings, kept=kept),

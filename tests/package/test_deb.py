@@ -96,5 +96,5 @@ def test_as_installed_it_names_no_device_of_the_kernels(debian: Debian, deb: Pat
     debian.install(deb)
     named = "import tomllib, json; print(json.dumps(tomllib.load(open('" + CONFIG + "', 'rb'))))"
     assert json.loads(debian.run("python3", "-c", named)) == {
-        "disk": {"claim": []}, "vif": {"claim": []},
+        "disk": {"claim": []}, "vif": {"claim": []}, "console": {"claim": []},
     }  # fmt: skip

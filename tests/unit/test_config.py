@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from pvfront.blkfront import settings as disks
 from pvfront.blkfront.settings import DiskService, DiskSettings
 from pvfront.cli import main
 from pvfront.config import ConfigError
+from pvfront.console import settings as consoles
+from pvfront.console.settings import OneConsole
 from pvfront.netfront import settings as vifs
 from pvfront.netfront.settings import NetService, NetSettings
 
@@ -45,6 +48,14 @@ max_queues = 4
 hash = false
 [vif."enX2"]
 max_queues = 1
+
+[console]
+claim = ["login", "2"]
+[console.login]
+hotkey = "^^"
+[console."org.example.files"]
+files = "/srv/exchange"
+writable = true
 
 [agent]
 volumes = false
@@ -97,6 +108,23 @@ def test_of_networks_and_of_the_agent() -> None:
     )
 
 
+def test_of_consoles_by_name_or_number_and_nothing_unless_it_is_said() -> None:
+    found = consoles.from_config(config.parse(EVERYTHING))
+    assert found.service.claim == ("login", "2")
+    assert found.of(1, "login") == OneConsole(hotkey="^^")
+    assert found.of(2, "org.example.files") == OneConsole(files="/srv/exchange", writable=True)
+    assert found.of(3, "other") == OneConsole()
+    by_number = consoles.from_config(config.parse('[console.console-3]\nhotkey = "^A"\n'))
+    assert by_number.escape(3, "other") == 1
+    assert by_number.escape(4, "another") is None
+
+
+def test_a_hot_key_of_the_command_line_is_above_the_file() -> None:
+    found = consoles.from_config(config.parse(EVERYTHING))
+    assert (found.escape(1, "login"), found.escape(2, "org.example.files")) == (0x1E, None)
+    assert replace(found, hotkeys={"login": 2}).escape(1, "login") == 2
+
+
 def test_a_disk_is_named_as_in_the_xl_configuration_or_by_its_number() -> None:
     for name, vdev in (("51728", XVDB), ("sda", 8 << 8), ("d1", XVDB)):
         found = disks.from_config(config.parse(f"[disk.{name}]\nmax_queues = 1\n"))
@@ -126,8 +154,16 @@ def test_a_vif_is_claimed_by_number_by_interface_or_by_pattern(pattern: str) -> 
     assert not claimed.names_vif([pattern], 3, ["wan0"])
 
 
+@pytest.mark.parametrize("pattern", ["2", "console-2", "log*", "[12]", "*"])
+def test_a_console_is_claimed_by_name_number_or_pattern(pattern: str) -> None:
+    assert claimed.names_console([pattern], 2, "login")
+    assert claimed.names_console(["console-[23]"], 3, "files")
+    assert not claimed.names_console(["login", "2"], 3, "files")
+    assert not claimed.names_console([pattern, "0"], 0, "login"), "the primary one is the kernel's"
+
+
 def read_all(file: config.Config) -> None:
-    for module in (disks, vifs, agents):
+    for module in (disks, vifs, consoles, agents):
         module.from_config(file)  # type: ignore[attr-defined]
 
 
@@ -160,6 +196,13 @@ def read_all(file: config.Config) -> None:
         ("[disk.xvdb]\n[disk.51728]\n", 2, "disk.51728", "the device has two sections"),
         ("[vif]\n[vif.eth0]\n", 2, "vif.eth0", r"\[vif.eth0\]: no such section"),
         ("[vif]\nforce = 'yes'\n", 2, "vif.force", "must be true or false"),
+        ("[console]\nclaim = ['a b']\n", 2, "console.claim", "neither a name nor a pattern"),
+        ("[console]\nhotkey = '^A'\n", 2, "console.hotkey", "hotkey: no such setting"),
+        ("[console.login]\nhotkey = 'A'\n", 2, "console.login.hotkey", "a control character"),
+        ("[console.login]\nfiles = 'srv'\n", 2, "console.login.files", "begins with /"),
+        ("[console.login]\nwritable = true\n", 2, "console.login.writable", "there are no files"),
+        ("[console]\n[console.'a/b']\n", 2, "console.a/b", "no name of a console"),
+        ("[console.org.example]\n", 1, "console.org.example", "example: no such setting"),
         ("[agent]\nxeniface = 1\n", 2, "agent.xeniface", r"must be a section: \[agent.xeniface\]"),
         ("[agent.xeniface]\nwrite_group = 1\n", 2, "agent.xeniface.write_group", "a string"),
         (

@@ -112,12 +112,18 @@ def test_the_settings_name_devices_and_with_a_mistake_none(roots: Roots) -> None
     def device(klass: str, number: int, os_device: str = "") -> Device:
         return Device(klass, number, "", 0, "", "", "kernel", os_device)
 
-    there = [device("vbd", 51728), device("vbd", 51744), device("vif", 3, "eth9"), device("x", 1)]
+    there = [
+        device("vbd", 51728), device("vbd", 51744), device("vif", 3, "eth9"), device("x", 1),
+        device("console", 0), device("console", 1),
+    ]  # fmt: skip
     file = roots.root / "etc/pvfront/pvfront.toml"
     for text, found in (
-        ('[disk]\nclaim = ["xvdb"]\n[vif]\nclaim = ["eth*"]\n', [True, False, True, False]),
-        ("[disk]\nclaim = 3\n", [False] * 4),
-        ("no TOML", [False] * 4),
+        (
+            '[disk]\nclaim = ["xvdb"]\n[vif]\nclaim = ["eth*"]\n[console]\nclaim = ["[01]"]\n',
+            [True, False, True, False, False, True],
+        ),
+        ("[disk]\nclaim = 3\n", [False] * 6),
+        ("no TOML", [False] * 6),
     ):
         put(file, text)
         assert [named(Xen())(one) for one in there] == found

@@ -19,6 +19,7 @@ MOST = {
     "pvfront-metrics": 1.5,
     "pvfront-vbd": 6.3,
     "pvfront-vif": 6.4,
+    "pvfront-console": 5.9,
     "pvfront-pre-shutdown": 8.0,
     "pvfront-post-shutdown": 8.0,
 }

@@ -42,7 +42,11 @@ CONFFILE = "etc/pvfront/pvfront.toml"
 ENTER = paths.LAB / "files/payload-enter"
 LABEL = "payload"
 
-_SETTINGS = {"pvfront-vbd": "vbd serve $PVFRONT_DISKS", "pvfront-vif": "vif serve $PVFRONT_VIFS"}
+_SETTINGS = {
+    "pvfront-vbd": "vbd serve $PVFRONT_DISKS",
+    "pvfront-vif": "vif serve $PVFRONT_VIFS",
+    "pvfront-console": "console serve $PVFRONT_CONSOLES",
+}
 _DROP_IN = """[Service]
 EnvironmentFile=-/etc/default/{unit}
 ExecStart=
