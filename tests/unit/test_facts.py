@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vclock import VirtualLoop
 
-from pvfront import workerprogram
+from pvfront import facts, workerprogram
 from pvfront.errors import PvfrontError
 from pvfront.facts import Node, gather, guest_type, limit, lists, module_state, named, xen_version
 from pvfront.inventory import Device
@@ -52,6 +56,28 @@ def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
         raise XenstoreError(2, "connect", "/dev/xen/xenbus")
 
     monkeypatch.setattr(Xen, "store", store)
+
+
+def test_a_store_that_answers_slowly_is_no_store_that_does_not_answer(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer has its time, all together have none: a slow guest may have many devices."""
+
+    @contextlib.asynccontextmanager
+    async def opened() -> AsyncIterator[object]:
+        yield object()
+
+    async def store(on: Xen) -> object:
+        return opened()
+
+    async def devices(store: object, on: Xen) -> list[Device]:
+        await asyncio.sleep(300)
+        return []
+
+    monkeypatch.setattr(Xen, "store", store)
+    monkeypatch.setattr("pvfront.inventory.devices", devices)
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(facts._devices(Xen(), str)) == ([], None)
 
 
 async def test_a_guest_is_told_by_its_files(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
