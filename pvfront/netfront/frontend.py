@@ -98,6 +98,7 @@ class NetFrontend(WorkerSide):
         self._state = LinkState(True)
         self._packets = PacketTrace(name)
         self._said: set[str] = set()
+        self._opening: asyncio.Task[Tap] | None = None  # the last thread that made the TAP
 
     @property
     def ifname(self) -> str:
@@ -285,13 +286,19 @@ class NetFrontend(WorkerSide):
         self.link.announce()
 
     async def _open_tap(self, offer: Offer) -> Tap:
-        opening = asyncio.create_task(asyncio.to_thread(self._set_up, offer))
+        await self._opened()
+        self._opening = asyncio.create_task(asyncio.to_thread(self._set_up, offer))
         try:
-            return await asyncio.shield(opening)
+            return await asyncio.shield(self._opening)
         except asyncio.CancelledError:
             # The thread goes on to its end; a TAP that nobody reads must not keep its carrier.
-            opening.add_done_callback(_close_tap)
+            self._opening.add_done_callback(_close_tap)
             raise
+
+    async def _opened(self) -> None:
+        """Returns once no thread makes the TAP any more for a start that was cancelled."""
+        if self._opening is not None:
+            await asyncio.wait({self._opening})
 
     def _set_up(self, offer: Offer) -> Tap:
         """The TAP with its queues. It has a carrier as soon as somebody has one of them."""
@@ -348,6 +355,7 @@ class NetFrontend(WorkerSide):
 
     async def close(self, *, drain: float = 10.0) -> None:
         """The interface goes, and its name is free again; what was configured on it is noted."""
+        await self._opened()  # else it would come after us, and keep the name from the kernel's
         try:
             await asyncio.to_thread(self.link.close)
         except PvfrontError as error:

@@ -226,6 +226,34 @@ async def test_a_goal_that_changes_while_the_tap_is_made_leaves_no_queue_of_it_o
     assert world.left() == {}
 
 
+async def test_an_end_while_the_tap_is_made_comes_after_it_so_that_none_is_left(
+    world: World,
+) -> None:
+    made = asyncio.get_running_loop().create_future()
+    removed: list[int] = []
+
+    async def to_thread(do: Any, *args: Any) -> Any:
+        if do == world.vif._set_up:
+            await made
+        return do(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.asyncio, "to_thread", to_thread)
+        patch.setattr(world.vif.link, "close", lambda: removed.append(len(world.taps)))
+        await world.attach()
+        starting = asyncio.create_task(world.vif.start(world.device))
+        await asyncio.sleep(1)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        closing = asyncio.create_task(world.vif.close())
+        await asyncio.sleep(1)
+        assert removed == [], "there is none to remove yet, but there will be"
+        made.set_result(None)
+        await closing
+    assert removed == [1]
+    assert [tap.open for tap in world.taps] == [False]
+
+
 # -- what the backend cannot -----------------------------------------------------------------------
 
 
