@@ -443,88 +443,13 @@ def test_a_cable_that_is_pulled_by_any_key_of_dom0_is_seen_and_so_is_its_return(
         assert "Speed: 10000Mb/s" in guest.output(["ethtool", vif.name])
 
 
-AT_BOOT = "/etc/systemd/system/multi-user.target.wants"
-
-
-@pytest.mark.long
-def test_at_boot_networkd_configures_ours_and_a_power_off_with_it_in_use_is_in_order(
-    net: Networks, lab: Lab, guest: Guest
-) -> None:
-    """Both services take all there is before anybody uses it, but what had the default route."""
-    vif = Vif(lab, guest, 1, "00:16:3e:77:63:63", 99, "eth1")
-    theirs, ours = vif.addresses(1), vif.addresses(2)
-    backing = lab.loop_disk(16)
-    guest.shutdown()
-    guest.dirty = True
-    network = "".join((
-        f"[Match]\nMACAddress={vif.mac}\n[Network]\nLinkLocalAddressing=no\n",
-        f"Address={ours[0]}/24\nAddress={ours[1]}/64\n",
-    ))  # fmt: skip
-    claims = '[disk]\nclaim = ["*"]\n[vif]\nclaim = ["*"]\n'
-    with guest.root_in_dom0() as root:
-        lab.dom0.write(f"{root}/etc/systemd/network/10-lab.network", network)
-        lab.dom0.run(f"mkdir -p {root}/etc/pvfront")
-        lab.dom0.write(f"{root}/etc/pvfront/pvfront.toml", claims)
-        lab.dom0.run(
-            f"cd {root} && for s in {DISKS} {UNIT}; do "
-            f"ln -sfn /lib/systemd/system/$s.service .{AT_BOOT}/$s.service; rm -f etc/default/$s; "
-            "done && mkdir -p etc/pvfront && "
-            'printf \'disk.claim=["*"]\\nvif.claim=["*"]\\n\' >etc/pvfront/pvfront.toml && '
-            f"ln -sfn /lib/systemd/system/systemd-networkd.service .{AT_BOOT}/"
-        )
-    try:
-        guest.create(
-            disks=[backing.spec("xvdb")],
-            vifs=[f"type=vif,mac={vif.mac},script=vif-lab,ip={theirs[0]}/24 {theirs[1]}/64"],
-        )
-        net.wait_served(vif)
-        assert not is_the_kernels(guest, vif)
-        wait_until(
-            "networkd's word that it is configured",
-            lambda: "(configured)" in guest.output("networkctl --no-pager status eth1"),
-        )
-        said = guest.output("ip -o address show dev eth1")
-        assert all(address in said for address in ours)
-        since = "systemctl show --value -p ActiveEnterTimestampMonotonic"
-        vifs, networkd = (
-            int(guest.output(f"{since} {unit}")) for unit in (UNIT, "systemd-networkd")
-        )
-        assert 0 < vifs < networkd
-        assert is_the_kernels(guest, Vif(lab, guest, 0, guest.mac, 0, "eth0"))
-        wait_until("the disk", lambda: guest.has("/dev/pvfront/xvdb", "b"))
-        vif.ping(56, 4000)
-        vif.fetch(4)
-        vif.iperf("-n", "1M")  # its server
-        guest.start(vif.iperf_line("-t", "3000", "-b", STREAM, "--pacing-timer", "50000"))
-        sent = vif.counter("tx_bytes")
-        wait_until("iperf3's bytes", lambda: vif.counter("tx_bytes") > sent + (1 << 19), 300)
-        before = len(guest.console())
-        guest.shutdown(timeout=180)
-        assert not re.search(r"BUG|WARNING|Call Trace|hung task", guest.console()[before:])
-        assert vif.states() == (None, None)
-    finally:
-        guest.destroy()
-        with guest.root_in_dom0() as root:
-            lab.dom0.run(
-                f"cd {root} && rm -f etc/systemd/network/10-lab.network etc/pvfront/pvfront.toml "
-                f".{AT_BOOT}/pvfront-*.service .{AT_BOOT}/systemd-networkd.service",
-                check=False,
-            )
-    backing.remove()
-
-
-def is_the_kernels(guest: Guest, vif: Vif) -> bool:
-    """Whether the interface of that name has a driver: a TAP has none."""
-    return guest.has(f"/sys/class/net/{vif.name}/device/driver")
-
-
 @pytest.mark.kinds("pv")
 def test_what_is_stopped_is_the_kernels_again(net: Networks, guest: Guest) -> None:
     with net.vif() as vif:
         vif.ping()
-        assert not is_the_kernels(guest, vif)
+        assert not vif.is_the_kernels()
         net.stop()
-        wait_until("the kernel's interface", lambda: is_the_kernels(guest, vif))
+        wait_until("the kernel's interface", vif.is_the_kernels)
         vif.configure(vif.name)
         vif.ping(56, 4000)
 
@@ -536,7 +461,7 @@ def test_addresses_go_with_the_interface_to_the_kernel_and_back(
     def has_them(kernels: bool) -> bool:
         said = guest.run(f"ip -o address show dev {vif.name}", check=False).stdout
         there = vif.address in said and vif.address_v6 in said
-        return there and is_the_kernels(guest, vif) == kernels
+        return there and vif.is_the_kernels() == kernels
 
     with net.vif() as vif:
         vif.ping()

@@ -51,6 +51,8 @@ _DROP_IN = """[Service]
 EnvironmentFile=-/etc/default/{unit}
 ExecStart=
 ExecStart=/usr/bin/pvfront {command}
+# The emulator takes more than the unit's two minutes while other guests boot beside this one.
+TimeoutStartSec=10min
 """
 
 

@@ -75,6 +75,10 @@ class Vif:
         states = self.lab.dom0.run(read).stdout.split("\n")
         return states[0] or None, states[1] or None
 
+    def is_the_kernels(self) -> bool:
+        """Whether the guest's interface has a driver: a TAP has none."""
+        return self.guest.has(f"/sys/class/net/{self.name}/device/driver")
+
     def configure(self, name: str) -> None:
         """Gives the guest's interface its addresses."""
         self.name = name
