@@ -322,18 +322,22 @@ class Machine:
                     break
         Path(target).chmod(answer["mode"])
 
+    def open_shell(self, rows: int = 24, columns: int = 80, term: str = "vt100") -> socket.socket:
+        """An interactive shell on a terminal of its own: what it shows, and what is typed."""
+        sock = self._connect()
+        write_message(sock, {"op": "shell", "rows": rows, "columns": columns, "term": term})
+        read_message(sock)
+        sock.settimeout(None)
+        return sock
+
     def shell(self) -> int:
         """An interactive shell on this terminal, until it ends."""
         import select
         import termios
         import tty
 
-        sock = self._connect()
         size = os.get_terminal_size() if sys.stdin.isatty() else os.terminal_size((80, 24))
-        write_message(sock, {"op": "shell", "rows": size.lines, "columns": size.columns,
-                             "term": os.environ.get("TERM", "vt100")})  # fmt: skip
-        read_message(sock)
-        sock.settimeout(None)
+        sock = self.open_shell(size.lines, size.columns, os.environ.get("TERM", "vt100"))
         stdin = sys.stdin.fileno()
         saved = termios.tcgetattr(stdin) if sys.stdin.isatty() else None
         try:

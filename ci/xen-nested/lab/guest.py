@@ -51,6 +51,9 @@ added arbitrary bits to its flags, of which TF is the one that Linux speaks of. 
 string instructions run backwards, came along in the one that was seen: it hung a second later.
 """
 
+CHANNELS = ("login", "files")
+"""Names of the secondary consoles of a guest that is created with `Guest.channels`."""
+
 Value = str | int | Sequence[str]
 
 
@@ -172,6 +175,17 @@ class Guest(Machine):
                 "vnc": 0, "usb": 0, "vga": "none", "serial": "none",
             }  # fmt: skip
         return config | dict(options or {})
+
+    def channels(self) -> list[str]:
+        """The xl configuration's `channel`, for CHANNELS as sockets in dom0."""
+        # xl 4.17 gives the first one the primary console's number, and libxl leaves it out.
+        return ["connection=pty,name=dummy"] + [
+            f"connection=socket,path={self.channel_path(name)},name={name}" for name in CHANNELS
+        ]
+
+    def channel_path(self, name: str) -> str:
+        """The socket in dom0 of one of CHANNELS."""
+        return f"/run/xen/{self.kind}-{name}.sock"
 
     def _command_line(self, more: str) -> str:
         return (
