@@ -14,7 +14,8 @@ from lab.pvf import Pvfront
 from lab.scenario import Lab, wait_until
 from lab.vifs import Vif
 
-pytestmark = [pytest.mark.services, pytest.mark.long]
+# Three boots, and apt twice: half an hour where the machine is slow.
+pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(3600)]
 
 INSTALL = "DEBIAN_FRONTEND=noninteractive apt-get -o Dpkg::Use-Pty=0 -y"
 CONFIG = '[disk]\nclaim = ["xvd[bc]"]\n[vif]\nclaim = ["vif1"]\n'

@@ -9,7 +9,7 @@ import pytest
 from lab.guest import Guest
 from lab.scenario import wait_until
 
-# Not yet run in a guest: for who asks.
+# Minutes of the emulator's, and little that only a guest can show: for who asks.
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
 NAME = "org.pvfront.Xeniface1"
