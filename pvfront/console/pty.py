@@ -3,7 +3,9 @@
 
 Nobody holds the slave open for its own sake: the master then says by POLLHUP that no program has
 it, and inotify(7) when one opens it. So bytes for a program that is not there are not thrown into
-a line discipline that would echo them, or drop what is too long for a line.
+a line discipline that would echo them, or drop what is too long for a line. For the same reason a
+new terminal is raw: what waited is written as soon as a program has opened it, which may be before
+that program has set the modes that it wants.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import select
 import struct
 import termios
+import tty
 from pathlib import Path
 from typing import Self
 
@@ -57,6 +60,7 @@ class Pty:
             ) from error
         try:
             termios.tcsetwinsize(slave, (ROWS, COLUMNS))
+            tty.setraw(slave, termios.TCSANOW)
         finally:
             os.close(slave)
         return cls(master, link)

@@ -66,6 +66,7 @@ async def test_a_change_is_one_transaction_of_what_has_changed(
     board.put("a", {"data/a": "1", "data/b": "1"})
     async with world.running(one):
         await eventually("the first keys", lambda: world.get("data/b") == "1")
+        await eventually("their count", lambda: one.status()["store_writes"])
         commits: list[int] = []
         world.mem.on_commit = lambda: commits.append(1)
         before = one.status()["store_writes"]

@@ -73,7 +73,8 @@ def test_the_screens_that_are_looked_for_are_there(path: Path) -> None:
 def test_every_metric_that_is_documented_exists() -> None:
     named = set(re.findall(r"\bpvfront_[a-z_]+", TOOLS.read_text(encoding="utf-8")))
     samples = [disk(0, disk_queue(), cpu=0.0), vif(0, net_queue()), console(0, console_queue())]
-    families = Devices(samples, services={"vbd": True}, limit=1).collect()
+    agent = {"keys": 1, "store_writes": 1}
+    families = Devices(samples, services={"vbd": True}, limit=1, agent=agent).collect()
     there = {sample.name for family in families for sample in family.samples}
     there |= {name.removesuffix("_bucket") for name in there}
     assert named <= there
