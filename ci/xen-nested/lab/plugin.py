@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _pytest.runner import runtestprotocol
+from _pytest.runner import CallInfo, runtestprotocol
 
 from . import paths, payload
 from .errors import CommandFailed, DeadlineExceeded, LabError
@@ -253,7 +253,10 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if not _is_ours(item):
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    # The last test would take the lab with it, and its repeat would be in another one: it is let go
+    # once that is known to be over.
+    stays = nextitem or item.parent
+    reports = runtestprotocol(item, nextitem=stays, log=False)  # type: ignore[arg-type]
     for _ in range(REPEATS):
         if not any(report.failed for report in reports) or not _emulator_faulted(item):
             break
@@ -262,7 +265,12 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         if REPORT in item.stash:
             del item.stash[REPORT]
         item._initrequest()  # type: ignore[attr-defined]
-        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        reports = runtestprotocol(item, nextitem=stays, log=False)  # type: ignore[arg-type]
+    if nextitem is None:
+        rest = item.session._setupstate.teardown_exact
+        end = CallInfo.from_call(lambda: rest(None), when="teardown")
+        if end.excinfo:
+            reports.append(item.ihook.pytest_runtest_makereport(item=item, call=end))
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
