@@ -24,6 +24,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from .errors import PvfrontError
+
 _MCL_CURRENT_FUTURE_ONFAULT = 1 | 2 | 4  # sys/mman.h
 _PR_SET_IO_FLUSHER = 57  # linux/prctl.h
 _PR_SET_THP_DISABLE = 41
@@ -165,6 +167,20 @@ def sd_notify(*lines: str) -> None:
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock,
     ):
         sock.sendto("\n".join(lines).encode(), address)
+
+
+def nothing_named(path: Path, noun: str, example: str, section: str) -> int:
+    """What becomes of a service that the file of settings names no device for: its exit status.
+
+    Where systemd started it that is no failure, since it is enabled in every system that has the
+    package. Raises PvfrontError elsewhere.
+    """
+    text = f"{path} names no {noun} to serve"
+    if "NOTIFY_SOCKET" not in os.environ:
+        raise PvfrontError(text, hint=f"there, in section [{section}]: {example}; or name it here")
+    logging.getLogger(__name__).info("%s", text)
+    sd_notify("READY=1", f"STATUS={text}")
+    return 0
 
 
 async def keep_watchdog(environ: Mapping[str, str] = os.environ) -> None:

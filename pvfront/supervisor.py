@@ -58,20 +58,6 @@ _NEVER = 1e9  # seconds
 _SHOWN = 4  # devices that the unit's status names
 
 
-def nothing_named(path: Path, noun: str, example: str, section: str) -> int:
-    """What becomes of a service that the file of settings names no device for: its exit status.
-
-    Where systemd started it that is no failure, since it is enabled in every system that has the
-    package. Raises PvfrontError elsewhere.
-    """
-    text = f"{path} names no {noun} to serve"
-    if "NOTIFY_SOCKET" not in os.environ:
-        raise PvfrontError(text, hint=f"there, in section [{section}]: {example}; or name it here")
-    log.info("%s", text)
-    sd_notify("READY=1", f"STATUS={text}")
-    return 0
-
-
 class Served:
     """One device being served: its loop and the task that runs it."""
 

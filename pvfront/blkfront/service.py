@@ -16,8 +16,9 @@ from ..errors import PvfrontError
 from ..hooks import Hooks
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
+from ..service import nothing_named
 from ..states import XenbusState
-from ..supervisor import Supervisor, nothing_named
+from ..supervisor import Supervisor
 from ..suspend_shared import in_guest
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice

@@ -18,7 +18,8 @@ from ..deviceclass import DeviceClass
 from ..hooks import Hooks
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
-from ..supervisor import Supervisor, nothing_named
+from ..service import nothing_named
+from ..supervisor import Supervisor
 from ..suspend_shared import in_guest
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice

@@ -19,8 +19,9 @@ from ..deviceclass import DeviceClass
 from ..errors import PvfrontError
 from ..inventory import NoSuchDevice
 from ..platform import Platform, platform
+from ..service import nothing_named
 from ..states import XenbusState
-from ..supervisor import Supervisor, nothing_named
+from ..supervisor import Supervisor
 from ..suspend_shared import in_guest
 from ..threads import in_daemon_thread
 from ..xenbus import Bus, XenbusDevice

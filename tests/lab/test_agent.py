@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ AGENT = "pvfront-agent"
 HOOKS = "/etc/pvfront/hooks.d"
 LOG = "/root/hooks.log"
 UPDATED = "data/updated"
+ASLEEP = 60 if "PVFRONT_REPEATS" in os.environ else 5  # seconds between save and restore: a soak's
 
 
 class Agent:
@@ -115,7 +117,7 @@ def test_after_save_and_restore_the_clock_is_right_and_the_data_there_again(
     hook(guest, "post-resume")
     old = guest.number
     guest.save()
-    time.sleep(5)  # a clock that stood still is wrong by this and what save and restore take
+    time.sleep(ASLEEP)  # a clock that stood still is wrong by this and what save and restore take
     guest.restore()
     assert guest.number != old
     wait_until("the guest's keys", lambda: agent.read(UPDATED))
