@@ -91,7 +91,13 @@ async def remove_all(store: Xenstore, paths: Sequence[str]) -> None:
     async for transaction in store.transaction():
         async with transaction:
             for path in paths:
-                await transaction.read_bytes(path)
+                try:
+                    await transaction.read_bytes(path)
+                except XenstoreError as error:
+                    if error.errno == errno.ENOENT:
+                        raise XenstoreError(errno.ENOENT, "rm", path) from error
+                    if error.errno not in (errno.EACCES, errno.EPERM):
+                        raise  # else removing it says whether it may be
                 await transaction.remove(path)
 
 

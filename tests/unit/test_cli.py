@@ -445,7 +445,10 @@ def test_store_errors_name_path_and_errno(guest: Guest, pvfront: Run) -> None:
     assert "/nothing/here" in err
     assert "ENOENT" in err
     assert err.count("\n") == 1
-    assert pvfront("store", "rm", "/local/domain/0/nothing")[0] == 1
+    missing = "/local/domain/0/nothing"
+    assert pvfront("store", "rm", missing) == (
+        1, "", f"pvfront: xenstore: rm {missing}: ENOENT (No such file or directory)\n"
+    )  # fmt: skip
 
 
 def test_a_write_that_fails_writes_nothing(guest: Guest, pvfront: Run) -> None:
