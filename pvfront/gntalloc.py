@@ -234,10 +234,7 @@ def pages_held() -> int:
 def _xen_hint(pages: int, limit: int | None) -> str:
     raised = raised_limit(pages)
     if limit is None or limit < raised:
-        return (
-            f"raise the limit now: echo {raised} > {LIMIT_PATH}; and for every boot: "
-            f"echo options xen-gntalloc limit={raised} > /etc/modprobe.d/xen-gntalloc.conf"
-        )
+        return f"raise the limit now: {how_to_raise(raised)}"
     return (
         f"other processes hold the rest (raise {LIMIT_PATH} further), or Xen's own limit "
         "is reached: max_grant_frames in the domain's xl configuration"
@@ -247,6 +244,14 @@ def _xen_hint(pages: int, limit: int | None) -> str:
 def raised_limit(pages: int) -> int:
     """The limit to propose where `pages` do not fit."""
     return max(16384, 1 << pages.bit_length())
+
+
+def how_to_raise(limit: int) -> str:
+    """Commands. The file has a name of its own: pvfront.conf would replace the package's."""
+    return (
+        f"echo {limit} > {LIMIT_PATH}; and for every boot: "
+        f"echo options xen-gntalloc limit={limit} > /etc/modprobe.d/xen-gntalloc.conf"
+    )
 
 
 def grant_limit() -> int | None:

@@ -213,7 +213,7 @@ class NbdControl:
                     f"the kernel has no nbd driver: {problem or 'family nbd not registered'}",
                     hint="install the kernel package that holds nbd.ko, then "
                     "`modprobe nbd nbds_max=0 max_part=16` and "
-                    "`echo nbd > /etc/modules-load.d/pvfront.conf`",
+                    "`echo nbd > /etc/modules-load.d/nbd.conf`",
                 ) from error
         return self
 
