@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from .agent import QUOTA
 from .blkfront.settings import DiskSettings
 from .facts import SERVICES, DeviceFacts, Facts
-from .gntalloc import LIMIT_PATH, raised_limit
+from .gntalloc import how_to_raise, raised_limit
 from .inventory import KERNEL, NONE, PVFRONT
 from .ledger import USUAL_PORTS
 from .netfront.shape import Shape as NetShape
@@ -69,7 +70,7 @@ def examine(facts: Facts) -> list[Finding]:
         found += [*_store(facts), *_limits(facts)]
         if not facts.embedded:
             found += _suspend(facts)
-        found += [*_services(facts), *_devices(facts)]
+        found += [*_services(facts), *_agent(facts), *_devices(facts)]
     return found
 
 
@@ -137,7 +138,7 @@ def _modules(facts: Facts) -> Iterator[Finding]:
         elif state == "there":
             yield Finding(
                 Level.FAIL, "modules", f"{name} is not loaded",
-                f"modprobe {name}; for every boot: echo {name} >> /etc/modules-load.d/pvfront.conf",
+                f"modprobe {name}; for every boot: echo {name} > /etc/modules-load.d/{name}.conf",
             )  # fmt: skip
         else:
             yield Finding(
@@ -210,8 +211,7 @@ def _limits(facts: Facts) -> Iterator[Finding]:
             fix = (
                 f"put another gntalloc limit into {facts.embedded}/limits.json"
                 if facts.embedded
-                else f"echo {raised} > {LIMIT_PATH}; for every boot: "
-                f"options xen-gntalloc limit={raised} in /etc/modprobe.d/pvfront.conf"
+                else how_to_raise(raised)
             )
             yield Finding(Level.WARN, "limits", text, fix)
         else:
@@ -305,6 +305,47 @@ def _services(facts: Facts) -> Iterator[Finding]:
             )  # fmt: skip
         else:
             yield Finding(Level.OK, "service", text)
+
+
+def _agent(facts: Facts) -> Iterator[Finding]:
+    agent, name = facts.agent, "the guest agent"
+    if agent.problem:
+        yield Finding(
+            Level.WARN, "agent", f"{name} does not answer: {agent.problem}",
+            "systemctl restart pvfront-agent",
+        )  # fmt: skip
+    elif agent.says is not None:
+        publish = agent.says.get("publish", {})
+        text = f"{name} runs and has published {publish.get('keys', 0)} keys"
+        if agent.enabled is False:
+            yield Finding(
+                Level.WARN, "agent", f"{text}, but will not after the next boot",
+                "systemctl enable pvfront-agent",
+            )  # fmt: skip
+        else:
+            yield Finding(Level.OK, "agent", text)
+        for part, says in agent.says.items():
+            if "failed" in says:
+                yield Finding(
+                    Level.WARN, "agent", f"its part {part} does not work: {says['failed']}",
+                    "journalctl -u pvfront-agent says since when; it is tried again and again",
+                )  # fmt: skip
+        if any(why in QUOTA for why in publish.get("refused", {}).values()):
+            yield Finding(
+                Level.WARN, "agent", "the store takes no more keys of this guest: some are missing",
+                "raise the quota of dom0's xenstored (--entry-nb), or save most of them: "
+                "volumes = false in [agent] of pvfront.toml",
+            )  # fmt: skip
+    elif agent.enabled:
+        yield Finding(
+            Level.WARN, "agent", f"{name} is enabled and does not run: toolstacks see no addresses",
+            "systemctl start pvfront-agent; journalctl -u pvfront-agent",
+        )  # fmt: skip
+    elif agent.enabled is False:
+        yield Finding(
+            Level.OK, "agent", f"{name} is not enabled: toolstacks see no addresses",
+            "systemctl enable --now pvfront-agent",
+        )  # fmt: skip
 
 
 def _devices(facts: Facts) -> Iterator[Finding]:

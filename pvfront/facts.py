@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from . import claimed, config, holdings, inventory, sysfs, workerprogram
+from . import agent, claimed, config, holdings, inventory, questions, sysfs, workerprogram
 from .blkfront import inuse
 from .errors import PvfrontError
 from .holdings import Holdings
@@ -27,6 +27,8 @@ from .xenstore import Xenstore
 MODULES = ("xen-evtchn", "xen-gntalloc", "nbd", "ublk_drv", "tun")
 NODES = ("xen/xenbus", "xen/evtchn", "xen/gntalloc")
 SERVICES = ("vbd", "vif", "console")
+_ASKING = 5.0
+"""Seconds for the agent's answer."""
 _UNITS = ("etc/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
 
 ModuleState = Literal["loaded", "built in", "there", "missing"]
@@ -52,6 +54,18 @@ class Service:
     enabled: bool | None = None
     locked: int | None = None
     realtime: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """The guest agent. `says`: its `pvfront agent status`, None if it does not run.
+
+    `problem`: why it runs and does not answer; `enabled`: as of any service.
+    """
+
+    says: Mapping[str, Any] | None = None
+    problem: str = ""
+    enabled: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +107,7 @@ class Facts:
     cgroup2: bool = True
     suspend: Mapping[str, Any] | None = None  # what the owner last wrote, if a service runs
     services: Mapping[str, Service] = field(default_factory=dict)
+    agent: Agent = field(default_factory=Agent)
     absent: tuple[str, str] | None = None  # inventory.without_service
     devices: Sequence[DeviceFacts] = ()
 
@@ -142,6 +157,7 @@ async def gather(
         cgroup2=(roots.sys / "fs/cgroup/cgroup.controllers").exists(),
         suspend=suspend if running else None,
         services=services,
+        agent=await _agent(on),
         absent=inventory.without_service([one.device for one in found], on),
         devices=found,
     )
@@ -215,18 +231,36 @@ def _holdings(on: Platform) -> Holdings:
 
 def _service(klass: str, on: Platform) -> Service:
     pid = inventory.supervisor(klass, on.run_dir)
-    enabled = None
-    if on.name == "xen":
-        unit = f"pvfront-{klass}.service"
-        units = [on.roots.root / directory for directory in _UNITS]
-        if any((directory / unit).exists() for directory in units):
-            enabled = any(list(directory.glob(f"*.wants/{unit}")) for directory in units)
+    enabled = _enabled(f"pvfront-{klass}.service", on)
     if pid is None:
         return Service(None, enabled)
     limits = sysfs.read(on.roots.proc / str(pid) / "limits") or ""
     return Service(
         pid, enabled, limit(limits, "Max locked memory"), limit(limits, "Max realtime priority")
     )
+
+
+def _enabled(unit: str, on: Platform) -> bool | None:
+    """Whether something wants a unit at boot; None: it is not installed, or this is no guest."""
+    units = [on.roots.root / directory for directory in _UNITS]
+    if on.name != "xen" or not any((directory / unit).exists() for directory in units):
+        return None
+    return any(list(directory.glob(f"*.wants/{unit}")) for directory in units)
+
+
+async def _agent(on: Platform) -> Agent:
+    enabled = _enabled("pvfront-agent.service", on)
+    try:
+        async with asyncio.timeout(_ASKING):
+            answer = await questions.ask(on.run_dir / agent.SOCKET, {"verb": "status"})
+    except (FileNotFoundError, ConnectionRefusedError):
+        return Agent(enabled=enabled)
+    except TimeoutError:
+        return Agent(None, f"no answer within {_ASKING:g} s", enabled)
+    except (OSError, PvfrontError) as error:
+        return Agent(None, str(error), enabled)
+    found = answer.get("agent")
+    return Agent(found if isinstance(found, dict) else {}, "", enabled)
 
 
 def limit(limits: str, name: str) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..storetool import tree
 from ..xenstore import Xenstore, XenstoreError
+from . import QUOTA
 from .board import OWNED, Board, Plan, plan
 from .context import Context, Resumed
 from .keys import Keys, VifKeys, VolumeKeys
@@ -29,7 +30,6 @@ HOUR = 3600.0
 UPDATED = "data/updated"
 _NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.EINVAL, errno.ENOMEM)
-_QUOTA = ("ENOSPC", "EDQUOT")
 _MOST_TRIES = 32
 _MOST_REFUSED = 20  # shown
 
@@ -113,9 +113,9 @@ class Publisher:
                 await self._one_by_one(store, todo)
                 break
             self._refuse(error.path, error)
-        if todo.removals and any(why in _QUOTA for why in self.refused.values()):
+        if todo.removals and any(why in QUOTA for why in self.refused.values()):
             # There is room again.
-            self.refused = {p: why for p, why in self.refused.items() if why not in _QUOTA}
+            self.refused = {p: why for p, why in self.refused.items() if why not in QUOTA}
             self._board.changed.set()
         log.debug("published: %d writes, %d removals", len(todo.writes), len(todo.removals))
 
@@ -157,7 +157,7 @@ class Publisher:
             try:
                 await store.write(path, value)
             except XenstoreError as error:
-                if _why(error) in _QUOTA:
+                if _why(error) in QUOTA:
                     full = _why(error)
                     log.warning("the store takes no more of this guest's keys: %s", full)
                 elif error.errno not in (*_NOT_OURS, *_FULL):

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from pvfront.doctor import Finding, Level, examine, failed, release
-from pvfront.facts import DeviceFacts, Facts, Node, Service
+from pvfront.facts import Agent, DeviceFacts, Facts, Node, Service
 from pvfront.holdings import Holder, Holdings
 from pvfront.inventory import Device
 
 DISK = Device("vbd", 51728, "xvdb", 0, "Connected (4)", "Connected (4)", "pvfront", "/dev/nbd0", 7)
 VIF = Device("vif", 0, "vif0", 0, "Connected (4)", "Connected (4)", "kernel", "enX0", 8)
+AGENT = {"publish": {"keys": 31, "refused": {"control/feature-s3": "EACCES"}}, "xeniface": {}}
 SERVED = DeviceFacts(DISK, {"phase": "connected", "worker_runs": True})
 WELL = Facts(
     xen="4.17.7",
@@ -25,6 +26,7 @@ WELL = Facts(
     limit=16384,
     services={"vbd": Service(7, enabled=True), "vif": Service(8, enabled=True, realtime=1)},
     suspend={"armed": True},
+    agent=Agent(AGENT, enabled=True),
     devices=[SERVED, DeviceFacts(VIF, used="the default route goes through enX0")],
 )  # fmt: skip
 """A guest in which nothing is wrong."""
@@ -48,6 +50,7 @@ def test_nothing_is_wrong_with_a_guest_that_is_well() -> None:
     texts = [f"{finding.subject}: {finding.text}" for finding in examine(WELL)]
     assert texts[0] == "guest: HVM guest of Xen 4.17.7, Linux 6.1.0-40-amd64"
     assert "xvdb: served as /dev/nbd0" in texts
+    assert "agent: the guest agent runs and has published 31 keys" in texts
     assert (
         "vif0: the kernel's as enX0, in use: the default route goes through enX0" in texts
     )  # no trouble, but why it is not ours
@@ -78,7 +81,7 @@ CASES: list[tuple[dict[str, Any], Level, str, str]] = [
     ({"config": [("pvfront.toml:3: max_qeues: no such setting", "there are: max_queues")]},
      Level.FAIL, "pvfront.toml:3", "max_queues"),
     ({"modules": WELL.modules | {"xen-evtchn": "there"}}, Level.FAIL, "xen-evtchn is not loaded",
-     "modprobe xen-evtchn"),
+     "> /etc/modules-load.d/xen-evtchn.conf"),
     ({"modules": WELL.modules | {"xen-gntalloc": "missing"}}, Level.FAIL, "no xen-gntalloc",
      "CONFIG_XEN_GRANT_DEV_ALLOC"),
     ({"modules": WELL.modules | {"nbd": "missing"}}, Level.FAIL, "neither ublk_drv nor nbd",
@@ -92,7 +95,8 @@ CASES: list[tuple[dict[str, Any], Level, str, str]] = [
      "chmod 600"),
     ({"store": ("xenstore: directory device: no answer within 10 s", "look at dom0's xenstored")},
      Level.FAIL, "no answer", "xenstored"),
-    ({"limit": 1024}, Level.WARN, "1024 granted pages", "limit="),
+    ({"limit": 1024}, Level.WARN, "1024 granted pages",
+     "> /etc/modprobe.d/xen-gntalloc.conf"),
     ({"holdings": Holdings([Holder(9, "x", 1, 1, 16000)])}, Level.WARN, "16000 held", "limit="),
     ({"holdings": Holdings(ports=1000)}, Level.WARN, "1000 event channels", "max_event_channels"),
     ({"services": WELL.services | {"vbd": Service(7, enabled=True, locked=65536)}}, Level.WARN,
@@ -108,6 +112,15 @@ CASES: list[tuple[dict[str, Any], Level, str, str]] = [
      "a wakeup source", "journal"),
     ({"holdings": Holdings([Holder(9, "x", 1, 0, 0, parker=True)])}, Level.WARN, "parked",
      "reboot"),
+    ({"agent": Agent(enabled=True)}, Level.WARN, "enabled and does not run", "systemctl start"),
+    ({"agent": Agent(AGENT, enabled=False)}, Level.WARN, "31 keys, but will not after the next",
+     "systemctl enable pvfront-agent"),
+    ({"agent": Agent(None, "no answer within 5 s", True)}, Level.WARN, "no answer within 5 s",
+     "systemctl restart pvfront-agent"),
+    ({"agent": Agent(AGENT | {"xeniface": {"failed": "no bus"}}, "", True)}, Level.WARN,
+     "its part xeniface does not work: no bus", "journalctl"),
+    ({"agent": Agent({"publish": {"keys": 9, "refused": {"a": "EACCES", "b": "EDQUOT"}}})},
+     Level.WARN, "takes no more keys", "--entry-nb"),
     ({"absent": ("the disk service does not run", "systemctl start pvfront-vbd")}, Level.WARN,
      "does not run", "systemctl start"),
 ]  # fmt: skip
@@ -123,6 +136,16 @@ def test_one_wrong_thing_is_one_finding_with_its_fix(
     assert text in finding.text
     assert fix in finding.fix
     assert failed(examine(facts)) is (level is Level.FAIL)
+
+
+def test_an_agent_that_nobody_wants_is_told_of_and_no_trouble() -> None:
+    facts = replace(WELL, agent=Agent(enabled=False))
+    assert worst(facts) == []
+    (found,) = [one for one in examine(facts) if one.subject == "agent"]
+    assert found.fix == "systemctl enable --now pvfront-agent"
+    assert not [one for one in examine(replace(WELL, agent=Agent())) if one.subject == "agent"], (
+        "it is not installed, as beside an embedded host"
+    )
 
 
 def device(owner: str = "pvfront", **changed: Any) -> Device:

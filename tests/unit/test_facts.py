@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,10 +15,22 @@ from hypothesis import strategies as st
 from vclock import VirtualLoop
 
 from pvfront import facts, workerprogram
+from pvfront.agent import SOCKET
 from pvfront.errors import PvfrontError
-from pvfront.facts import Node, gather, guest_type, limit, lists, module_state, named, xen_version
+from pvfront.facts import (
+    Agent,
+    Node,
+    gather,
+    guest_type,
+    limit,
+    lists,
+    module_state,
+    named,
+    xen_version,
+)
 from pvfront.inventory import Device
 from pvfront.platform import Xen
+from pvfront.questions import answering
 from pvfront.sysfs import Roots
 from pvfront.xenstore import XenstoreError
 
@@ -132,6 +145,28 @@ async def test_a_unit_is_enabled_if_something_wants_it(
     found = await gather(Xen(), try_worker=lambda other_user: None)
     assert found.services["vbd"].enabled is wanted_by
     assert found.services["vif"].enabled is None, "it is not installed"
+
+
+@contextlib.asynccontextmanager
+async def agent_of(on: Xen, answer: dict[str, Any]) -> AsyncIterator[None]:
+    async def status(_: dict[str, Any]) -> dict[str, Any]:
+        return answer
+
+    on.run_dir.mkdir(parents=True, exist_ok=True)
+    async with answering(on.run_dir / SOCKET, "agent", {"status": status}):
+        yield
+
+
+async def test_what_the_agent_says_is_a_fact_and_that_none_runs(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_store(monkeypatch)
+    put(roots.root / "usr/lib/systemd/system/pvfront-agent.service")
+    found = await gather(Xen(), try_worker=lambda other_user: None)
+    assert found.agent == Agent(None, "", enabled=False)
+    async with agent_of(Xen(), {"ok": True, "agent": {"publish": {"keys": 3}}}):
+        found = await gather(Xen(), try_worker=lambda other_user: None)
+    assert found.agent == Agent({"publish": {"keys": 3}}, "", enabled=False)
 
 
 def test_the_settings_name_devices_and_with_a_mistake_none(roots: Roots) -> None:
