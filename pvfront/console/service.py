@@ -86,6 +86,12 @@ class Consoles(DeviceClass):
             stolen=lambda: self.stolen(device.name),
         )
 
+    async def _give_back(self, device: XenbusDevice) -> str:
+        text = await super()._give_back(device)
+        if self.claims.driver_of(device.name) is not None:
+            text += "; its terminal there was seen to stay dead until the guest is restarted"
+        return text
+
     def _pressed(self, console: ConsoleFrontend, key: str) -> None:
         log.info("%s: hot key %s", console.label, key)
         if key != DUMP:
