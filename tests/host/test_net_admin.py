@@ -130,6 +130,12 @@ async def test_a_packet_that_netif_cannot_express_is_dropped_and_status_says_why
     await it.python(it.guest, INEXPRESSIBLE, "enX0", "7")
     await eventually("its end", lambda: receiver.process.poll() is not None, why=log.read_text)
     assert log.read_text().split() == ["ready", "!"], "none of the seven was sent"
+
+    async def counted() -> bool:
+        # At the end of a turn, after the packet behind them was sent.
+        return (await dropped())[0] == before[0] + 7
+
+    await eventually("the seven counted", counted, why=lambda: it.log)
     assert await dropped() == (before[0] + 7, before[1] + 7)
 
 

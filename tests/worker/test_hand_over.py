@@ -179,8 +179,9 @@ def test_a_client_that_writes_and_verifies_notices_nothing_of_five_upgrades() ->
             user.join(PATIENCE)
         assert not user.is_alive()
         assert not problems, problems
+        # Counted on, over all workers; shown at the end of a turn, after the reply.
+        wait_for("all writes counted", lambda: host.stats().write.requests == rounds)
         stats = host.stats()
-        assert stats.write.requests == rounds  # counted on, over all workers
         assert stats.write.errors == stats.read.errors == 0
 
 
