@@ -46,6 +46,9 @@ class Manager:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.sock.bind(os.fspath(self.path))
         self.sock.setblocking(False)
+        # All the while: its queue holds ten datagrams, and a service does not wait for room.
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self.sock, self.hear)
 
     def hear(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -86,6 +89,7 @@ class Manager:
         return child
 
     def close(self) -> None:
+        self._loop.remove_reader(self.sock)
         self.sock.close()
         for fd in self.kept.values():
             os.close(fd)

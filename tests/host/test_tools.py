@@ -60,11 +60,17 @@ async def test_top_tells_what_a_disk_does_and_that_it_has_gone() -> None:
 
         try:
             async with busy(it):
-                found = await until(lambda devices: devices and (devices[0]["read_iops"] or 0) > 0)
+                # An interval of a machine that hardly runs may have the answers alone.
+                found = await until(
+                    lambda devices: (
+                        devices
+                        and (devices[0]["read_iops"] or 0) > 0
+                        and (devices[0]["notifies_per_second"] or 0) > 0
+                    )
+                )
                 (disk,) = found["devices"]  # type: ignore[misc]
                 assert disk["name"] == "xvdb"
                 assert disk["read_bytes_per_second"] == pytest.approx(4096 * disk["read_iops"])
-                assert disk["notifies_per_second"] > 0
                 assert disk["cpu_percent"] is not None
                 assert disk["latency_p50_us"] <= disk["latency_p99_us"]
             await until(lambda devices: devices and devices[0]["read_iops"] == 0)

@@ -501,6 +501,7 @@ async def test_counters_come_from_the_supervisor_where_the_agent_may_not_look(
         # As in its unit: neither the worker nor the supervisor is there for it.
         monkeypatch.setattr(inventory, "statistics", lambda *arguments: None)
         monkeypatch.setattr(inventory, "_runs", lambda *arguments: False)
+        monkeypatch.setattr(inventory, "_SOON", PATIENCE)
         told = await user.call("GetDevice", "s", "xvdb", interface=MAIN)
         assert told.keys() == seen.keys()
         counted = [found["statistics"].value["write"].value for found in (seen, told)]

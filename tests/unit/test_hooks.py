@@ -169,7 +169,9 @@ async def test_a_hook_that_hangs_costs_the_moment_no_more_than_its_time(tmp_path
     made, out = tmp_path / "hooks.d", tmp_path / "out"
     program(made / "pre-suspend.d", "1-hangs", f"echo $$ > {out}; sleep 1000")
     program(made / "pre-suspend.d", "2-late", "true")
-    failures = await asyncio.wait_for(Hooks(made).run("pre-suspend", within=1.0), PATIENCE)
-    assert failures[0].startswith("1-hangs: killed: not done with pre-suspend in ")
-    assert failures[1] == "2-late: not begun: no time is left for pre-suspend"
+    # A machine that is busy may let it not even begin in that second.
+    while not out.exists() or not out.read_text():
+        failures = await asyncio.wait_for(Hooks(made).run("pre-suspend", within=1.0), PATIENCE)
+        assert failures[0].startswith("1-hangs: killed: not done with pre-suspend in ")
+        assert failures[1] == "2-late: not begun: no time is left for pre-suspend"
     await eventually("the end of what hung", lambda: ended(int(out.read_text())))
