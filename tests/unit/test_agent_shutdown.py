@@ -12,12 +12,14 @@ from agentworld import AgentWorld, agent_world
 from waiting import eventually
 
 from pvfront import service
+from pvfront.agent import control
 from pvfront.agent.board import Board
 from pvfront.agent.context import Event, ShutdownAsked
 from pvfront.agent.control import REASON, Control
 from pvfront.agent.helper import command
 from pvfront.agent.shutdown import run_hooks
 from pvfront.service import kind_of
+from pvfront.xenstore import Xenstore
 
 JOBS = """\
  812 pvfront-pre-shutdown.service stop  running
@@ -113,7 +115,21 @@ def node(machine: Machine) -> str | None:
     return machine.world.get("control/shutdown")
 
 
-async def test_what_the_kernel_takes_and_begins_is_not_done_again(machine: Machine) -> None:
+def kernel_is_first(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late this process runs: the agent does not look before the kernel has taken it."""
+    take = control._take
+
+    async def after(store: Xenstore, value: str) -> bool:
+        await eventually("the kernel's taking", lambda: node(machine) == "")
+        return await take(store, value)
+
+    monkeypatch.setattr(control, "_take", after)
+
+
+async def test_what_the_kernel_takes_and_begins_is_not_done_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel_is_first(machine, monkeypatch)
     machine.ask("poweroff")
     await machine.asked("poweroff")
     machine.going_down = "poweroff"
@@ -140,7 +156,10 @@ async def test_what_the_kernel_does_not_take_is_acknowledged_and_done_once(
     assert machine.commands == [f"systemctl {verb}"]
 
 
-async def test_what_the_kernel_took_and_did_not_begin_is_not_lost(machine: Machine) -> None:
+async def test_what_the_kernel_took_and_did_not_begin_is_not_lost(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel_is_first(machine, monkeypatch)
     machine.ask("reboot")
     await machine.asked("reboot")
     machine.ask("")
