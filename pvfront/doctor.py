@@ -292,7 +292,10 @@ def _suspend_trouble(facts: Facts) -> Iterator[Finding]:
 def _services(facts: Facts) -> Iterator[Finding]:
     if facts.absent is not None:
         text, fix = facts.absent
-        yield Finding(Level.WARN, "service", text, fix)
+        if facts.embedded or any(one.named or one.device.owner == PVFRONT for one in facts.devices):
+            yield Finding(Level.WARN, "service", text, fix)
+        else:  # as it is after the installation
+            yield Finding(Level.OK, "service", f"{text}: pvfront.toml names nothing for it")
     for klass in SERVICES:
         service = facts.services.get(klass)
         if service is None or service.pid is None:

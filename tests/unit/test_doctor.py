@@ -148,6 +148,14 @@ def test_an_agent_that_nobody_wants_is_told_of_and_no_trouble() -> None:
     )
 
 
+def test_a_service_that_nothing_is_named_for_is_missed_by_nobody() -> None:
+    theirs = DeviceFacts(device("kernel", os_device="xvdb"))
+    absent = ("the disk service does not run", "systemctl start pvfront-vbd")
+    facts = replace(WELL, devices=[theirs], absent=absent)
+    assert worst(facts) == []
+    assert worst(replace(facts, devices=[replace(theirs, named=True)]))
+
+
 def device(owner: str = "pvfront", **changed: Any) -> Device:
     return replace(DISK, owner=owner, **changed)
 
