@@ -10,7 +10,7 @@ from lab.guest import Guest
 from lab.pvf import Pvfront
 from lab.scenario import Lab, wait_until
 
-# Not yet run in a guest: for who asks.
+# Little that only a guest can show: for who asks.
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
 TEXTFILES = "/var/lib/prometheus/node-exporter"
