@@ -29,14 +29,15 @@ log = logging.getLogger(__name__)
 
 _COMMAND = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ARGUMENTS = 64
+_REQUESTS = (wire.PUT, wire.GET, wire.RUN)
 
 
 class Hello(Exception):
     """A client has come, and wants nothing of what the one before asked for."""
 
-    def __init__(self, number: object) -> None:
+    def __init__(self, said: dict[str, Any]) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.version = said.get("number"), said.get("version")
 
 
 class Server:
@@ -49,6 +50,8 @@ class Server:
         self.files = None if files is None else files.resolve()
         self.writable = writable
         self.commands = commands
+        self._version: object = None
+        """What the client speaks."""
 
     def run(self) -> None:
         """Until the terminal has gone: ChannelError says so."""
@@ -56,6 +59,7 @@ class Server:
         while True:
             try:
                 if hello is not None:
+                    self._version = hello.version
                     self.link.tell(wire.GREETING, number=hello.number, version=wire.VERSION)
                     hello = None
                 self._one()
@@ -66,6 +70,8 @@ class Server:
     def _one(self) -> None:
         try:
             kind, body = self._next()
+            if kind in _REQUESTS and self._version != wire.VERSION:
+                raise _RefusedError(f"only who has said Hello in version {wire.VERSION} is served")
             if kind == wire.PUT:
                 self._put(facts_of(body))
             elif kind == wire.GET:
@@ -83,16 +89,11 @@ class Server:
     def _next(self) -> tuple[int, bytes]:
         kind, body = self.link.receive()
         if kind == wire.HELLO:
-            raise Hello(facts_of(body).get("number"))
+            raise Hello(facts_of(body))
         if self.link.damaged:
             self.link.whole()
             raise _RefusedError("bytes were lost or changed on the way")
         return kind, body
-
-    def _interrupted(self) -> None:
-        """While we send: has another client come? Raises Hello."""
-        while self.link.waiting():
-            self._next()
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -115,10 +116,12 @@ class Server:
         file = Received(str(path), int(facts.get("mode", 0o600)))
         try:
             self.link.tell(wire.OK)
+            receipts = wire.Receipts()
             while True:
                 kind, body = self._next()
                 if kind == wire.DATA:
                     file.add(body)
+                    self.link.send(wire.ACK, receipts.of(body))
                 elif kind == wire.END:
                     file.finish(facts_of(body).get("sha256"))
                     break
@@ -136,8 +139,7 @@ class Server:
             if not path.is_file():
                 raise _RefusedError(f"{facts.get('path')} is no file")
             self.link.tell(wire.OK, mode=os.fstat(fd).st_mode & 0o777)
-            for _ in wire.send_file(self.link, file):
-                self._interrupted()
+            wire.send_file(self.link, file, self._next)
         log.info("%s: read", ascii(str(path)))
 
     # -- commands --------------------------------------------------------------------------------
@@ -168,10 +170,12 @@ class Server:
         ) as process:
             try:
                 self.link.tell(wire.OK)
+                window = wire.Window()
                 for kind, data in _output(process, self.link.fd):
                     if kind:
-                        self.link.send(kind, data)
-                    self._interrupted()
+                        wire.send_within(window, self.link, kind, data, self._next)
+                    while self.link.waiting():  # another client, too
+                        window.heard(*self._next())
                 status = process.wait()
             finally:
                 with contextlib.suppress(ProcessLookupError):

@@ -11,8 +11,8 @@ Theory of operation
     the socket: the next one has the same. What it had in the ring is lost with it, 4 KiB at most;
     what a backend had not taken when a generation ended is the first in the next (native/cons.h).
 
-    A worker is not handed over to one of another program (upgrade.md): a console that is connected
-    anew loses nothing and is away for a second.
+    A worker is not handed over to one of another program (upgrade.md): a service that is restarted
+    adopts it, which loses nothing, and it keeps its program.
 """
 
 from __future__ import annotations
@@ -290,5 +290,6 @@ class ConsoleFrontend(WorkerSide):
     async def upgrade(self) -> str:
         raise PvfrontError(
             f"{self.label}: a console's worker is not handed over",
-            hint=f"pvfront release console {self.name}, and serve it again: nothing is lost",
+            hint="`kill -9` of its worker brings the installed program; what is in the ring then, "
+            "5 KiB at most, is lost",
         )

@@ -14,6 +14,9 @@ Both ends speak in frames: FRAME, then up to MOST bytes. A frame whose checksum 
 transfer; a file is there under its name only when all of it has come and its SHA-256 is right.
 Dom0 asks, the guest answers, one thing at a time. Hello, with a random number, begins anew whatever
 the guest was doing for whoever was there before.
+
+Each frame of a transfer (DATA, STDERR) is acknowledged when it was taken, and no more than WINDOW
+is under way: QEMU's console drops what too slow a reader leaves to it.
 """
 
 from __future__ import annotations
@@ -33,18 +36,26 @@ import termios
 import time
 import tty
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-VERSION = 1
+VERSION = 2
 FRAME = struct.Struct(">4sBBHI")  # MAGIC, kind, 0, length, CRC-32 of kind, length and body
 MAGIC = b"\xf5PVC"
 MOST = 16384
-HELLO, GREETING, PUT, GET, RUN, DATA, END, OK, ERROR, STDERR = range(1, 11)
+HELLO, GREETING, PUT, GET, RUN, DATA, END, OK, ERROR, STDERR, ACK = range(1, 12)
+TAKEN = struct.Struct(">Q")  # ACK: bytes of frames of this transfer that were taken, from its begin
+WINDOW = 256 << 10
+"""Bytes of frames that may be under way. QEMU keeps `limit` of them (libxl's: 1 MiB) and drops the
+rest; what a reader has taken counts, too, until it has taken all. Hence a window opens again
+when all of it is acknowledged, not some.
+"""
 SECONDS = 60.0
 """For the other end to say or take something."""
 GREET_SECONDS = 2.0
+FILL = (2, 4, 8, 16)
+"""The attempts to greet that fill up a frame that was cut; few, for who may not read at all."""
 
 
 class ChannelError(Exception):
@@ -92,6 +103,48 @@ class Frames:
             self._rest = self._rest[1:]
 
 
+def _size(body: bytes) -> int:
+    return FRAME.size + len(body)
+
+
+class Window:
+    """The sending end of one transfer: what may be sent now. Pure."""
+
+    def __init__(self) -> None:
+        self._sent = self._taken = 0
+        self._until = WINDOW
+
+    def fits(self, body: bytes) -> bool:
+        """Whether a frame may be sent before more is heard."""
+        return self._sent + _size(body) <= self._until
+
+    def sent(self, body: bytes) -> None:
+        self._sent += _size(body)
+
+    def heard(self, kind: int, body: bytes) -> None:
+        """A frame of the other end's. Raises ChannelError if it acknowledges nothing of ours."""
+        if kind != ACK:
+            raise ChannelError(f"a frame of kind {kind} within a transfer")
+        taken = TAKEN.unpack(body)[0] if len(body) == TAKEN.size else 0
+        if not self._taken < taken <= self._sent:
+            raise ChannelError("what was acknowledged was not sent")
+        self._taken = taken
+        if taken == self._sent:
+            self._until = taken + WINDOW
+
+
+class Receipts:
+    """The receiving end of one transfer. Pure."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    def of(self, body: bytes) -> bytes:
+        """What an ACK says now that this frame was taken, too."""
+        self._taken += _size(body)
+        return TAKEN.pack(self._taken)
+
+
 class Link:
     """Frames over a descriptor that does not block."""
 
@@ -105,7 +158,13 @@ class Link:
 
     def send(self, kind: int, body: bytes = b"") -> None:
         """Returns when all of it was taken. Raises ChannelError."""
-        data = framed(kind, body)
+        self._write(framed(kind, body))
+
+    def fill(self) -> None:
+        """Sends what ends any frame that was cut, and is none."""
+        self._write(bytes(FRAME.size + MOST))
+
+    def _write(self, data: bytes) -> None:
         while data:
             try:
                 data = data[os.write(self.fd, data) :]
@@ -205,13 +264,22 @@ class Received:
             self._name.unlink()
 
 
-def send_file(link: Link, file: IO[bytes]) -> Iterator[None]:
-    """Sends what `file` has, and END; yields between two frames."""
-    total = hashlib.sha256()
+def send_within(
+    window: Window, link: Link, kind: int, body: bytes, hear: Callable[[], tuple[int, bytes]]
+) -> None:
+    """Sends a frame of a transfer, when it may be. `hear`: the next of what the other end says."""
+    while link.waiting() or not window.fits(body):
+        window.heard(*hear())
+    link.send(kind, body)
+    window.sent(body)
+
+
+def send_file(link: Link, file: IO[bytes], hear: Callable[[], tuple[int, bytes]]) -> None:
+    """Sends what `file` has, and END."""
+    window, total = Window(), hashlib.sha256()
     while data := file.read(MOST):
         total.update(data)
-        link.send(DATA, data)
-        yield
+        send_within(window, link, DATA, data, hear)
     link.tell(END, sha256=total.hexdigest())
 
 
@@ -226,8 +294,13 @@ class Channel:
         self.link = Link(fd, seconds=seconds)
         number = os.urandom(8).hex()
         end = time.monotonic() + seconds
-        # Again and again: a terminal that is not raw yet spoils the first.
+        # Again and again: a terminal that is not raw yet spoils the first, and half a frame, of who
+        # was killed here before, takes what follows for its own.
+        attempt = 0
         while time.monotonic() < end:
+            attempt += 1
+            if attempt in FILL:
+                self.link.fill()
             self.link.tell(HELLO, number=number, version=VERSION)
             again = time.monotonic() + GREET_SECONDS
             while time.monotonic() < again and self.link.readable(GREET_SECONDS):
@@ -245,7 +318,10 @@ class Channel:
         if said.get("number") != number:
             return False
         if said.get("version") != VERSION:
-            raise ChannelError(f"the guest speaks version {said.get('version')!r}")
+            raise ChannelError(
+                f"the guest speaks version {said.get('version')!a:.20} of the channel, this helper "
+                f"{VERSION}: install the one of the guest's package"
+            )
         return True
 
     def put(self, path: str, remote: str) -> None:
@@ -256,21 +332,20 @@ class Channel:
                 raise ChannelError(f"{path} is no file")
             self.link.tell(PUT, path=remote, mode=found.st_mode & 0o777)
             self._answer(OK)
-            for _ in send_file(self.link, file):
-                if self.link.waiting():
-                    break  # it has an error to tell
+            send_file(self.link, file, self._next)
             self._answer(OK)
 
     def get(self, remote: str, path: str) -> None:
         """Copies a file out of the guest."""
         self.link.tell(GET, path=remote)
         said = facts_of(self._answer(OK))
-        file = Received(path, int(said.get("mode", 0o600)))
+        file, receipts = Received(path, int(said.get("mode", 0o600))), Receipts()
         try:
             while True:
                 kind, body = self._next()
                 if kind == DATA:
                     file.add(body)
+                    self.link.send(ACK, receipts.of(body))
                 elif kind == END:
                     file.finish(facts_of(body).get("sha256"))
                     return
@@ -283,6 +358,7 @@ class Channel:
         """Runs a command of the guest's; its exit status."""
         self.link.tell(RUN, command=command, arguments=arguments)
         self._answer(OK)
+        receipts = Receipts()
         while True:
             kind, body = self._next()
             if kind == END:
@@ -292,6 +368,7 @@ class Channel:
                 raise ChannelError(f"a frame of kind {kind} from a command")
             to.write(body)
             to.flush()
+            self.link.send(ACK, receipts.of(body))
 
     def _next(self) -> tuple[int, bytes]:
         kind, body = self.link.receive()
@@ -306,6 +383,8 @@ class Channel:
 
     def _answer(self, wanted: int) -> bytes:
         kind, body = self._next()
+        while kind == ACK:  # of what was sent last
+            kind, body = self._next()
         if kind != wanted:
             raise ChannelError(f"a frame of kind {kind} instead of {wanted}")
         return body

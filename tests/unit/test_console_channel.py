@@ -5,29 +5,43 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvfront.console.channel import Server
 from pvfront.console.pvfront_channel import (
+    ACK,
     DATA,
     END,
+    ERROR,
     FRAME,
+    GET,
+    GREETING,
+    HELLO,
     MOST,
     PUT,
+    TAKEN,
+    WINDOW,
     Channel,
     ChannelError,
     ChannelGone,
     Frames,
     Link,
+    Receipts,
+    Window,
+    facts_of,
     framed,
 )
+
+LIMIT = 1 << 20
+"""What libxl lets QEMU keep of a console's output."""
 
 
 @given(st.lists(st.tuples(st.integers(1, 255), st.binary(max_size=300))), st.data())
@@ -63,6 +77,82 @@ def test_a_frame_with_a_wrong_bit_is_none(body: bytes, data: st.DataObject) -> N
     assert frames.skipped > 0
 
 
+class Keeper:
+    """What QEMU keeps for who sits at a console: more than `LIMIT` since it last had nothing is
+    cut, what has been read of it included.
+    """
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+        self._read = 0
+        self.dropped = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    def keep(self, data: bytes) -> None:
+        self._kept += data
+        self.dropped += max(0, len(self._kept) - LIMIT)
+        del self._kept[LIMIT:]
+
+    def read(self, most: int) -> bytes:
+        data = bytes(self._kept[self._read : self._read + most])
+        self._read += len(data)
+        if self._read == len(self._kept):
+            self._kept.clear()
+            self._read = 0
+        return data
+
+
+@given(
+    st.lists(st.integers(0, MOST), min_size=1, max_size=20),
+    st.lists(st.integers(1000, 600_000), min_size=1, max_size=10),
+)
+@settings(max_examples=20)
+def test_nothing_is_dropped_however_slowly_it_is_read(sizes: list[int], reads: list[int]) -> None:
+    bodies = ([bytes(size) for size in sizes] * 300)[:300]
+    window, receipts, frames, keeper = Window(), Receipts(), Frames(), Keeper()
+    sent = got = turn = 0
+    while got < len(bodies):
+        while sent < len(bodies) and window.fits(bodies[sent]):
+            keeper.keep(framed(DATA, bodies[sent]))
+            window.sent(bodies[sent])
+            sent += 1
+        for _, body in frames.feed(keeper.read(reads[turn % len(reads)])):
+            window.heard(ACK, receipts.of(body))
+            got += 1
+        turn += 1
+        assert keeper.dropped == frames.skipped == 0
+
+
+@given(st.integers(1, 255), st.one_of(st.binary(max_size=20), st.integers(0, 99).map(TAKEN.pack)))
+def test_only_what_was_sent_and_not_yet_acknowledged_is_acknowledged(
+    kind: int, body: bytes
+) -> None:
+    window = Window()
+    for size in (8, 18):  # frames of 20 and 30 bytes
+        window.sent(bytes(size))
+    window.heard(ACK, TAKEN.pack(20))
+    if kind == ACK and len(body) == TAKEN.size and 20 < TAKEN.unpack(body)[0] <= 50:
+        window.heard(kind, body)
+    else:
+        with pytest.raises(ChannelError):
+            window.heard(kind, body)
+
+
+def test_a_window_opens_again_only_when_all_of_it_was_taken() -> None:
+    window, receipts, body = Window(), Receipts(), bytes(MOST)
+    said = []
+    while window.fits(body):
+        window.sent(body)
+        said.append(receipts.of(body))
+    assert len(said) == WINDOW // (FRAME.size + MOST)
+    for one in said:
+        assert not window.fits(body)
+        window.heard(ACK, one)
+    assert window.fits(body)
+
+
 class Damaging:
     """A wire between both ends that can turn a byte over."""
 
@@ -70,11 +160,13 @@ class Damaging:
         self.files = tmp_path / "files"
         self.files.mkdir()
         self.turn_over = 0
+        self.slow: Keeper | None = None
+        """Is between the guest and a dom0 that reads slowly."""
         dom0, self._a = socket.socketpair()
         guest, self._b = socket.socketpair()
         self._threads = [
-            threading.Thread(target=self._carry, args=(self._a, self._b, True)),
-            threading.Thread(target=self._carry, args=(self._b, self._a, False)),
+            threading.Thread(target=self._carry),
+            threading.Thread(target=self._carry_back),
             threading.Thread(target=self._serve, args=(guest,)),
         ]
         for thread in self._threads:
@@ -82,14 +174,29 @@ class Damaging:
         self._dom0 = dom0
         self.channel = Channel(dom0.fileno(), seconds=20)
 
-    def _carry(self, source: socket.socket, to: socket.socket, out: bool) -> None:
-        while data := bytearray(source.recv(4096)):
-            if out and self.turn_over and len(data) > 2000:
-                self.turn_over -= 1
-                data[1000] ^= 1
-            to.sendall(data)
+    def _carry(self) -> None:
+        # Who leaves with something unread is a reset, and no end.
+        with contextlib.suppress(ConnectionResetError):
+            while data := bytearray(self._a.recv(4096)):
+                if self.turn_over and len(data) > 2000:
+                    self.turn_over -= 1
+                    data[1000] ^= 1
+                self._b.sendall(data)
         with contextlib.suppress(OSError):
-            to.shutdown(socket.SHUT_WR)
+            self._b.shutdown(socket.SHUT_WR)
+
+    def _carry_back(self) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while data := self._b.recv(1 << 16):
+                if self.slow is None:
+                    self._a.sendall(data)
+                    continue
+                self.slow.keep(data)
+                # A little is read of what is kept whenever the guest sends nothing.
+                while self.slow and not select.select([self._b], [], [], 0)[0]:
+                    self._a.sendall(self.slow.read(1000))
+        with contextlib.suppress(OSError):
+            self._a.shutdown(socket.SHUT_WR)
 
     def _serve(self, guest: socket.socket) -> None:
         with guest:
@@ -136,6 +243,7 @@ def test_a_wrong_sum_is_no_file(wire: Damaging) -> None:
     link.receive()
     link.send(DATA, b"something")
     link.tell(END, sha256="0" * 64)
+    assert link.receive() == (ACK, TAKEN.pack(FRAME.size + 9))
     assert b"SHA-256 differs" in link.receive()[1]
     assert list(wire.files.iterdir()) == []
 
@@ -146,3 +254,63 @@ def test_nonsense_is_answered_with_an_error(wire: Damaging, body: bytes) -> None
     kind, _ = wire.channel.link.receive()
     assert kind != END
     Channel(wire.channel.link.fd, seconds=20)
+
+
+@pytest.mark.parametrize("version", [1, None, "2", 3, "\x1b[2J" * 500])
+def test_a_guest_of_another_version_is_one_clear_line(version: object) -> None:
+    dom0, guest = socket.socketpair()
+    with dom0, guest:
+
+        def greet() -> None:
+            link = Link(guest.fileno(), seconds=20)
+            kind, body = link.receive()
+            assert kind == HELLO
+            link.tell(GREETING, number=facts_of(body)["number"], version=version)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(ChannelError, match=r"guest speaks version .* this helper 2") as told:
+            Channel(dom0.fileno(), seconds=20)
+        thread.join(20)
+        assert len(str(told.value)) < 200
+        assert str(told.value).isprintable()
+
+
+def test_who_speaks_another_version_is_told_ours_and_not_served(wire: Damaging) -> None:
+    (wire.files / "name").write_text("text")
+    link = wire.channel.link
+    link.tell(HELLO, number="x", version=1)
+    kind, body = link.receive()
+    assert (kind, facts_of(body)) == (GREETING, {"number": "x", "version": 2})
+    link.tell(GET, path="name")
+    kind, body = link.receive()
+    assert kind == ERROR
+    assert "version 2" in facts_of(body)["text"]
+
+
+def test_a_frame_that_was_cut_does_not_swallow_the_next_client(wire: Damaging) -> None:
+    fd = wire.channel.link.fd
+    os.write(fd, framed(DATA, bytes(MOST))[: FRAME.size + 5])
+    Channel(fd, seconds=20)
+
+
+def test_a_guest_waits_for_who_reads_slowly(wire: Damaging, tmp_path: Path) -> None:
+    data = os.urandom(3 * LIMIT)
+    (wire.files / "name").write_bytes(data)
+    wire.slow = Keeper()
+    wire.channel.get("name", str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == data
+    assert wire.slow.dropped == 0
+
+
+def test_what_was_never_sent_cannot_be_acknowledged(wire: Damaging) -> None:
+    (wire.files / "name").write_bytes(bytes(2 * WINDOW))
+    link = wire.channel.link
+    link.tell(GET, path="name")
+    link.receive()
+    link.send(ACK, TAKEN.pack(1 << 63))
+    while (got := link.receive())[0] == DATA:
+        pass
+    assert got[0] == ERROR
+    assert "not sent" in facts_of(got[1])["text"]
+    Channel(link.fd, seconds=20)
