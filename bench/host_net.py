@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import signal
 import statistics
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pvfront.host import Host
+from pvfront.host import Host, iperf
 from pvfront.host.child import Child
 from pvfront.host.netback import NetBackend
 from pvfront.host.netns import NetNamespace
@@ -125,22 +123,10 @@ async def two_taps(program: Path) -> AsyncIterator[NetNamespace]:
                 await pair.stop(signal.SIGKILL)
 
 
-async def iperf3(near: NetNamespace, *options: str) -> dict[str, Any]:
-    """The report of a client that has ended without an error."""
-    end = asyncio.get_running_loop().time() + DEADLINE
-    while True:
-        said = await near.run("iperf3", "-J", "-c", SERVER, *options)
-        told: dict[str, Any] = json.loads(said)
-        if "error" not in told:  # its status is 0 with one as well
-            return told
-        # The server may not have seen yet that the client before has ended.
-        if "server is busy" not in told["error"] or asyncio.get_running_loop().time() > end:
-            raise Failed(f"iperf3: {told['error']}")
-
-
 async def measure(near: NetNamespace, job: Job, seconds: float) -> float:
     """In the job's unit."""
-    told = (await iperf3(near, f"-t{max(1, round(seconds))}", *job.options))["end"]
+    client = ["iperf3", "-J", "-c", SERVER, f"-t{max(1, round(seconds))}", *job.options]
+    told = (await iperf.report(lambda: near.run(*client)))["end"]
     if job.unit == "Gbit/s":
         return float(told["sum_received"]["bits_per_second"]) / 1e9
     arrived = told["sum"]["packets"] - told["sum"]["lost_packets"]

@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -29,10 +28,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pvfront.errors import PvfrontError
-from pvfront.host import Host
+from pvfront.host import Host, iperf
 from pvfront.host.blkback import BlkBackend
 from pvfront.host.child import START_SECONDS, said_by
 from pvfront.host.netback import NetBackend
@@ -318,7 +316,8 @@ class NetDemo(Demo):
     async def iperf(self, *how: str) -> str:
         command = ["iperf3", "--client", THEIRS[0], "--time", str(IPERF_SECONDS), *how]
         print(f"guest$ {shlex.join(command)}", flush=True)
-        end = (await self._report([*self.prefix, *command, "--json"]))["end"]
+        asked = [*self.prefix, *command, "--json"]
+        end = (await iperf.report(lambda: self._run(asked)))["end"]
         got = end.get("sum_received") or end["sum"]
         lost = f", {got['lost_percent']:.2g} % lost" if "lost_percent" in got else ""
         if not got["bytes"]:
@@ -327,16 +326,6 @@ class NetDemo(Demo):
             f"{got['bytes'] / MIB:.0f} MiB in {got['seconds']:.1f} s, "
             f"{got['bits_per_second'] / 1e9:.2f} Gbit/s{lost}"
         )
-
-    async def _report(self, command: Sequence[str]) -> dict[str, Any]:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            told: dict[str, Any] = json.loads(await self._run(command))
-            if "error" not in told:  # its status is 0 with one as well
-                return told
-            # The server may not have seen yet that the client before has ended.
-            if "server is busy" not in told["error"] or time.monotonic() > deadline:
-                raise DemoFailed(f"iperf3: {told['error']}")
 
     async def counted(self, backend: NetBackend) -> None:
         say("what the worker counted (all but zeroes), and the backend at its other end")

@@ -10,8 +10,8 @@ import os
 import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -30,6 +30,7 @@ from networld import (
 )
 from waiting import eventually
 
+from pvfront.host import iperf
 from pvfront.host.netns import NetNamespace
 
 pytestmark = [
@@ -98,19 +99,6 @@ async def test_bulk_tcp_crosses_the_rings_in_large_packets(it: Network) -> None:
         assert size / packets > 9014, f"{way}: {packets} packets for {size} bytes"
 
 
-async def iperf3(it: Network, *options: str) -> dict[str, Any]:
-    """The report of a client that has ended without an error."""
-
-    async def taken() -> dict[str, Any]:
-        told = json.loads(await it.guest.run("iperf3", "-J", "-c", THEIRS4, *options))
-        # Its status is 0 all the same. The server may not have seen yet that the one before ended.
-        return {} if "server is busy" in told.get("error", "") else told
-
-    told: dict[str, Any] = await eventually("a server that is not busy", taken)
-    assert "error" not in told, told["error"]
-    return told
-
-
 async def test_iperf3_runs_both_ways_and_over_udp(it: Network) -> None:
     require("iperf3")
     log = it.host.directory / "iperf3.log"
@@ -118,7 +106,8 @@ async def test_iperf3_runs_both_ways_and_over_udp(it: Network) -> None:
     try:
         await eventually("iperf3", lambda: "listening" in log.read_text(), why=log.read_text)
         for how in ([], ["-R"], ["-u", "-b50M", "-l1400"], ["-P4"]):
-            end = (await iperf3(it, "-t1", *how))["end"]
+            client = ["iperf3", "-J", "-c", THEIRS4, "-t1", *how]
+            end = (await iperf.report(partial(it.guest.run, *client)))["end"]
             assert end.get("sum_received", end.get("sum"))["bytes"] > 0, end
     finally:
         await server.stop(signal.SIGKILL)
