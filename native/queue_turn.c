@@ -125,7 +125,7 @@ void pvf_queue_watch(struct pvf_queue *q, uint32_t in_flight)
 void pvf_queue_progress(struct pvf_queue *q, uint32_t responses)
 {
 	q->responses_since_event += responses;
-	if (!q->masked)
+	if (!q->masked || q->delayed)
 		q->owed = true;
 	q->progress_at = q->blk.now;
 	q->unseen = false;
@@ -302,14 +302,9 @@ void pvf_queue_event(struct pvf_queue *q, uint64_t data, uint32_t events)
 			take_socket(q, events);
 		break;
 	case PVF_TAG_UNMASK:
-		/* Delayed for its spuriousness: look at the ring again, then unmask. */
-		if (timer_fired(q->unmask_timer) && q->delayed && !q->stopped) {
-			q->blk.now = pvf_now_ns();
-			if (!q->net && !q->cons)
-				drain(q);
-			if (!q->stopped)
-				unmask(q);
-		}
+		/* Whatever has come meanwhile brings its event now. */
+		if (timer_fired(q->unmask_timer) && q->delayed && !q->stopped)
+			unmask(q);
 		break;
 	case PVF_TAG_WATCHDOG:
 		if (timer_fired(q->watchdog_timer) && q->watching)
