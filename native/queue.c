@@ -5,14 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/stat.h>
 #include <unistd.h>
-
-#include "stats.h"
 
 #define PATIENCE PVF_SECOND
 
-static int watch(const struct pvf_queue *q, int fd, uint32_t tag, uint32_t how)
+static int watch(const struct pvf_queue *q, int fd, uint64_t tag, uint32_t how)
 {
 	struct epoll_event event = {.events = EPOLLIN | how, .data.u64 = tag};
 
@@ -53,7 +50,8 @@ int pvf_queue_init(struct pvf_queue *q, uint32_t index, struct pvf_fence *fence,
 	q->fence = fence;
 	q->notes_fd = notes_fd;
 	q->page = page;
-	q->target.fd = q->port.event_fd = q->ublk.ublk.fd = -1;
+	q->ops = &pvf_blkq_ops;
+	q->target.fd = q->port.event_fd = q->second.event_fd = q->ublk.ublk.fd = -1;
 	q->unmask_timer = q->watchdog_timer = q->wake_fd = -1;
 	q->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	if (q->epoll_fd < 0)
@@ -122,12 +120,7 @@ void pvf_queue_free(struct pvf_queue *q)
 	}
 	pvf_queue_detach(q, false);
 	pvf_uring_free(&q->ublk.uring);
-	if (q->net)
-		pvf_netq_drop_target(q);
-	free(q->net);
-	if (q->cons)
-		pvf_consq_drop_target(q);
-	free(q->cons);
+	free(q->own);
 	close_own(q);
 	pthread_mutex_destroy(&q->lock);
 	pthread_mutex_destroy(&q->gate);
@@ -150,25 +143,50 @@ void pvf_queue_wake(struct pvf_queue *q)
 	pvf_signal(q->wake_fd);
 }
 
+int pvf_queue_watch_port(struct pvf_queue *q, const struct pvf_port *port, const char **why)
+{
+	*why = "the event channel cannot be watched";
+	return watch(q, port->event_fd, port == &q->port ? PVF_TAG_EVENT : PVF_TAG_SECOND,
+		     port->ops->edges ? EPOLLET : 0);
+}
+
+static void unwatch_port(const struct pvf_queue *q, const struct pvf_port *port)
+{
+	if (port->event_fd >= 0)
+		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, port->event_fd, NULL);
+}
+
+void pvf_queue_close_ports(struct pvf_queue *q)
+{
+	unwatch_port(q, &q->port);
+	unwatch_port(q, &q->second);
+	pvf_port_close(&q->second);
+	pvf_port_close(&q->port);
+}
+
 void pvf_queue_stop(struct pvf_queue *q)
 {
 	if (q->stopped || !q->attached)
 		return;
 	q->stopped = true;
 	q->serving = q->again = false;
-	if (q->net)
-		q->net->tx.pool.quarantined = q->net->rx.pool.quarantined = true;
-	else if (!q->cons)
-		q->blk.pool.quarantined = true;
+	if (q->ops->quarantine)
+		q->ops->quarantine(q);
 	/* A readable event channel would keep a level-triggered epoll awake. */
-	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
-	if (q->net && q->net->split)
-		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->net->rx_port.event_fd, NULL);
+	unwatch_port(q, &q->port);
+	unwatch_port(q, &q->second);
 }
 
-int pvf_queue_watch_port(struct pvf_queue *q, const struct pvf_port *port, uint32_t tag)
+static int open_second(struct pvf_queue *q, int fd, uint32_t number, const char **why)
 {
-	return watch(q, port->event_fd, tag, port->ops->edges ? EPOLLET : 0);
+	int rc = pvf_port_open_event(&q->second, fd, number, why);
+
+	if (rc)
+		return rc;
+	rc = pvf_queue_watch_port(q, &q->second, why);
+	if (rc)
+		pvf_port_release(&q->second);
+	return rc;
 }
 
 int pvf_queue_attach(struct pvf_queue *q, const int *fds, const struct pvf_ctl_attach *a,
@@ -178,24 +196,21 @@ int pvf_queue_attach(struct pvf_queue *q, const int *fds, const struct pvf_ctl_a
 
 	if (rc)
 		return rc;
-	*why = "the event channel cannot be watched";
-	rc = pvf_queue_watch_port(q, &q->port, PVF_TAG_EVENT);
-	if (!rc && q->net)
-		rc = pvf_netq_attach(q, fds[2], a, why);
+	rc = pvf_queue_watch_port(q, &q->port, why);
+	if (!rc && a->rx_port)
+		rc = open_second(q, fds[2], a->rx_port, why);
 	if (rc) {
-		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
+		unwatch_port(q, &q->port);
 		pvf_port_release(&q->port);
 		return rc;
 	}
-	if (q->cons)
-		pvf_consq_attach(q);
-	else if (!q->net)
-		pvf_blk_attach(&q->blk, q->port.ring, q->port.ring_bytes, q->port.pool, a->pool_pages,
-			       a->pool_grefs, a->flags & PVF_ATTACH_SCRUB);
+	q->blk.fault = (struct pvf_fault){0};
+	q->ops->attach(q, a);
 	q->attached = true;
 	q->serving = q->no_new = q->drained = q->stopped = false;
 	/* An event from before may be waiting; the ring is new, so begin as if one had come. */
 	q->masked = q->delayed = q->stalled = q->unseen = q->polling = q->owed = false;
+	q->delivered[0] = q->delivered[1] = false;
 	q->soon = false;
 	q->poll_until = 0;
 	q->idle = true;
@@ -206,80 +221,51 @@ int pvf_queue_attach(struct pvf_queue *q, const int *fds, const struct pvf_ctl_a
 	return 0;
 }
 
-static void close_target(struct pvf_queue *q)
+uint64_t pvf_queue_next_tag(struct pvf_queue *q)
 {
-	pvf_target_close(&q->target);
-	if (q->source_ops && q->source_ops->close) {
-		q->source_ops->close(q->source);
-		q->source_ops = NULL;
-	}
+	return (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET;
 }
 
-static void forget_target(struct pvf_queue *q)
+int pvf_queue_watch_target(struct pvf_queue *q, int fd, uint32_t events)
 {
-	pvf_blk_drop_target(&q->blk);
-	q->lost = q->source_ops && q->target.gone;
-	q->unread = (struct pvf_unread){0};
+	q->target.tag = pvf_queue_next_tag(q);
+	return watch(q, fd, q->target.tag, EPOLLET | events);
+}
+
+void pvf_queue_close_target(struct pvf_queue *q, int *fd)
+{
+	if (*fd >= 0) {
+		/* Another process may have the same open file. */
+		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, *fd, NULL);
+		close(*fd);
+	}
+	*fd = -1;
+}
+
+int pvf_queue_target(struct pvf_queue *q, int fd, const char **why)
+{
+	return q->ops->take_target(q, fd, why);
 }
 
 void pvf_queue_drop_target(struct pvf_queue *q)
 {
-	if (q->net)
-		return pvf_netq_drop_target(q);
-	if (q->cons)
-		return pvf_consq_drop_target(q);
-	close_target(q);
-	forget_target(q);
-	q->notes &= ~(uint32_t)PVF_NOTE_TARGET_GONE;
+	q->ops->drop_target(q);
 }
 
 bool pvf_queue_has_target(const struct pvf_queue *q)
 {
-	if (q->net)
-		return q->net->tap_fd >= 0;
-	if (q->cons)
-		return q->cons->fd >= 0;
-	return q->source_ops ? !q->target.gone : q->target.fd >= 0;
+	return q->ops->has_target(q);
 }
 
 void pvf_queue_detach(struct pvf_queue *q, bool keep)
 {
-	if (q->target.fd >= 0 && keep && !q->target.gone && q->attached &&
-	    !pvf_blk_portable(&q->blk)) {
-		q->target.gone = true;
-		q->target.error = ECANCELED;
-		q->target.why = "the connection was left with requests or data in its pages";
-	}
-	if (q->target.fd >= 0 && keep && q->target.gone)
-		q->notes |= PVF_NOTE_TARGET_GONE;
-	if (q->source_ops && q->attached)
-		q->source_ops->deliver(q->source, &q->blk);
-	if (q->net && !keep)
-		pvf_netq_drop_target(q);
-	if (q->cons && !keep)
-		pvf_consq_drop_target(q);
-	if (!keep || q->target.gone)
-		close_target(q);
-	if (q->target.fd < 0)
-		forget_target(q);
+	q->ops->detach(q, keep);
 	if (!q->attached)
 		return;
-	if (q->source_ops) {
-		q->source_ops->restart(q->source);
-		pvf_queue_wake(q); /* what was delivered just now is told by the serving thread */
-	}
-	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->port.event_fd, NULL);
-	if (q->net)
-		pvf_netq_detach(q);
-	else if (q->cons)
-		pvf_cons_detach(&q->cons->ring);
-	else
-		pvf_blk_detach(&q->blk);
-	pvf_port_close(&q->port);
+	pvf_queue_close_ports(q);
 	q->attached = q->serving = q->no_new = q->drained = q->stopped = false;
 	q->again = q->masked = q->delayed = q->stalled = q->watching = false;
 	q->oldest = 0;
-	pvf_fence_show(q->fence, q->index, q->unread.since);
 	pvf_arm(q->unmask_timer, 0);
 	pvf_arm(q->watchdog_timer, 0);
 }
@@ -287,60 +273,12 @@ void pvf_queue_detach(struct pvf_queue *q, bool keep)
 void pvf_queue_park(struct pvf_queue *q)
 {
 	q->port.parked = true;
-	if (q->net && q->net->split)
-		q->net->rx_port.parked = true;
+	q->second.parked = pvf_queue_has_second(q);
 }
 
-int pvf_queue_uring(struct pvf_queue *q, const char **why)
+void pvf_queue_expect(struct pvf_queue *q, uint32_t stall_seconds)
 {
-	return pvf_uring_make(&q->ublk.uring, q->epoll_fd, PVF_TAG_URING, why);
-}
-
-static int take_ublk(struct pvf_queue *q, int fd, const char **why)
-{
-	int rc = pvf_uring_open(&q->ublk.uring, &q->ublk.ublk, fd, (uint16_t)q->index, why);
-
-	if (rc)
-		return rc;
-	q->source_ops = &pvf_ublk_ops;
-	q->source = &q->ublk;
-	q->target.gone = q->lost = false;
-	return 0;
-}
-
-int pvf_queue_target(struct pvf_queue *q, int fd, const char **why)
-{
-	struct stat st;
-
-	if (q->net)
-		return pvf_netq_target(q, fd, why);
-	if (q->cons)
-		return pvf_consq_target(q, fd, why);
-	pvf_queue_drop_target(q);
-	if (!fstat(fd, &st) && S_ISCHR(st.st_mode))
-		return take_ublk(q, fd, why);
-	*why = "the NBD socket cannot be watched";
-	int rc = pvf_target_open(&q->target, fd, q->epoll_fd,
-				 (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET);
-
-	q->target.several = q->queues > 1;
-	return rc;
-}
-
-void pvf_queue_start(struct pvf_queue *q, const struct pvf_geometry *geo)
-{
-	q->blk.now = pvf_now_ns();
-	pvf_blk_start(&q->blk, geo);
-	/* A kept socket that was hung up meanwhile: no queue may receive before this one has looked. */
-	if (q->queues > 1 && q->target.fd >= 0 && q->target.ended)
-		pvf_fence_close(q->fence);
-}
-
-void pvf_queue_start_net(struct pvf_queue *q, uint32_t features, uint32_t stall_seconds)
-{
-	q->net->tx.features = features;
 	q->blk.geo.stall_seconds = stall_seconds;
-	/* The backend may have sent something before we were told that it is connected. */
 	q->masked = true;
 	q->watching = true;
 	pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
@@ -348,9 +286,7 @@ void pvf_queue_start_net(struct pvf_queue *q, uint32_t features, uint32_t stall_
 
 uint32_t pvf_queue_in_flight(const struct pvf_queue *q)
 {
-	if (q->cons)
-		return pvf_cons_unsent(&q->cons->ring);
-	return q->net ? q->net->tx.in_flight : q->blk.in_flight;
+	return q->ops->in_flight(q);
 }
 
 void pvf_queue_run(struct pvf_queue *q)
@@ -372,22 +308,5 @@ void pvf_queue_quiesce(struct pvf_queue *q)
 
 void pvf_queue_publish(struct pvf_queue *q)
 {
-	struct pvf_blk *blk = &q->blk;
-	struct pvf_blk_stats *s = &blk->stats;
-
-	if (q->net)
-		return pvf_netq_publish(q);
-	if (q->cons)
-		return pvf_consq_publish(q);
-	s->state = q->state;
-	s->generation = q->generation;
-	s->queue = q->index;
-	s->queues = q->queues;
-	s->in_flight = blk->in_flight;
-	s->pool_pages = blk->pool.pages;
-	s->pool_free = blk->pool.free;
-	s->pool_free_low = blk->pool.free_low;
-	s->ring_slots = blk->ring.entries;
-	s->nbd_pending = blk->pending;
-	pvf_stats_publish(q->page, s, sizeof(*s));
+	q->ops->publish(q);
 }

@@ -43,12 +43,12 @@
 
 #include "batch.h"
 #include "blk.h"
-#include "cons.h"
 #include "fence.h"
-#include "net.h"
+#include "groups.h"
 #include "port.h"
 #include "source.h"
 #include "target.h"
+#include "trace.h"
 #include "ublk_ring.h"
 
 enum pvf_queue_tag { /* low half of the epoll data */
@@ -58,7 +58,7 @@ enum pvf_queue_tag { /* low half of the epoll data */
 	PVF_TAG_WATCHDOG = 4,
 	PVF_TAG_WAKE = 5,
 	PVF_TAG_URING = 6,
-	PVF_TAG_EVENT_RX = 7, /* of a network's second port */
+	PVF_TAG_SECOND = 7, /* the second port's event */
 };
 
 /* What has happened since the worker last looked. */
@@ -68,32 +68,6 @@ enum pvf_queue_note {
 	PVF_NOTE_FEATURE_OFF = 4,
 	PVF_NOTE_STALL = 8, /* begun or ended: see `stalled` */
 	PVF_NOTE_DRAINED = 16,
-};
-
-struct pvf_netq { /* what a network's queue has instead of a disk's */
-	struct pvf_net_tx tx;
-	struct pvf_net_rx rx;
-	struct pvf_port rx_port; /* RX's event channel, where it has one of its own: `split` */
-	bool split;
-	bool delivered[2]; /* of two ports: which of them is masked. TX's, RX's */
-	struct pvf_groups *groups; /* the device's */
-	int tap_fd;
-	bool tap_ready; /* a read of the TAP may find something */
-	bool refused;   /* the kernel lets us not keep the processor */
-	bool patient;   /* waking up, we stop nobody who runs */
-	uint64_t gathered_at; /* ns, coarse: a turn passed several packets on */
-	bool owes;      /* the processor was kept for a whole turn, and there is more: others are next */
-	struct pvf_trace *trace; /* the packets', or NULL */
-	uint64_t full, tap_errors, groups_told;
-	struct pvf_net_stats ended; /* counters of connections that are over */
-	struct pvf_net_packet packet; /* that is received now */
-};
-
-struct pvf_consq { /* what a console's queue has instead */
-	struct pvf_cons ring; /* over all connections */
-	int fd;               /* the stream socket; -1: none */
-	bool ended;           /* its other end is gone */
-	uint64_t in_bytes, out_bytes, full, blocked;
 };
 
 struct pvf_queue {
@@ -108,12 +82,13 @@ struct pvf_queue {
 	int notes_fd;            /* an eventfd of the worker's */
 	struct pvf_fence *fence; /* shared by the device's queues */
 	void *page; /* struct pvf_blk_stats, pvf_net_stats or pvf_cons_stats */
-	struct pvf_netq *net;   /* NULL: no network's */
-	struct pvf_consq *cons; /* NULL: no console's; a disk's has neither */
+	const struct pvf_queue_ops *ops; /* the class's: a disk's until another is said (queue_int.h) */
+	void *own; /* what the class has instead of a disk's, allocated; or NULL */
 	uint32_t state, generation; /* the worker's, for the statistics */
 	uint32_t queues;         /* attached: above 1, the fence holds */
 	struct pvf_blk blk;
-	struct pvf_port port;
+	struct pvf_port port, second; /* `second`: RX's event channel, of a network that has one for each ring */
+	bool delivered[2]; /* of two ports: which of them is masked */
 	struct pvf_target target; /* the NBD socket; `gone`, `error` and `why` are of any target */
 	const struct pvf_source_ops *source_ops; /* NULL: the NBD socket is served */
 	void *source;
@@ -128,6 +103,7 @@ struct pvf_queue {
 	bool stopped;       /* a rule was broken, here or in another queue of the device */
 	bool lost;          /* the target has ended: noted */
 	bool again;         /* more to do: do not sleep */
+	bool owes;          /* the processor was kept for a whole turn, and there is more: others are next */
 	bool masked;        /* the port was delivered and not given back */
 	bool delayed;       /* the unmask waits for its timer */
 	bool polling;       /* somebody looks at the ring all the time: no events are asked for */
@@ -204,7 +180,7 @@ int pvf_queue_attach(struct pvf_queue *queue, const int *fds, const struct pvf_c
  * PVF_NOTE_TARGET_GONE says so. */
 void pvf_queue_detach(struct pvf_queue *queue, bool keep);
 
-/* Before a detach: the event channel's descriptor is forgotten instead of closed. It stays open,
+/* Before a detach: each event channel's descriptor is forgotten instead of closed. It stays open,
  * and its port bound, as long as the process lives. */
 void pvf_queue_park(struct pvf_queue *queue);
 

@@ -21,62 +21,83 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "cons.h"
 #include "stats.h"
 
 #define TURN 8u /* full rings either way in a turn: a bounded amount (rule 8) */
 
+struct consq { /* what it has instead of a disk's */
+	struct pvf_cons ring; /* over all connections */
+	int fd;               /* the stream socket; -1: none */
+	bool ended;           /* its other end is gone */
+	uint64_t in_bytes, out_bytes, full, blocked;
+};
+
 int pvf_queue_cons(struct pvf_queue *q)
 {
-	q->cons = calloc(1, sizeof(*q->cons));
-	if (!q->cons)
+	struct consq *c = q->own = calloc(1, sizeof(*c));
+
+	if (!c)
 		return -ENOMEM;
-	q->cons->fd = -1;
+	q->ops = &pvf_consq_ops;
+	c->fd = -1;
 	return 0;
 }
 
-void pvf_consq_attach(struct pvf_queue *q)
+static void attach(struct pvf_queue *q, const struct pvf_ctl_attach *a)
 {
-	pvf_cons_attach(&q->cons->ring, q->port.ring);
-	q->blk.fault = (struct pvf_fault){0};
+	(void)a;
+	pvf_cons_attach(&((struct consq *)q->own)->ring, q->port.ring);
 }
 
-int pvf_consq_target(struct pvf_queue *q, int fd, const char **why)
+void pvf_queue_start_cons(struct pvf_queue *q, uint32_t stall_seconds)
 {
-	struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET,
-				    .data.u64 = (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET};
+	pvf_queue_expect(q, stall_seconds);
+}
 
-	pvf_consq_drop_target(q);
+static uint32_t in_flight(const struct pvf_queue *q)
+{
+	return pvf_cons_unsent(&((const struct consq *)q->own)->ring);
+}
+
+static bool drained(const struct pvf_queue *q)
+{
+	return !in_flight(q);
+}
+
+static void drop_target(struct pvf_queue *q)
+{
+	pvf_queue_close_target(q, &((struct consq *)q->own)->fd);
+}
+
+static bool has_target(const struct pvf_queue *q)
+{
+	return ((const struct consq *)q->own)->fd >= 0;
+}
+
+static int take_target(struct pvf_queue *q, int fd, const char **why)
+{
+	drop_target(q);
 	*why = "the stream cannot be watched";
-	if (epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, fd, &event))
-		return -errno;
-	q->target.tag = event.data.u64;
-	q->cons->fd = fd;
-	return 0;
+	int rc = pvf_queue_watch_target(q, fd, EPOLLIN | EPOLLOUT);
+
+	if (!rc)
+		((struct consq *)q->own)->fd = fd;
+	return rc;
 }
 
-void pvf_consq_drop_target(struct pvf_queue *q)
+static void detach(struct pvf_queue *q, bool keep)
 {
-	if (q->cons->fd >= 0) {
-		/* Another process may have the same open file. */
-		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->cons->fd, NULL);
-		close(q->cons->fd);
-	}
-	q->cons->fd = -1;
+	if (!keep)
+		drop_target(q);
+	if (q->attached)
+		pvf_cons_detach(&((struct consq *)q->own)->ring);
 }
 
 /* Service */
 
-static bool check(struct pvf_queue *q)
-{
-	if (!q->cons->ring.fault.rule)
-		return true;
-	q->blk.fault = q->cons->ring.fault;
-	pvf_queue_broken(q);
-	return false;
-}
-
 /* The socket's other end takes what came. True: some of it. */
-static bool deliver(struct pvf_consq *c)
+static bool deliver(struct consq *c)
 {
 	const unsigned char *data;
 	struct iovec iov = {.iov_len = pvf_cons_came(&c->ring, &data)};
@@ -98,7 +119,7 @@ static bool deliver(struct pvf_consq *c)
 }
 
 /* The ring takes what the socket has. True: some of it. */
-static bool take(struct pvf_consq *c)
+static bool take(struct consq *c)
 {
 	unsigned char data[PVF_CONS_OUT];
 	struct iovec iov = {data, pvf_cons_room(&c->ring)};
@@ -119,12 +140,11 @@ static bool take(struct pvf_consq *c)
 	return true;
 }
 
-void pvf_consq_serve(struct pvf_queue *q)
+static void serve(struct pvf_queue *q)
 {
-	struct pvf_consq *c = q->cons;
+	struct consq *c = q->own;
 	bool news = false, more = true;
 
-	q->again = false;
 	/* Before START nothing is taken: there is no one to give it to. */
 	if (!q->attached || q->stopped || c->fd < 0 || q->delayed)
 		return;
@@ -135,7 +155,7 @@ void pvf_consq_serve(struct pvf_queue *q)
 	for (uint32_t i = 0; i < TURN && more; i++) {
 		uint32_t was = c->ring.in_cons, moved = pvf_cons_look(&c->ring);
 
-		if (!check(q))
+		if (!pvf_queue_check(q, &c->ring.fault))
 			return;
 		if (moved)
 			pvf_queue_progress(q, moved);
@@ -143,7 +163,7 @@ void pvf_consq_serve(struct pvf_queue *q)
 		if (q->serving && !q->no_new)
 			more |= take(c);
 		if (c->ended) {
-			pvf_consq_drop_target(q);
+			drop_target(q);
 			c->ended = more = false;
 		}
 		news |= more || was != c->ring.in_cons;
@@ -157,28 +177,21 @@ void pvf_consq_serve(struct pvf_queue *q)
 		pvf_queue_finish_event(q);
 }
 
-bool pvf_consq_drained(const struct pvf_queue *q)
+static uint32_t waiting(struct pvf_queue *q, struct pvf_fault *fault)
 {
-	return !pvf_cons_unsent(&q->cons->ring);
+	return pvf_cons_waiting(&((struct consq *)q->own)->ring, fault);
 }
 
-uint32_t pvf_consq_waiting(struct pvf_queue *q, struct pvf_fault *fault)
+static uint32_t taken(const struct pvf_queue *q)
 {
-	return pvf_cons_waiting(&q->cons->ring, fault);
+	const struct consq *c = q->own;
+
+	return c->ring.in_cons + c->ring.out_cons;
 }
 
-void pvf_queue_start_cons(struct pvf_queue *q, uint32_t stall_seconds)
+static void publish(struct pvf_queue *q)
 {
-	q->blk.geo.stall_seconds = stall_seconds;
-	/* The backend may have sent something before we were told that it is connected. */
-	q->masked = true;
-	q->watching = true;
-	pvf_arm(q->watchdog_timer, PVF_WATCHDOG_TICK);
-}
-
-void pvf_consq_publish(struct pvf_queue *q)
-{
-	const struct pvf_consq *c = q->cons;
+	const struct consq *c = q->own;
 	const struct pvf_blk_stats *shared = &q->blk.stats;
 	const unsigned char *data;
 	struct pvf_cons_stats s = {
@@ -201,3 +214,17 @@ void pvf_consq_publish(struct pvf_queue *q)
 
 	pvf_stats_publish(q->page, &s, sizeof(s));
 }
+
+const struct pvf_queue_ops pvf_consq_ops = {
+	.attach = attach,
+	.detach = detach,
+	.in_flight = in_flight,
+	.take_target = take_target,
+	.drop_target = drop_target,
+	.has_target = has_target,
+	.serve = serve,
+	.drained = drained,
+	.waiting = waiting,
+	.taken = taken,
+	.publish = publish,
+};

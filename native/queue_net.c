@@ -14,15 +14,17 @@
  *   QUIESCE stops the reading; what the backend still sends is received. The queue is drained when every slot
  *   that was sent is answered.
  */
-#include "queue_int.h"
+#include "queue_net.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "image.h"
 #include "stats.h"
 
 /* Packets of either way in a turn: a bounded amount (rule 8). Less would cost more notifies, each of which is an exit
@@ -34,42 +36,25 @@
 
 int pvf_queue_net(struct pvf_queue *q, struct pvf_groups *groups)
 {
-	q->net = calloc(1, sizeof(*q->net));
-	if (!q->net)
+	struct pvf_netq *n = q->own = calloc(1, sizeof(*n));
+
+	if (!n)
 		return -ENOMEM;
-	q->net->tap_fd = q->net->rx_port.event_fd = -1;
-	q->net->groups = groups;
+	q->ops = &pvf_netq_ops;
+	n->tap_fd = -1;
+	n->groups = groups;
 	if (!q->index)
 		groups->wake_fd = q->wake_fd;
 	return 0;
 }
 
-static int open_rx_port(struct pvf_queue *q, int fd, uint32_t number, const char **why)
-{
-	struct pvf_port *port = &q->net->rx_port;
-	int rc = pvf_port_open_event(port, fd, number, why);
-
-	if (rc)
-		return rc;
-	*why = "RX's event channel cannot be watched";
-	rc = pvf_queue_watch_port(q, port, PVF_TAG_EVENT_RX);
-	if (rc)
-		pvf_port_release(port);
-	return rc;
-}
-
 /* What a queue's ring begins with: a set of the device's that no backend knows, and whose TX pages are these. */
-int pvf_netq_attach(struct pvf_queue *q, int rx_event_fd, const struct pvf_ctl_attach *a, const char **why)
+static void attach(struct pvf_queue *q, const struct pvf_ctl_attach *a)
 {
-	struct pvf_netq *n = q->net;
+	struct pvf_netq *n = q->own;
 	unsigned char *ring = q->port.ring, *pool = q->port.pool;
 	uint32_t tx = a->tx_pages;
-	int rc = a->rx_port ? open_rx_port(q, rx_event_fd, a->rx_port, why) : 0;
 
-	if (rc)
-		return rc;
-	n->split = a->rx_port;
-	n->delivered[0] = n->delivered[1] = false;
 	if (!q->index)
 		pvf_groups_untold(n->groups);
 	pvf_net_tx_init(&n->tx, ring, pool, tx, a->pool_grefs, a->flags & PVF_ATTACH_SCRUB, 0);
@@ -81,13 +66,31 @@ int pvf_netq_attach(struct pvf_queue *q, int rx_event_fd, const struct pvf_ctl_a
 	n->tx.groups = n->groups;
 	pvf_ring_ask(&n->tx.ring, pvf_net_tx_patience(&n->tx), &n->tx.fault);
 	pvf_queue_trace(q, n->trace);
-	q->blk.fault = (struct pvf_fault){0};
-	return 0;
+}
+
+static void quarantine(struct pvf_queue *q)
+{
+	struct pvf_netq *n = q->own;
+
+	n->tx.pool.quarantined = n->rx.pool.quarantined = true;
 }
 
 void pvf_queue_trace(struct pvf_queue *q, struct pvf_trace *trace)
 {
-	q->net->trace = q->net->tx.trace = q->net->rx.trace = trace;
+	struct pvf_netq *n = q->own;
+
+	n->trace = n->tx.trace = n->rx.trace = trace;
+}
+
+void pvf_queue_start_net(struct pvf_queue *q, uint32_t features, uint32_t stall_seconds)
+{
+	((struct pvf_netq *)q->own)->tx.features = features;
+	pvf_queue_expect(q, stall_seconds);
+}
+
+static uint32_t in_flight(const struct pvf_queue *q)
+{
+	return ((const struct pvf_netq *)q->own)->tx.in_flight;
 }
 
 /* The counters of a connection go with it, those of the queue stay. */
@@ -109,91 +112,77 @@ static void add_way(struct pvf_net_way *sum, const struct pvf_net_way *more)
 		sum->dropped[i] += more->dropped[i];
 }
 
-void pvf_netq_detach(struct pvf_queue *q)
+static bool drained(const struct pvf_queue *q)
 {
-	struct pvf_netq *n = q->net;
+	const struct pvf_netq *n = q->own;
 
-	add_way(&n->ended.tx, &n->tx.stats);
-	add_way(&n->ended.rx, &n->rx.stats);
-	n->tx = (struct pvf_net_tx){0};
-	n->rx = (struct pvf_net_rx){0};
-	if (!n->split)
-		return;
-	n->split = false;
-	epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, n->rx_port.event_fd, NULL);
-	pvf_port_close(&n->rx_port);
+	return !n->tx.in_flight && !n->tx.extras && !n->tx.cut.total;
 }
 
-/* Of two ports only what was delivered is masked. */
-int pvf_netq_unmask(struct pvf_queue *q)
+static void drop_target(struct pvf_queue *q)
 {
-	struct pvf_netq *n = q->net;
-	int rc = 0;
+	struct pvf_netq *n = q->own;
 
-	if (!n->split || n->delivered[0])
-		rc = q->port.ops->unmask(&q->port);
-	if (!rc && n->split && n->delivered[1])
-		rc = n->rx_port.ops->unmask(&n->rx_port);
-	n->delivered[0] = n->delivered[1] = false;
-	return rc;
+	pvf_queue_close_target(q, &n->tap_fd);
+	n->tap_ready = false;
 }
 
-bool pvf_netq_drained(const struct pvf_queue *q)
+static bool has_target(const struct pvf_queue *q)
 {
-	return !q->net->tx.in_flight && !q->net->tx.extras && !q->net->tx.cut.total;
+	return ((const struct pvf_netq *)q->own)->tap_fd >= 0;
 }
 
-int pvf_netq_target(struct pvf_queue *q, int fd, const char **why)
+static int take_target(struct pvf_queue *q, int fd, const char **why)
 {
-	struct pvf_netq *n = q->net;
-	struct epoll_event event = {.events = EPOLLIN | EPOLLET,
-				    .data.u64 = (uint64_t)++q->sockets << 32 | PVF_TAG_TARGET};
+	struct pvf_netq *n = q->own;
 
-	pvf_netq_drop_target(q);
+	drop_target(q);
 	*why = "the TAP cannot be made non-blocking";
 	int flags = fcntl(fd, F_GETFL);
 
 	if (flags < 0 || (!(flags & O_NONBLOCK) && fcntl(fd, F_SETFL, flags | O_NONBLOCK)))
 		return -errno;
 	*why = "the TAP cannot be watched";
-	if (epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, fd, &event))
-		return -errno;
-	q->target.tag = event.data.u64;
+	int rc = pvf_queue_watch_target(q, fd, EPOLLIN);
+
+	if (rc)
+		return rc;
 	n->tap_fd = fd;
 	n->tap_ready = true;
 	return 0;
 }
 
-void pvf_netq_drop_target(struct pvf_queue *q)
+static void target_event(struct pvf_queue *q, uint32_t events)
 {
-	if (q->net->tap_fd >= 0) {
-		/* Another process may have the same open file. */
-		epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->net->tap_fd, NULL);
-		close(q->net->tap_fd);
-	}
-	q->net->tap_fd = -1;
-	q->net->tap_ready = false;
+	(void)events;
+	((struct pvf_netq *)q->own)->tap_ready = true;
+}
+
+static void detach(struct pvf_queue *q, bool keep)
+{
+	struct pvf_netq *n = q->own;
+
+	if (!keep)
+		drop_target(q);
+	if (!q->attached)
+		return;
+	add_way(&n->ended.tx, &n->tx.stats);
+	add_way(&n->ended.rx, &n->rx.stats);
+	n->tx = (struct pvf_net_tx){0};
+	n->rx = (struct pvf_net_rx){0};
 }
 
 /* Service */
 
-static bool check(struct pvf_queue *q, const struct pvf_fault *fault)
+/* Takes those of packets that were sent. */
+static void take_answers(struct pvf_queue *q)
 {
-	if (!fault->rule)
-		return true;
-	q->blk.fault = *fault;
-	pvf_queue_broken(q);
-	return false;
-}
-
-void pvf_netq_answers(struct pvf_queue *q)
-{
-	struct pvf_net_tx *tx = &q->net->tx;
+	struct pvf_net_tx *tx = &((struct pvf_netq *)q->own)->tx;
 	uint32_t n = pvf_ring_poll(&tx->ring, &tx->fault);
 
 	if (n)
 		pvf_net_tx_drain(tx, n);
-	if (!check(q, &tx->fault) || !n)
+	if (!pvf_queue_check(q, &tx->fault) || !n)
 		return;
 	pvf_queue_progress(q, n);
 }
@@ -210,7 +199,7 @@ static bool tell_group(void *arg, const uint8_t *mac, bool add)
 /* What the backend does not know yet of the device's multicast groups. All of it goes through one ring, in order. */
 static void tell_groups(struct pvf_queue *q)
 {
-	struct pvf_netq *n = q->net;
+	struct pvf_netq *n = q->own;
 
 	if (q->index || !(n->tx.features & PVF_NET_MULTICAST) ||
 	    !__atomic_load_n(&n->groups->news, __ATOMIC_ACQUIRE))
@@ -221,10 +210,10 @@ static void tell_groups(struct pvf_queue *q)
 /* Gives the backend new pages, as soon as they are many. */
 static void show_room(struct pvf_queue *q)
 {
-	struct pvf_netq *n = q->net;
+	struct pvf_netq *n = q->own;
 
 	if (pvf_net_rx_show(&n->rx))
-		pvf_queue_notify(q, n->split ? &n->rx_port : &q->port);
+		pvf_queue_notify(q, pvf_queue_has_second(q) ? &q->second : &q->port);
 }
 
 /* Who gets a packet wants to run at once, and is let by the scheduler: two switches for each packet, and its sender
@@ -248,7 +237,7 @@ static void share_processor(struct pvf_netq *n, bool patient)
 /* True: stopped by the bound. */
 static bool receive(struct pvf_queue *q)
 {
-	struct pvf_netq *n = q->net;
+	struct pvf_netq *n = q->own;
 	struct pvf_net_rx *rx = &n->rx;
 	uint32_t first = rx->ring.rsp_cons, count = pvf_ring_poll(&rx->ring, &rx->fault);
 	bool kept = count > PVF_NET_SLOTS && keep_processor(n); /* more than one packet */
@@ -270,8 +259,8 @@ static bool receive(struct pvf_queue *q)
 		share_processor(n, true);
 		n->gathered_at = q->blk.now;
 	}
-	n->owes = kept && count;
-	if (!check(q, &rx->fault) || q->stopped)
+	q->owes = kept && count;
+	if (!pvf_queue_check(q, &rx->fault) || q->stopped)
 		return false;
 	if (rx->ring.rsp_cons != first)
 		pvf_queue_progress(q, rx->ring.rsp_cons - first);
@@ -281,14 +270,14 @@ static bool receive(struct pvf_queue *q)
 /* True: stopped by the bound. */
 static bool transmit(struct pvf_queue *q)
 {
-	struct pvf_netq *n = q->net;
+	struct pvf_netq *n = q->own;
 	struct iovec iov[1 + PVF_NET_PAGES];
 
 	for (uint32_t i = 0; i < TURN; i++) {
 		int iovs = pvf_net_tx_begin(&n->tx, iov);
 
 		if (!iovs) {
-			pvf_netq_answers(q);
+			take_answers(q);
 			if (q->stopped)
 				return false;
 			iovs = pvf_net_tx_begin(&n->tx, iov);
@@ -310,11 +299,10 @@ static bool transmit(struct pvf_queue *q)
 	return true;
 }
 
-void pvf_netq_serve(struct pvf_queue *q)
+static void serve(struct pvf_queue *q)
 {
-	struct pvf_netq *n = q->net;
+	struct pvf_netq *n = q->own;
 
-	q->again = false;
 	/* Before START nothing is taken: there is no one to give it to. */
 	if (!q->attached || q->stopped || n->tap_fd < 0)
 		return;
@@ -322,7 +310,7 @@ void pvf_netq_serve(struct pvf_queue *q)
 	if (n->patient && q->blk.now - n->gathered_at > PATIENT)
 		share_processor(n, false);
 	if (!q->delayed)
-		pvf_netq_answers(q);
+		take_answers(q);
 	if (!q->stopped && q->masked && !q->delayed)
 		q->again |= receive(q);
 	if (!q->stopped && n->tx.cut.total)
@@ -341,28 +329,36 @@ void pvf_netq_serve(struct pvf_queue *q)
 	/* Also if no event has come: while turns take the answers, none has to. */
 	if (pvf_ring_ask(&n->tx.ring, q->no_new ? 1 : pvf_net_tx_patience(&n->tx), &n->tx.fault))
 		q->again = true;
-	if (!check(q, &n->tx.fault) || !q->masked)
+	if (!pvf_queue_check(q, &n->tx.fault) || !q->masked)
 		return;
 	if (pvf_ring_final_check(&n->rx.ring, &n->rx.fault))
 		q->again = true;
-	if (check(q, &n->rx.fault) && !q->again)
+	if (pvf_queue_check(q, &n->rx.fault) && !q->again)
 		pvf_queue_finish_event(q);
 }
 
-/* For the watchdog, of packets that came: answers bring no event as long as they are few. */
-uint32_t pvf_netq_taken(const struct pvf_queue *q)
+/* The watchdog */
+
+static void tick(struct pvf_queue *q)
 {
-	return q->net->rx.ring.rsp_cons;
+	if (!q->delayed)
+		take_answers(q);
 }
 
-uint32_t pvf_netq_waiting(struct pvf_queue *q, struct pvf_fault *fault)
+/* Of packets that came: answers bring no event as long as they are few. */
+static uint32_t waiting(struct pvf_queue *q, struct pvf_fault *fault)
 {
-	return pvf_ring_poll(&q->net->rx.ring, fault);
+	return pvf_ring_poll(&((struct pvf_netq *)q->own)->rx.ring, fault);
 }
 
-void pvf_netq_publish(struct pvf_queue *q)
+static uint32_t taken(const struct pvf_queue *q)
 {
-	const struct pvf_netq *n = q->net;
+	return ((const struct pvf_netq *)q->own)->rx.ring.rsp_cons;
+}
+
+static void publish(struct pvf_queue *q)
+{
+	const struct pvf_netq *n = q->own;
 	const struct pvf_blk_stats *shared = &q->blk.stats;
 	struct pvf_net_stats s = n->ended;
 
@@ -390,3 +386,100 @@ void pvf_netq_publish(struct pvf_queue *q)
 	s.groups_lost = __atomic_load_n(&n->groups->lost, __ATOMIC_RELAXED);
 	pvf_stats_publish(q->page, &s, sizeof(s));
 }
+
+/* To another worker: packets in the rings, and two descriptors more at most. */
+
+static uint32_t save(const struct pvf_queue *q, struct pvf_image_queue *image, int *fds)
+{
+	const struct pvf_netq *n = q->own;
+	const struct pvf_blk_stats *shared = &q->blk.stats;
+	struct pvf_image_net *to = &image->net;
+	uint32_t count = pvf_queue_has_second(q) ? pvf_port_share(&q->second, &to->rx_port, fds) : 0;
+
+	to->split = count != 0;
+	memcpy(&to->tx, &n->tx, sizeof(to->tx));
+	memcpy(&to->rx, &n->rx, sizeof(to->rx));
+	to->ended = n->ended;
+	to->full = n->full;
+	to->tap_errors = n->tap_errors;
+	to->groups_told = n->groups_told;
+	to->notifies = shared->notifies;
+	to->events = shared->events;
+	to->events_spurious = shared->events_spurious;
+	to->watchdog_hits = shared->watchdog_hits;
+	to->wakeups = shared->wakeups;
+	to->stall_seconds = q->blk.geo.stall_seconds;
+	image->target = n->tap_fd >= 0;
+	if (image->target)
+		fds[count++] = n->tap_fd;
+	return count;
+}
+
+static int take_second(struct pvf_queue *q, const struct pvf_port_image *port, int *fds, const char **why)
+{
+	int rc = pvf_port_take_over(&q->second, port, fds, port->fds, why);
+
+	return rc ? rc : pvf_queue_watch_port(q, &q->second, why);
+}
+
+static int take_over(struct pvf_queue *q, const struct pvf_image_queue *image, int *fds, uint32_t count,
+		     const char **why)
+{
+	struct pvf_netq *n = q->own;
+	struct pvf_blk_stats *shared = &q->blk.stats;
+	const struct pvf_image_net *from = &image->net;
+	struct pvf_port_image second = from->rx_port;
+	uint32_t ports = from->split ? second.fds : 0;
+	bool target = image->target;
+
+	*why = "descriptors of the queue are missing";
+	if (ports > PVF_EVENT_FDS || count != ports + target)
+		return -EINVAL;
+	*why = pvf_net_take_over(&n->tx, &n->rx, from, q->port.ring, q->port.ring_bytes, q->port.pool,
+				 (uint32_t)(q->port.pool_bytes / PVF_PAGE_SIZE));
+	if (*why)
+		return -EINVAL;
+	int rc = ports ? take_second(q, &second, fds, why) : 0;
+
+	if (!rc && target)
+		rc = take_target(q, fds[ports], why);
+	if (rc) {
+		n->tx = (struct pvf_net_tx){0};
+		n->rx = (struct pvf_net_rx){0};
+		return rc;
+	}
+	if (target)
+		fds[ports] = -1;
+	n->tx.groups = n->groups;
+	pvf_queue_trace(q, n->trace);
+	n->ended = from->ended;
+	n->full = from->full;
+	n->tap_errors = from->tap_errors;
+	n->groups_told = from->groups_told;
+	shared->notifies = from->notifies;
+	shared->events = from->events;
+	shared->events_spurious = from->events_spurious;
+	shared->watchdog_hits = from->watchdog_hits;
+	shared->wakeups = from->wakeups;
+	pvf_queue_expect(q, from->stall_seconds);
+	return 0;
+}
+
+const struct pvf_queue_ops pvf_netq_ops = {
+	.attach = attach,
+	.detach = detach,
+	.quarantine = quarantine,
+	.in_flight = in_flight,
+	.take_target = take_target,
+	.drop_target = drop_target,
+	.has_target = has_target,
+	.target_event = target_event,
+	.serve = serve,
+	.drained = drained,
+	.tick = tick,
+	.waiting = waiting,
+	.taken = taken,
+	.publish = publish,
+	.save = save,
+	.take_over = take_over,
+};

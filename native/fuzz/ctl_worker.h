@@ -316,8 +316,8 @@ static void forget_worker(void)
 		pvf_queue_detach(q, false);
 		if (q->port.parked) /* the worker would hold it until it dies */
 			CHECK(!close(q->port.event_source));
-		if (net && q->net->rx_port.parked)
-			CHECK(!close(q->net->rx_port.event_source));
+		if (net && q->second.parked)
+			CHECK(!close(q->second.event_source));
 		CHECK_EQ(q->blk.free_requests, PVF_REQUESTS);
 		CHECK_EQ(q->blk.free_pieces, PVF_PIECES);
 		CHECK(q->target.fd < 0 && !q->attached);

@@ -13,6 +13,7 @@
  * a table that somebody has bent is refused, or taken and everything of it let go of again.
  */
 #include "ctl_worker.h"
+#include "queue_net.h"
 
 /* Another worker takes over. hand_over.c's packets: */
 struct packet {
@@ -342,7 +343,7 @@ static void backend_does(struct input *in)
 	uint32_t op = upto(in, 8), n = upto(in, 64);
 
 	if (net && op > 1) { /* TX is answered as it was sent, or nearly so; RX has what there is */
-		struct pvf_netq *q = worker.queue[queue].net;
+		struct pvf_netq *q = worker.queue[queue].own;
 		struct netif_tx_sring *tx = (struct netif_tx_sring *)(void *)arena[queue];
 		struct netif_rx_sring *rx = (struct netif_rx_sring *)(void *)(arena[queue] + 4096);
 

@@ -65,7 +65,8 @@ static inline void tell_of(int control, void *message, uint16_t type, uint32_t g
 	send_packet(control, message, size, fds, n);
 }
 
-/* Waits for a message of this type; returns the queue that it names, if it names one. */
+/* Waits for a message of this type; returns the queue that it names, if it names one. A machine that has too much to
+ * do stalls a backend too: that is heard only by who waits for it. */
 static inline uint32_t hear_from(int control, uint16_t type)
 {
 	struct pollfd polled = {.fd = control, .events = POLLIN};
@@ -79,7 +80,8 @@ static inline uint32_t hear_from(int control, uint16_t type)
 	do {
 		CHECK_EQ(poll(&polled, 1, PATIENCE), 1);
 		CHECK(recv(control, &m, sizeof(m), 0) >= (ssize_t)sizeof(m.hdr));
-	} while (m.hdr.type == PVF_CTL_LOG || m.hdr.type == PVF_CTL_HELLO);
+	} while (m.hdr.type == PVF_CTL_LOG || m.hdr.type == PVF_CTL_HELLO ||
+		 (m.hdr.type == PVF_CTL_STALLED && type != PVF_CTL_STALLED));
 	CHECK_EQ(m.hdr.type, type);
 	return type == PVF_CTL_BROKEN ? m.broken.queue : m.gone.queue;
 }

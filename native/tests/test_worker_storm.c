@@ -5,6 +5,7 @@
  * turn than a turn may take, always, and the worker is a real-time task while it passes that on. Everybody else is on
  * the worker's processor.
  */
+#include "net.h"
 #include "networker.h"
 
 #include <dirent.h>
