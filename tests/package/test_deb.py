@@ -76,6 +76,8 @@ def test_it_installs_works_and_after_a_purge_nothing_is_left(debian: Debian, deb
     assert debian.run("bash", "-n", "/usr/share/bash-completion/completions/pvfront") == ""
     debian.run("systemd-analyze", "verify", "--man=no", *UNITS)
     debian.run("sh", "-c", "mkdir -p /etc/pvfront/hooks.d && touch /etc/pvfront/hooks.d/mine")
+    enabled = "/etc/systemd/system/multi-user.target.wants/pvfront-channel@x.service"
+    debian.run("ln", "-s", "/lib/systemd/system/pvfront-channel@.service", enabled)
     debian.run("dpkg", "--purge", "pvfront")
     # The user stays, as everywhere in Debian: files may be its own.
     users = {f"/etc/{name}-" for name in ("passwd", "group", "shadow", "gshadow")}

@@ -18,6 +18,12 @@ class Removal:
 
     def __init__(self, run: Path) -> None:
         self.run = run
+        self.systemd = run / "systemd"  # /run/systemd/system
+        self.invoked = run / "invoked"
+
+    def stopped(self) -> list[str]:
+        """What deb-systemd-invoke was told to."""
+        return self.invoked.read_text().split() if self.invoked.exists() else []
 
     def note(self, device: str, os_device: str = "", *, released: bool = False) -> None:
         text = json.dumps({"os_device": os_device, "released": released})
@@ -27,7 +33,10 @@ class Removal:
         """Lines without their first word. `stopping`: what stands for the end of the services."""
         script = SCRIPT.read_text()
         for old, new in (
-            ("/run/pvfront", str(self.run)), ("py3clean -p pvfront", ":"), ("#DEBHELPER#", stopping)
+            ("/run/pvfront", str(self.run)), ("#DEBHELPER#", stopping),
+            ("py3clean -p pvfront", ":"),
+            ("/run/systemd/system", str(self.systemd)), (">/dev/null", f">{self.invoked}"),
+            ("deb-systemd-invoke", "echo"),
         ):  # fmt: skip
             assert old in script
             script = script.replace(old, new)
@@ -73,7 +82,22 @@ def test_what_the_kernel_has_at_once_is_not_spoken_of(removal: Removal) -> None:
     assert removal.says() == []
 
 
-def test_an_upgrade_says_nothing(removal: Removal) -> None:
+def test_a_timer_and_logins_that_were_enabled_by_hand_end_with_the_package(
+    removal: Removal,
+) -> None:
+    removal.says()
+    assert removal.stopped() == [], "no systemd runs"
+    removal.systemd.mkdir()
+    removal.says()
+    assert removal.stopped() == [
+        "stop", "pvfront-metrics.timer", "pvfront-metrics.service",
+        "pvfront-getty@*.service", "pvfront-channel@*.service",
+    ]  # fmt: skip
+
+
+def test_an_upgrade_says_nothing_and_stops_nothing(removal: Removal) -> None:
     removal.note("vbd-51744", "xvdc", released=True)
     removal.note("console-1")
+    removal.systemd.mkdir()
     assert removal.says("upgrade") == []
+    assert removal.stopped() == []
