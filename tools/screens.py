@@ -3,8 +3,9 @@
 
 A line `<!-- screen: COMMAND -->` in a file stands above a block, which becomes what COMMAND says
 (to a shell) beside an embedded host whose guest has a disk and a network interface, both in use. As
-root, or whoever may have network namespaces; it takes half a minute. tests/unit/test_screens.py
-looks whether each block has the columns that its command has now.
+root, or whoever may have network namespaces; it takes half a minute. What stands below
+`<!-- a guest's screen: COMMAND -->` was taken in a guest of Xen, and is left as it is.
+tests/unit/test_screens.py looks whether each block has the columns that its command has now.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = (ROOT / "README.md", ROOT / "docs/tools.md")
 DIRECTORY = Path("/tmp/h")
 """As docs/host.md has it: it stands in what is shown."""
-SCREEN = re.compile(r"^<!-- screen: (?P<command>.+) -->\n```\n(?P<text>(?:.*\n)*?)```\n", re.M)
+SCREEN = re.compile(
+    r"^<!-- (?P<whose>a guest's )?screen: (?P<command>.+) -->\n```\n(?P<text>(?:.*\n)*?)```\n", re.M
+)
 THEIRS, OURS = "10.7.0.1", "10.7.0.2"
 WARM_UP = 3.0  # seconds
 
@@ -84,6 +87,8 @@ async def renew(texts: dict[Path, str]) -> None:
         for file, text in texts.items():
             made, end = "", 0
             for found in SCREEN.finditer(text):
+                if found["whose"]:
+                    continue
                 process = await asyncio.create_subprocess_shell(
                     found["command"], env=environ,
                     stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,

@@ -34,6 +34,7 @@ def shown(path: Path) -> dict[str, str]:
 DOCUMENTED = [
     (path, command, text) for path in screens.FILES for command, text in shown(path).items()
 ]
+END = r"( +IN USE +WRITER)?$"  # of consoles
 HEADERS = {
     "list": [list(list_.COLUMNS)],
     "status": [figures.REQUESTS, figures.EVENTS],
@@ -45,9 +46,10 @@ HEADERS = {
 
 @pytest.mark.parametrize(("path", "command", "text"), DOCUMENTED)
 def test_a_screen_is_what_its_command_said(path: Path, command: str, text: str) -> None:
-    program, verb, *_ = command.split()
+    program, group, *words = command.split()
     assert program == "pvfront"
-    assert verb in VERBS
+    assert group in VERBS
+    verb = words[0] if group in ("vbd", "vif", "console", "agent") else group
     first, *lines = text.splitlines()
     assert first == f"$ {command}"
     assert lines
@@ -55,10 +57,10 @@ def test_a_screen_is_what_its_command_said(path: Path, command: str, text: str) 
     if verb == "trace":
         form = re.compile(r"\d{4}-\d\d-\d\d [\d:]{8}\.\d{3} +(\+[\d.]+)? +\S+ +(#\d+|-) +\S+ +\S")
         assert [line for line in lines if form.match(line)] == lines
-    elif "|" not in command:
+    elif "|" not in command and group not in ("agent", "time"):
         table = "\n".join(lines)
         for header in HEADERS[verb]:
-            assert re.search(r"^ *" + r"\s+".join(map(re.escape, header)) + "$", table, re.M)
+            assert re.search(r"^ *" + r"\s+".join(map(re.escape, header)) + END, table, re.M)
     if verb == "doctor":
         assert {line.split()[0] for line in lines[1:]} <= set(Level)
 
