@@ -69,7 +69,16 @@ def fresh(lab: Lab, pytestconfig: pytest.Config) -> Iterator[Guest]:
     guest.destroy()
     settings = "etc/systemd/system/pvfront-*.service.d etc/pvfront etc/default/pvfront-*"
     with guest.root_in_dom0() as root:
-        lab.dom0.run(f"cd {root} && rm -rf {settings} && rm -f {small_files()}")
+        # What a guest left that was ended in the middle of this test: half a package, perhaps.
+        lab.dom0.run(
+            f"chroot {root} sh -c "
+            "'dpkg --configure -a; dpkg --force-remove-reinstreq --purge pvfront'",
+            check=False,
+        )
+        lab.dom0.run(
+            f"cd {root} && : >etc/fstab && rm -rf {settings} .{ENABLED}/pvfront-* "
+            f".{ENABLED}/systemd-networkd.service .{ALIAS} && rm -f {small_files()}"
+        )
     disk, guest.payload = guest.payload, None
     yield guest
     guest.payload = disk
