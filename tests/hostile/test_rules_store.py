@@ -23,7 +23,7 @@ from nbdclient import (
     finished,
     outcome,
 )
-from waiting import PATIENCE
+from waiting import PATIENCE, eventually
 
 from pvfront.host.blkback import Fault, Misstep
 
@@ -129,12 +129,18 @@ async def test_rule_25_keys_that_change_between_two_reads_are_taken_as_one_or_th
 ) -> None:
     values = {"sectors": ["2048", HUGE, "16384", "-1", "0"], "sector-size": ["512", "513", "4096"]}
     client = await disk.client()
+    await client.write(0, bytes(4096))  # a client that is not served yet waits for a medium
     await world.backend.flicker(values, every_ms=1, vbd=disk.vdev)
     for turn in range(30):
-        await world.host.store.write(f"{disk.back}/state", "4")  # "look again"
         reply = client.start(WRITE, 4096 * turn, 4096, bytes([turn]) * 4096)
-        error = await outcome(reply)
-        if isinstance(error, ConnectionError):
+
+        async def looked(reply: asyncio.Future[bytes] = reply) -> bool:
+            await world.host.store.write(f"{disk.back}/state", "4")  # "look again"
+            await asyncio.wait({reply}, timeout=1)
+            return reply.done()
+
+        await eventually("an answer to a request", looked)
+        if isinstance(await outcome(reply), ConnectionError):
             client = await disk.client()
     shown = await disk.until("listed", lambda s: s.get("geometry"))
     assert shown["geometry"]["sectors"] in (0, 2048, 16384)  # 0: its medium is out
