@@ -17,8 +17,9 @@ from .keys import MAX_KEYS, Keys
 _PERCENT = 5
 TOLERANCE = (("data/meminfo_free", "data/meminfo_total"), ("free", "size"))
 """Keys that change all the time, and beside them the whole that they are a part of."""
-OWNED = ("attr/vif", "data/volumes")
-"""Directories in which what we did not write is an earlier agent's, and goes."""
+OWNED = {"attr/vif": "network", "data/volumes": "volumes", "drivers": "drivers"}
+"""Directories in which what we did not write is an earlier agent's, and goes: as soon as there is
+the section that says what is there now, so that an address does not blink when an agent begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class Board:
             self._sections[section] = dict(keys)
             self.changed.set()
 
+    def unknown(self) -> tuple[str, ...]:
+        """The directories of which nobody has said yet what is in them."""
+        return tuple(path for path, section in OWNED.items() if section not in self._sections)
+
     def wanted(self) -> Keys:
         """All of it, as far as `MAX_KEYS` goes."""
         found = {path: value for keys in self._sections.values() for path, value in keys.items()}
@@ -54,15 +59,18 @@ class Board:
         return dict(list(found.items())[:MAX_KEYS])
 
 
-def plan(published: Mapping[str, str], wanted: Mapping[str, str]) -> Plan:
-    """The least that makes `published` what is `wanted`."""
+def plan(
+    published: Mapping[str, str], wanted: Mapping[str, str], unknown: tuple[str, ...] = ()
+) -> Plan:
+    """The least that makes `published` what is `wanted`; nothing is removed below `unknown`."""
     writes = {
         path: value
         for path, value in wanted.items()
         if published.get(path) != value and not _wavers(path, published, wanted)
     }
     # What is below `control` a guest may not make again: the toolstack made it, and it stays.
-    gone = [path for path in published if path not in wanted and not path.startswith("control/")]
+    stays = ("control/", *(f"{directory}/" for directory in unknown))
+    gone = [path for path in published if path not in wanted and not path.startswith(stays)]
     kept = {parent for path in wanted for parent in _parents(path)} | set(wanted)
     removals: list[str] = []
     for path in sorted(gone):

@@ -8,6 +8,7 @@ of: there they are configured. What VLANs and tunnels on top of it have is of ot
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import sysfs
+from ..hooks import Hooks
 from ..netfront.tap import ALIAS
 from .board import Board
 from .context import Context
@@ -169,7 +171,7 @@ class Network:
                     await asyncio.sleep(SETTLE)
                     news.clear()
                     self._show(await _look(asking, devid_of))
-                    if (context.platform.config_dir / "hooks.d" / "post-link.d").is_dir():
+                    if Hooks(context.platform.config_dir / "hooks.d").programs("post-link.d"):
                         await self._tell_hooks()
                     self._up = {vif.devid: vif.up for vif in self._vifs}
             finally:
@@ -203,7 +205,13 @@ class Network:
 
 async def _listen(netlink: Any, news: asyncio.Event) -> None:
     while True:
-        async for _ in netlink.get():
+        try:
+            async for _ in netlink.get():
+                news.set()
+        except OSError as error:
+            # More than the socket holds was told at once, and some is lost: a look tells it all.
+            if error.errno != errno.ENOBUFS:
+                raise
             news.set()
 
 

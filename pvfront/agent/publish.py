@@ -10,6 +10,7 @@ keys that no longer fit; what stands in the store already is still kept up to da
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import time
@@ -22,6 +23,7 @@ from . import QUOTA
 from .board import OWNED, Board, Plan, plan
 from .context import Context, Resumed
 from .keys import Keys, VifKeys, VolumeKeys
+from .suspendable import CANNOT, OURS
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +99,17 @@ class Publisher:
                 for node in nodes
                 if node.value and (below := _below(node.path, directory))
             }
+        with contextlib.suppress(PermissionError):
+            reason = await store.read_opt(CANNOT) or ""
+            if reason.startswith(OURS):  # another's is not ours to remove
+                self.published[CANNOT] = reason
         self._vifs.remember(self.published)
         self._volumes.remember(self.published)
 
     async def _write(self, store: Xenstore) -> None:
         for _ in range(_MOST_TRIES):
             wanted = {p: v for p, v in self._board.wanted().items() if p not in self.refused}
-            todo = plan(self.published, wanted)
+            todo = plan(self.published, wanted, self._board.unknown())
             if not todo:
                 return
             error = await self._together(store, todo)
@@ -181,11 +187,16 @@ class Publisher:
     def _count(self, writes: int) -> None:
         self._writes += writes
         self._recent.append((time.monotonic(), writes))
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Here as well: nobody may ever ask for the status."""
+        while self._recent and time.monotonic() - self._recent[0][0] > HOUR:
+            self._recent.popleft()
 
     def status(self) -> dict[str, Any]:
         now = time.monotonic()
-        while self._recent and now - self._recent[0][0] > HOUR:
-            self._recent.popleft()
+        self._forget_old()
         found: dict[str, Any] = {
             "keys": len(self.published),
             "store_writes": self._writes,

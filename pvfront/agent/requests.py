@@ -13,13 +13,17 @@ labels of letters, digits and hyphens.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import json
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..errors import PvfrontError
+from ..statefile import write_json
 from ..xenstore import Xenstore
 from ..xswire import printable
 from .board import Board
@@ -29,13 +33,18 @@ from .keys import MAX_VIFS
 
 log = logging.getLogger(__name__)
 
+FEATURE_IP = "control/feature-static-ip-setting"
+FEATURE_NAME = "control/feature-setcomputername"
+SET = "static-ip.json"
+"""In the run directory: what is set, for an agent that begins while it is."""
 VIFS = "xenserver/device/vif"
 NAME = "control/setcomputername"
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _OUTSIDE = ("systemd-run", "--quiet", "--collect", "--wait", "--")
 
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
-Gateway = ipaddress.IPv4Address | ipaddress.IPv6Address | None
+Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+Gateway = Ip | None
 
 
 def parse_address(family: int, address: str, gateway: str) -> tuple[Interface, Gateway]:
@@ -73,12 +82,16 @@ class StaticAddresses:
         self._board = board
         self._ifname_of = ifname_of
         self._run = run
-        self._set: dict[tuple[int, int], Interface] = {}
+        self._set: dict[tuple[int, int], tuple[Interface, Gateway]] = {}
+        self._file = Path()
 
     async def run(self, context: Context) -> None:
         if not context.settings.static_ip:
+            await _withdraw(context.store, self._board, self.name, FEATURE_IP)
             return
-        self._board.put("static-ip", {"control/feature-static-ip-setting": "1"})
+        self._file = context.platform.run_dir / SET
+        self._set = _saved(self._file)
+        self._board.put(self.name, {FEATURE_IP: "1"})
         async with context.store.watch(VIFS) as events:
             async for _ in events:
                 for devid in (await _children(context.store, VIFS))[:MAX_VIFS]:
@@ -107,21 +120,39 @@ class StaticAddresses:
 
     async def _apply(self, devid: int, address: Interface, gateway: Gateway) -> None:
         ifname = self._interface(devid)
-        old = self._set.get((devid, address.version))
-        if old is not None and old != address:
+        if self._set.get((devid, address.version)) not in (None, (address, gateway)):
             await self._undo(devid, address.version)
         await self._ip(address.version, "address", "replace", str(address), "dev", ifname)
-        self._set[devid, address.version] = address
+        self._set[devid, address.version] = address, gateway
+        self._save()
         if gateway is not None:
-            way = ("via", str(gateway), "dev", ifname)
-            await self._ip(address.version, "route", "replace", "default", *way)
+            await self._no_way(gateway, ifname)
+            await self._ip(address.version, *_way(gateway, ifname, "prepend"))
         log.warning("vif%d (%s): %s set on the toolstack's word", devid, ifname, address)
 
     async def _undo(self, devid: int, family: int) -> None:
         """Takes back what was set here; what the guest's own configuration says is not touched."""
-        if (address := self._set.pop((devid, family), None)) is not None:
-            where = ("dev", self._interface(devid))
-            await self._ip(family, "address", "delete", str(address), *where)
+        if (held := self._set.get((devid, family))) is None:
+            return
+        address, gateway = held
+        ifname = self._interface(devid)
+        del self._set[devid, family]
+        self._save()
+        if gateway is not None:
+            await self._no_way(gateway, ifname)
+        await self._ip(family, "address", "delete", str(address), "dev", ifname)
+
+    async def _no_way(self, gateway: Ip, ifname: str) -> None:
+        """Takes our default route away, if it is there."""
+        way = _way(gateway, ifname, "delete")
+        await self._run(*_OUTSIDE, "ip", f"-{gateway.version}", *way)
+
+    def _save(self) -> None:
+        lines = [[devid, str(a), str(way or "")] for (devid, _), (a, way) in self._set.items()]
+        try:
+            write_json(self._file, {"set": lines})
+        except OSError as error:
+            log.warning("%s: %s", self._file, error.strerror)
 
     def _interface(self, devid: int) -> str:
         ifname = self._ifname_of(devid)
@@ -134,7 +165,26 @@ class StaticAddresses:
             raise PvfrontError(f"ip {' '.join(words)}: {failure}")
 
     def status(self) -> dict[str, Any]:
-        return {f"vif{devid} IPv{v}": str(address) for (devid, v), address in self._set.items()}
+        return {f"vif{devid} IPv{v}": str(held[0]) for (devid, v), held in self._set.items()}
+
+
+def _way(gateway: Ip, ifname: str, verb: str) -> tuple[str, ...]:
+    """A default route beside the guest's own, and before it: that one holds again afterwards."""
+    way = ("default", "via", str(gateway), "dev", ifname)
+    if gateway.version == 4:
+        return ("route", verb, *way)  # the first of one metric counts
+    return ("route", "replace" if verb == "prepend" else verb, *way, "metric", "1")
+
+
+def _saved(path: Path) -> dict[tuple[int, int], tuple[Interface, Gateway]]:
+    """What an agent before this one has set since the boot."""
+    found: dict[tuple[int, int], tuple[Interface, Gateway]] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for devid, address, gateway in json.loads(path.read_text())["set"]:
+            way = ipaddress.ip_address(gateway) if gateway else None
+            held = ipaddress.ip_interface(address)
+            found[int(devid), held.version] = held, way
+    return found
 
 
 class HostName:
@@ -149,8 +199,9 @@ class HostName:
 
     async def run(self, context: Context) -> None:
         if not context.settings.set_hostname:
+            await _withdraw(context.store, self._board, self.name, FEATURE_NAME)
             return
-        self._board.put("hostname", {"control/feature-setcomputername": "1"})
+        self._board.put(self.name, {FEATURE_NAME: "1"})
         async with context.store.watch(NAME) as events:
             async for _ in events:
                 if await context.store.read_opt(f"{NAME}/action") == "set":
@@ -173,6 +224,13 @@ class HostName:
 
     def status(self) -> dict[str, Any]:
         return {"last": self._last}
+
+
+async def _withdraw(store: Xenstore, board: Board, section: str, feature: str) -> None:
+    """What an earlier agent has offered, and this one may not, is offered no more."""
+    with contextlib.suppress(PermissionError):
+        if await store.read_opt(feature) == "1":
+            board.put(section, {feature: "0"})
 
 
 async def _children(store: Xenstore, path: str) -> list[str]:

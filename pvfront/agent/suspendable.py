@@ -20,6 +20,10 @@ from .resume import owned
 
 REASON = "data/pvfront/suspend-refused"
 FEATURE = "control/feature-suspend"
+CANNOT = "data/cant_suspend_reason"
+"""XAPI's key: while it is there, whatever it says, XAPI takes the guest for one that cannot."""
+OURS = "pvfront: "
+"""How a reason of ours begins: the toolstack writes that key too (a device that cannot move)."""
 EVERY = 5.0  # seconds
 _AT_REST = "watching"
 _MOST = 1 << 16
@@ -55,6 +59,7 @@ class Judge:
             assert state is not None
             reason = f"suspend cannot be held up: {state.get('why_unarmed') or 'no reason given'}"
             self._ever_off = True
+            found[CANNOT] = clean(OURS + reason)
         elif at_rest and state is not None and (refusal := state.get("last_refusal")):
             reason = f"the last one: {refusal}"
         found[REASON] = clean(reason)

@@ -138,6 +138,7 @@ class Volumes:
 
     async def run(self, context: Context) -> None:
         if not context.settings.volumes:
+            self._board.put("volumes", {})
             return
         roots = context.platform.roots
         source = roots.proc / "self" / "mountinfo"

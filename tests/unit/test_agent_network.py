@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import fcntl
 import struct
 from collections.abc import AsyncIterator, Iterator
@@ -16,7 +18,7 @@ from waiting import eventually
 
 from pvfront.agent.board import Board
 from pvfront.agent.keys import Address, VifKeys
-from pvfront.agent.network import InterfaceAddress, Link, Network, devid_from, vifs
+from pvfront.agent.network import InterfaceAddress, Link, Network, _listen, devid_from, vifs
 
 __all__ = ["namespace"]
 A, B, C = (Address(4, f"10.0.{n}.1", 24, 2) for n in range(3))
@@ -92,6 +94,26 @@ async def test_what_changes_on_a_bridge_is_on_the_board_at_once_with_a_stable_in
         ip("addr", "del", "10.9.0.1/24", "dev", "tap7")
         await eventually("the end of the first", lambda: "attr/vif/7/ipv4/0" not in board.wanted())
         assert board.wanted()["attr/vif/7/ipv4/1"] == "10.9.0.2"
+
+
+async def test_of_changes_that_netlink_has_lost_the_next_look_tells() -> None:
+    news = asyncio.Event()
+
+    class Flooded:
+        """As pyroute2 says it: OSError of get(), and the socket goes on."""
+
+        asked = 0
+
+        async def get(self) -> AsyncIterator[object]:
+            self.asked += 1
+            if self.asked < 3:
+                raise OSError(errno.ENOBUFS, None)
+            assert news.is_set()
+            raise OSError(errno.EBADF, None)
+            yield
+
+    with pytest.raises(OSError, match=str(errno.EBADF)):
+        await asyncio.wait_for(_listen(Flooded(), news), 60)
 
 
 @pytest.mark.usefixtures("namespace")

@@ -16,6 +16,7 @@ from pvfront.agent.board import Board
 from pvfront.agent.context import Resumed
 from pvfront.agent.keys import Address, Vif, VifKeys, VolumeKeys
 from pvfront.agent.publish import UPDATED, Publisher
+from pvfront.agent.suspendable import CANNOT, Judge
 
 
 @pytest.fixture
@@ -85,13 +86,57 @@ async def test_what_an_earlier_agent_left_goes_or_stays_with_its_index(
     world.set("attr/vif/0/ipv4/5", "10.0.0.1")
     world.set("attr/vif/7/name", "enX7")
     world.set("data/volumes/0/name", "/dev/old")
+    world.set("drivers/1", "pvfront XENVBD 0.0.9")
     vifs = VifKeys()
-    async with world.running(publisher(board, vifs)):
-        await eventually("the end of the old", lambda: world.get("attr/vif/7/name") is None)
+    board.put("os", {"data/os_name": "x"})
+    async with world.running(one := publisher(board, vifs)):
+        await eventually("what is known", lambda: world.get("data/os_name") == "x")
+        assert world.get("attr/vif/7/name") == "enX7", "nobody has looked yet"
         board.put("network", vifs.keys([Vif(0, "enX0", "m", (Address(4, "10.0.0.1", 24),))]))
-        await eventually("the prefix", lambda: world.get("attr/vif/0/ipv4/5/prefix") == "24")
+        await eventually("the end of the old", lambda: world.get("attr/vif/7/name") is None)
         assert world.get("attr/vif/0/ipv4/5") == "10.0.0.1"
-        assert world.get("data/volumes/0") is None
+        assert world.get("attr/vif/0/ipv4/5/prefix") == "24"
+        assert world.get("data/volumes/0/name") == "/dev/old"
+        board.put("volumes", {})
+        board.put("drivers", {"drivers/0": "pvfront XENIFACE 0.1.0"})
+        await eventually("the end of the others", lambda: world.get("data/volumes/0") is None)
+        assert world.get("drivers/1") is None
+        await eventually("their count", lambda: len(one.published) == 6)
+
+
+async def test_a_reason_against_suspend_of_an_earlier_agent_goes_and_the_toolstacks_stays(
+    world: AgentWorld, board: Board
+) -> None:
+    world.set(CANNOT, "pvfront: suspend cannot be held up: an earlier agent's")
+    board.put("suspendable", Judge().keys(None))
+    async with world.running(publisher(board)):
+        await eventually("its end", lambda: world.get(CANNOT) is None)
+    world.set(CANNOT, "a GPU of the host's")
+    board.put("a", {"data/a": "1"})
+    async with world.running(publisher(board)):
+        await eventually("another key", lambda: world.get("data/a") == "1")
+        assert world.get(CANNOT) == "a GPU of the host's"
+
+
+def test_writes_of_more_than_an_hour_ago_cost_no_memory(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = VirtualClock()
+    monkeypatch.setattr("pvfront.agent.publish.time", clock)
+    one = publisher(board)
+    for _ in range(100):
+        clock.now += 100.0
+        one._count(2)
+    assert len(one._recent) <= 37
+    assert one.status()["store_writes_last_hour"] <= 74
+    assert one.status()["store_writes"] == 200
+
+
+class VirtualClock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 async def test_a_key_that_is_not_ours_to_write_is_no_error_and_costs_no_other(
@@ -114,7 +159,7 @@ async def test_a_quota_costs_new_keys_only_and_room_that_comes_is_used(
     world: AgentWorld, board: Board
 ) -> None:
     board.put("a", {"attr/a": "1"})
-    board.put("v", {"data/volumes/0/name": "v"})
+    board.put("volumes", {"data/volumes/0/name": "v"})
     one = publisher(board)
     async with world.running(one):
         await eventually("the first keys", lambda: world.get("attr/a") == "1")
@@ -124,7 +169,7 @@ async def test_a_quota_costs_new_keys_only_and_room_that_comes_is_used(
         await eventually("the change", lambda: world.get("attr/a") == "2")
         await eventually("refusals", lambda: len(one.refused) == 7)
         assert set(one.refused.values()) == {"ENOSPC"}
-        board.put("v", {})
+        board.put("volumes", {})
         await eventually("the nodes of the volume used", lambda: len(one.refused) < 7)
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from agentworld import AgentWorld, agent_world
+from netnamespace import ip, namespace
 from waiting import eventually
 
 from pvfront.agent.board import Board
+from pvfront.agent.helper import command
 from pvfront.agent.requests import (
     NAME,
     VIFS,
@@ -22,9 +24,10 @@ from pvfront.agent.requests import (
     parse_name,
 )
 from pvfront.agent.settings import AgentSettings
-from pvfront.agent.suspendable import FEATURE, REASON, Judge, Suspendable, read_state
+from pvfront.agent.suspendable import CANNOT, FEATURE, REASON, Judge, Suspendable, read_state
 from pvfront.errors import PvfrontError
 
+__all__ = ["namespace"]
 ALLOWED = AgentSettings(static_ip=True, set_hostname=True)
 SETTING = f"{VIFS}/0/static-ip-setting"
 
@@ -80,7 +83,8 @@ async def test_an_address_is_set_and_taken_back_on_the_toolstacks_word(
         assert await done(world) == ""
         assert outside.commands == [
             "ip -4 address replace 10.0.0.5/24 dev enX0",
-            "ip -4 route replace default via 10.0.0.1 dev enX0",
+            "ip -4 route delete default via 10.0.0.1 dev enX0",
+            "ip -4 route prepend default via 10.0.0.1 dev enX0",
         ]
         assert world.get(f"{SETTING}/error-code") == "0"
         ask(world, "6", address="2001:db8::5/64")
@@ -88,8 +92,80 @@ async def test_an_address_is_set_and_taken_back_on_the_toolstacks_word(
         outside.commands.clear()
         world.set(f"{SETTING}/enabled", "0")
         assert await done(world) == ""
-        assert outside.commands == ["ip -4 address delete 10.0.0.5/24 dev enX0"]
+        assert outside.commands == [
+            "ip -4 route delete default via 10.0.0.1 dev enX0",
+            "ip -4 address delete 10.0.0.5/24 dev enX0",
+        ]
     assert board.wanted() == {"control/feature-static-ip-setting": "1"}
+
+
+async def test_an_agent_that_begins_anew_takes_back_what_the_one_before_has_set(
+    world: AgentWorld, outside: Outside
+) -> None:
+    async with world.running(addresses(outside)):
+        ask(world, "6", address="2001:db8::5/64", gateway="fe80::1")
+        assert await done(world, "6") == ""
+    outside.commands.clear()
+    again = addresses(outside)
+    async with world.running(again):
+        await eventually("what is set", lambda: again.status() == {"vif0 IPv6": "2001:db8::5/64"})
+        world.set(f"{SETTING}/enabled6", "0")
+        assert await done(world, "6") == ""
+        assert again.status() == {}
+    assert outside.commands == [
+        "ip -6 route delete default via fe80::1 dev enX0 metric 1",
+        "ip -6 address delete 2001:db8::5/64 dev enX0",
+    ]
+    (world.context.platform.run_dir / "static-ip.json").write_text('{"set": [[0, "x", 1]]}')
+    async with world.running(broken := addresses(outside)):
+        assert broken.status() == {}
+
+
+@pytest.mark.usefixtures("namespace")
+async def test_the_guests_own_default_routes_hold_again_when_a_setting_is_taken_back(
+    world: AgentWorld,
+) -> None:
+    failures = []
+
+    async def really(*words: str) -> str:
+        failures.append(await command(*words[5:]))
+        return failures[-1]
+
+    def first(family: int) -> str:
+        return ip(f"-{family}", "route", "show", "default").partition("\n")[0]
+
+    ip("link", "add", "enX0", "type", "bridge")
+    ip("link", "set", "enX0", "up")
+    ip("address", "add", "10.1.0.2/16", "dev", "enX0")
+    ip("address", "add", "2001:db8:1::2/64", "dev", "enX0", "nodad")
+    ip("route", "add", "default", "via", "10.1.0.1")
+    ip("-6", "route", "add", "default", "via", "2001:db8:1::1")
+    async with world.running(StaticAddresses(Board(), lambda _: "enX0", run=really)):
+        for _ in range(2):  # the same twice changes nothing
+            ask(world, address="10.2.0.2/24", gateway="10.2.0.1")
+            assert await done(world) == ""
+            ask(world, "6", address="2001:db8:2::2/64", gateway="2001:db8:2::1")
+            assert await done(world, "6") == ""
+            assert "10.2.0.1" in first(4)
+            assert "2001:db8:2::1" in first(6)
+        for end in ("", "6"):
+            world.set(f"{SETTING}/enabled{end}", "0")
+            assert await done(world, end) == ""
+    assert ip("-4", "route", "show", "default").split()[2] == "10.1.0.1"
+    assert ip("-6", "route", "show", "default").split()[2] == "2001:db8:1::1"
+    assert "10.2.0" not in ip("route") + ip("address")
+
+
+async def test_what_was_offered_before_the_admin_forbade_it_is_withdrawn(
+    world: AgentWorld, outside: Outside
+) -> None:
+    world.context.settings = AgentSettings()
+    world.set("control/feature-static-ip-setting", "1")
+    world.set("control/feature-setcomputername", "1")
+    board = Board()
+    async with world.running(addresses(outside, board), HostName(board, run=outside.run)):
+        await eventually("both", lambda: len(board.wanted()) == 2)
+    assert set(board.wanted().values()) == {"0"}
 
 
 async def test_an_address_that_cannot_be_set_is_answered_with_the_reason(
@@ -174,7 +250,8 @@ def test_a_guest_whose_suspend_cannot_be_held_up_says_that_it_cannot_and_why() -
     assert judge.keys(state(armed=True)) == {REASON: ""}
     assert judge.keys(state(armed=False)) == {REASON: ""}  # a moment between two
     off = judge.keys(state(armed=False))
-    assert off == {REASON: "suspend cannot be held up: busy", FEATURE: "0"}
+    why = "suspend cannot be held up: busy"
+    assert off == {REASON: why, CANNOT: f"pvfront: {why}", FEATURE: "0"}
     assert judge.keys(state(armed=True)) == {REASON: "", FEATURE: "1"}
     assert judge.keys(None) == {REASON: "", FEATURE: "1"}
 
