@@ -10,8 +10,8 @@ from lab.guest import Guest
 from lab.pvf import Pvfront
 from lab.scenario import Lab, wait_until
 
-# Little that only a guest can show: for who asks.
-pytestmark = [pytest.mark.services, pytest.mark.long]
+# Little that only a guest can show: for who asks for services.
+pytestmark = [pytest.mark.services, pytest.mark.area]
 
 TEXTFILES = "/var/lib/prometheus/node-exporter"
 

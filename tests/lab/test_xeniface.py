@@ -9,8 +9,8 @@ import pytest
 from lab.guest import Guest
 from lab.scenario import wait_until
 
-# Minutes of the emulator's, and little that only a guest can show: for who asks.
-pytestmark = [pytest.mark.services, pytest.mark.long]
+# Minutes of the emulator's, and little that only a guest can show: for who asks for services.
+pytestmark = [pytest.mark.services, pytest.mark.area]
 
 NAME = "org.pvfront.Xeniface1"
 MAIN = f"{NAME} /org/pvfront/Xeniface1 {NAME}"

@@ -52,7 +52,7 @@ string instructions run backwards, came along in the one that was seen: it hung 
 """
 
 CHANNELS = ("login", "files")
-"""Names of the secondary consoles of a guest that is created with `Guest.channels`."""
+"""Names of the secondary consoles of an HVM guest, and of one created with `Guest.channels`."""
 
 Value = str | int | Sequence[str]
 
@@ -173,6 +173,7 @@ class Guest(Machine):
                     "-device", "ide-hd,drive=boot,bus=firmware-disk.0,bootindex=1",
                 ],
                 "vnc": 0, "usb": 0, "vga": "none", "serial": "none",
+                "channel": self.channels(),  # which in the others cost a QEMU
             }  # fmt: skip
         return config | dict(options or {})
 

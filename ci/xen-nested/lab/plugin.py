@@ -7,9 +7,9 @@ which runs on the embedded host where this is not loaded (`python -m lab test` d
 `lab` is the machine with Xen, booted once. `guest` is a running guest of the kind that --guest
 names (or $GUEST, or hvm). It is the same domain from test to test, and is started afresh only
 after a test that failed, left it silent or gone, or gave it a configuration of its own.
-HVM runs every test but those marked `embedded`, `long`, `pv` or for other kinds (`kinds`), the
-others those marked `core` or for them, PV also those marked `pv`, pvh612 those marked `ublk`.
-Where markers are asked for (-m), and in a soak, any kind runs what has them.
+HVM runs every test but those marked `embedded`, `area`, `long`, `pv` or for other kinds (`kinds`),
+the others those marked `core` or for them, PV also those marked `pv`, pvh612 those marked `ublk`.
+Where markers are asked for (-m), and in a soak, any kind runs what has them, `area` included.
 
 Several runs may share one lab, each with a kind of guest of its own (`--lab-shared`).
 """
@@ -51,6 +51,7 @@ MARKERS = (
     "core: runs in every guest type; the rest runs in HVM",
     "pv: runs in PV, whose guests boot fastest, and nowhere else",
     "kinds: core, but only in these kinds of guest: the others are the same but for the kernel",
+    "area: left out of a whole run, but not where markers are asked for",
     "long: left out but in a soak, or where --every asks for it",
     "ublk: runs in guests whose kernel has ublk, and nowhere else",
     "embedded: not repeated in the lab, whose time is dear",
@@ -74,7 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lab-wait", type=float, default=LOCK_DEADLINE, help="seconds to wait for another lab"
     )
     group.addoption(
-        "--soak", action="store_true", help="only tests with `soak_round` or marked `long`"
+        "--soak", action="store_true", help="only what has `soak_round` or is marked `area`, `long`"
     )
     group.addoption(
         "--with-embedded", action="store_true", help="also what the embedded host is enough for"
@@ -112,7 +113,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         done = _soaked(config).read_text().split("\n") if _soaked(config).exists() else []
         chosen = [
             item for item in chosen
-            if "soak_round" in _fixtures(item) or item.get_closest_marker("long")
+            if "soak_round" in _fixtures(item)
+            or item.get_closest_marker("area")
+            or item.get_closest_marker("long")
         ]  # fmt: skip
         left = [item for item in chosen if item.nodeid not in done]
         if left:
@@ -133,14 +136,17 @@ def _turn(item: pytest.Item) -> int:
 
 def _in_guest(item: pytest.Item, config: pytest.Config) -> bool:
     """Whether the kind of guest is one that the test is marked for."""
-    if item.get_closest_marker("long") and not config.getoption("--soak"):
+    soak, asked = config.getoption("--soak"), config.getoption("-m")
+    if item.get_closest_marker("long") and not soak:
+        return False
+    if item.get_closest_marker("area") and not (soak or asked):
         return False
     kind = config.getoption("--guest")
     if item.get_closest_marker("pv"):
         return bool(kind == "pv")
     if item.get_closest_marker("ublk"):
         return IMAGE[kind] == "guest612"
-    if config.getoption("-m") or config.getoption("--soak"):
+    if asked or soak:
         return True
     if kinds := item.get_closest_marker("kinds"):
         return kind in kinds.args
