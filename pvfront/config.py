@@ -214,6 +214,17 @@ class Config:
         line = line_of(self._text, key)
         return ConfigError(self.path, line, text, key=".".join(key), hint=hint)
 
+    def strangers(self) -> list[ConfigError]:
+        """An error for each section that nobody reads."""
+        return [
+            self.error(
+                (name,), f"[{_printable(name)}]: no such section",
+                hint=f"there are: {', '.join(f'[{one}]' for one in SECTIONS)}",
+            )
+            for name in self._table
+            if name not in SECTIONS
+        ]  # fmt: skip
+
 
 def _shown(value: object) -> str:
     text = ascii(value)
@@ -224,8 +235,8 @@ def _printable(name: str) -> str:
     return _shown(name)[1:-1] if len(name) < _SHOWN else _shown(name)[1:]
 
 
-def parse(text: str, path: Path = Path(FILE)) -> Config:
-    """`path`: for errors. Raises ConfigError."""
+def parse(text: str, path: Path = Path(FILE), *, strict: bool = True) -> Config:
+    """`path`: for errors; `strict`: a section that nobody reads is one. Raises ConfigError."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -236,16 +247,12 @@ def parse(text: str, path: Path = Path(FILE)) -> Config:
     except RecursionError:
         raise ConfigError(path, 0, "is no TOML: nested too deeply") from None
     config = Config(path, text, table)
-    for name in table:
-        if name not in SECTIONS:
-            raise config.error(
-                (name,), f"[{_printable(name)}]: no such section",
-                hint=f"there are: {', '.join(f'[{one}]' for one in SECTIONS)}",
-            )  # fmt: skip
+    for stranger in config.strangers() if strict else ():
+        raise stranger
     return config
 
 
-def load(path: Path, *, needed: bool = False) -> Config:
+def load(path: Path, *, needed: bool = False, strict: bool = True) -> Config:
     """Reads the file; `needed`: one that is not there is an error. Raises ConfigError."""
     try:
         with path.open("rb") as file:
@@ -262,7 +269,7 @@ def load(path: Path, *, needed: bool = False) -> Config:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ConfigError(path, line, "is no UTF-8 text") from error
-    return parse(text.replace("\r\n", "\n"), path)
+    return parse(text.replace("\r\n", "\n"), path, strict=strict)
 
 
 def line_of(text: str, key: tuple[str, ...]) -> int:
@@ -289,10 +296,10 @@ def line_of(text: str, key: tuple[str, ...]) -> int:
 def problems(path: Path, *, needed: bool = False) -> list[ConfigError]:
     """Everything wrong with the file, the first of each section."""
     try:
-        config = load(path, needed=needed)
+        config = load(path, needed=needed, strict=False)
     except ConfigError as error:
         return [error]
-    found = []
+    found = config.strangers()
     for module in SECTIONS.values():
         try:
             cast(Callable[[Config], object], import_module(module).from_config)(config)

@@ -70,7 +70,7 @@ def examine(facts: Facts) -> list[Finding]:
         found += [*_store(facts), *_limits(facts)]
         if not facts.embedded:
             found += _suspend(facts)
-        found += [*_services(facts), *_agent(facts), *_devices(facts)]
+        found += [*_services(facts), *_agent(facts), *_hooks(facts), *_devices(facts)]
     return found
 
 
@@ -349,6 +349,11 @@ def _agent(facts: Facts) -> Iterator[Finding]:
             Level.OK, "agent", f"{name} is not enabled: toolstacks see no addresses",
             "systemctl enable --now pvfront-agent",
         )  # fmt: skip
+
+
+def _hooks(facts: Facts) -> Iterator[Finding]:
+    for text, fix in facts.hooks:
+        yield Finding(Level.WARN, "hooks", text, fix)
 
 
 def _devices(facts: Facts) -> Iterator[Finding]:

@@ -19,10 +19,12 @@ from . import agent, claimed, config, holdings, inventory, questions, sysfs, wor
 from .blkfront import inuse
 from .errors import PvfrontError
 from .holdings import Holdings
+from .hooks import trouble
 from .inventory import KERNEL, Device
 from .platform import Platform, platform
 from .veto import may_block_suspend
 from .xenstore import Xenstore
+from .xswire import printable
 
 MODULES = ("xen-evtchn", "xen-gntalloc", "nbd", "ublk_drv", "tun")
 NODES = ("xen/xenbus", "xen/evtchn", "xen/gntalloc")
@@ -108,6 +110,7 @@ class Facts:
     suspend: Mapping[str, Any] | None = None  # what the owner last wrote, if a service runs
     services: Mapping[str, Service] = field(default_factory=dict)
     agent: Agent = field(default_factory=Agent)
+    hooks: Sequence[tuple[str, str]] = ()  # hooks.trouble
     absent: tuple[str, str] | None = None  # inventory.without_service
     devices: Sequence[DeviceFacts] = ()
 
@@ -158,6 +161,9 @@ async def gather(
         suspend=suspend if running else None,
         services=services,
         agent=await _agent(on),
+        hooks=[
+            (printable(text), printable(fix)) for text, fix in trouble(on.config_dir / "hooks.d")
+        ],
         absent=inventory.without_service([one.device for one in found], on),
         devices=found,
     )

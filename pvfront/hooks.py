@@ -27,7 +27,13 @@ log = logging.getLogger(__name__)
 LIMIT = 60.0  # seconds of one hook
 LINES = 100  # of one hook that are logged
 WAITING = 64  # events that wait; more are dropped, and said
+MOMENTS = (
+    "pre-suspend", "pre-resume", "post-suspend", "post-resume", "pre-shutdown", "post-shutdown",
+    "post-link", "post-resize", "post-eject", "post-insert", "post-console-key",
+)  # fmt: skip
+"""Those that there are: docs/agent.md says when each is."""
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_WIDTH = 1000  # characters of a line of a hook's that is logged
 
 
 class Hooks:
@@ -161,4 +167,46 @@ async def _log_lines(name: str, output: asyncio.StreamReader) -> None:
             return
         count += 1
         if count <= LINES:
-            log.info("hook %s: %s", name, line.decode(errors="replace").rstrip())
+            log.info("hook %s: %s", name, _harmless(line.decode(errors="replace")))
+
+
+def _harmless(line: str) -> str:
+    """One line for the log: a hook may pass on what it was sent."""
+    line = line.rstrip().expandtabs()[:_WIDTH]
+    return "".join(char if char.isprintable() else "?" for char in line)
+
+
+def trouble(directory: Path) -> list[tuple[str, str]]:
+    """What is in `directory` and never run, or not safe to be: what is wrong, and what to do."""
+    found: list[tuple[str, str]] = []
+    for path in _inside(directory):
+        if not path.is_dir():
+            found += _trouble(path)
+        elif path.name in {f"{moment}.d" for moment in MOMENTS}:
+            found += [one for program in _inside(path) for one in _trouble(program)]
+        else:
+            there = ", ".join(f"{moment}.d" for moment in MOMENTS)
+            found.append((f"nothing in {path} is ever run", f"these directories are: {there}"))
+    return found
+
+
+def _inside(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def _trouble(path: Path) -> list[tuple[str, str]]:
+    named, may_run = _NAME.fullmatch(path.name), os.access(path, os.X_OK)
+    if not path.is_file() or (not may_run and (not named or path.name == "README")):
+        return []  # nobody takes it for a hook
+    if not named:
+        why = "its name may have letters, digits, _ and - only"
+        return [(f"{path} is never run: {why}", "rename it")]
+    if not may_run:
+        return [(f"{path} is never run: it is not executable", f"chmod +x {path}")]
+    if path.stat().st_mode & 0o022:
+        why = "others than root may write it"
+        return [(f"{path} is run as root, and {why}", f"chmod go-w {path}")]
+    return []

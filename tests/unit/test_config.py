@@ -311,6 +311,20 @@ def test_check_tells_the_first_mistake_of_each_section(
     ]
 
 
+def test_a_section_that_there_is_not_hides_no_other_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pvfront.toml"
+    path.write_text('[vbd]\nclaim = []\n[disk]\nclaim = "xvdb"\n[network]\nx = 1\n')
+    assert run_check(str(path)) == 1
+    said = [line.removeprefix(f"pvfront: {path}:") for line in capsys.readouterr().err.splitlines()]
+    assert [line.split(" ")[:2] for line in said] == [
+        ["1:", "[vbd]:"], ["4:", "claim"], ["5:", "[network]:"],
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r":1: \[vbd\]: no such section"):
+        config.load(path)
+
+
 def test_check_is_content_with_what_is_right(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,8 @@ CASES: list[tuple[dict[str, Any], Level, str, str]] = [
      Level.WARN, "takes no more keys", "--entry-nb"),
     ({"absent": ("the disk service does not run", "systemctl start pvfront-vbd")}, Level.WARN,
      "does not run", "systemctl start"),
+    ({"hooks": [("post-link.d/a.sh is never run: its name", "rename it")]}, Level.WARN,
+     "post-link.d/a.sh is never run", "rename it"),
 ]  # fmt: skip
 
 

@@ -93,6 +93,19 @@ def test_a_store_that_answers_slowly_is_no_store_that_does_not_answer(
         assert runner.run(facts._devices(Xen(), str)) == ([], None)
 
 
+async def test_hooks_that_are_never_run_are_found_in_the_settings_directory(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    no_store(monkeypatch)
+    monkeypatch.setattr(Xen, "config_dir", tmp_path / "settings")
+    hook = tmp_path / "settings" / "hooks.d" / "post-link.d" / "bad\x1b.sh"
+    hook.parent.mkdir(parents=True)
+    hook.touch(0o755)
+    ((text, fix),) = (await gather(Xen(), try_worker=lambda other_user: None)).hooks
+    assert "post-link.d/bad\\x1b.sh is never run" in text
+    assert fix == "rename it"
+
+
 async def test_a_guest_is_told_by_its_files(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
     no_store(monkeypatch)
     found = await gather(Xen(), try_worker=lambda other_user: None)

@@ -12,7 +12,7 @@ import pytest
 from waiting import PATIENCE, eventually
 
 from pvfront import hooks
-from pvfront.hooks import Hooks
+from pvfront.hooks import MOMENTS, Hooks, trouble
 
 
 def program(directory: Path, name: str, body: str, mode: int = 0o755) -> Path:
@@ -148,6 +148,43 @@ async def test_a_size_is_told_to_the_programs_of_its_own_directory_too(tmp_path:
     to.tell("eject", {})
     await told(to)
     assert out.read_text().splitlines() == ["all resize", "grow resize", "all eject"]
+
+
+OUTPUT = r"printf 'a\tgr\303\274n \033[2J\377\r\n'; printf '%05000d' 1"
+
+
+async def test_what_a_hook_prints_does_nothing_to_a_terminal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = tmp_path / "hooks.d"
+    program(made / "post-link.d", "say", OUTPUT)
+    with caplog.at_level(logging.INFO):
+        assert await Hooks(made).run("post-link") == []
+    first, second = [r.getMessage() for r in caplog.records if "hook say" in r.getMessage()]
+    assert first == "hook say: a       gr\u00fcn ?[2J\ufffd"
+    assert len(second) < 1100
+
+
+def test_what_is_never_run_or_may_be_written_by_others_is_named(tmp_path: Path) -> None:
+    made = tmp_path / "hooks.d"
+    assert trouble(made) == []
+    for moment in MOMENTS:
+        program(made / f"{moment}.d", "well", "true")
+    (made / "post-link.d" / "README").write_text("")
+    (made / "post-link.d" / "old.dpkg-bak").write_text("")
+    assert trouble(made) == []
+    program(made / "post-link.d", "notify.sh", "true")
+    program(made / "pre-link.d", "never", "true")
+    program(made, "open", "true")
+    (made / "open").chmod(0o775)
+    (made / "post-link.d" / "well").chmod(0o644)
+    assert [text.replace(f"{made}/", "") for text, _ in trouble(made)] == [
+        "open is run as root, and others than root may write it",
+        "post-link.d/notify.sh is never run: its name may have letters, digits, _ and - only",
+        "post-link.d/well is never run: it is not executable",
+        "nothing in pre-link.d is ever run",
+    ]
+    assert all(fix for _, fix in trouble(made))
 
 
 async def test_a_moment_is_over_when_its_programs_are_and_says_which_failed(
