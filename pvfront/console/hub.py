@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 CHUNK = 4096
 PATIENCE = 30.0
+_BEHIND = SIZE - 1
+"""How far the slowest may be behind: an escape byte that hot keys held back may still come."""
 
 
 class Client:
@@ -95,6 +97,7 @@ class Hub:
             if fd >= 0:
                 self._loop.remove_reader(fd)
                 self._loop.remove_writer(fd)
+        self._room.set()
         for client in self.clients:
             self._send_away(client, "the console is served no more")
 
@@ -108,7 +111,7 @@ class Hub:
         return min(waited_for)
 
     def _readable(self) -> None:
-        room = SIZE - (self.history.end - self._slowest())
+        room = _BEHIND - (self.history.end - self._slowest())
         try:
             data = self.stream.recv(min(CHUNK, room)) if room > 0 else b""
         except BlockingIOError:
@@ -135,7 +138,7 @@ class Hub:
         for client in self.clients:
             if client.position < self.history.end:
                 client.news.set()
-        if self.history.end - self._slowest() < SIZE:
+        if self.history.end - self._slowest() < _BEHIND:
             self._loop.add_reader(self.stream.fileno(), self._readable)
         else:
             self._loop.remove_reader(self.stream.fileno())
@@ -204,12 +207,16 @@ class Hub:
     # -- to the backend --------------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:
-        """Sends, or keeps until the stream takes it: whoever writes waits for `room` then."""
+        """Sends, or keeps until the stream takes it: whoever writes waits for `room` then. Nothing
+        once it is closed.
+        """
+        if self._closed:
+            return
         self._out += data
         self._flush()
 
     async def room(self) -> None:
-        """Returns when the stream has taken all that was sent."""
+        """Returns when the stream has taken all that was sent, or will take no more."""
         await self._room.wait()
 
     def _flush(self) -> None:

@@ -54,7 +54,7 @@ class Consoles(DeviceClass):
         self.kept = kept
         self._names: dict[int, str] = {}
         self.hooks = Hooks(on.config_dir / "hooks.d")
-        self._dumps: set[asyncio.Task[None]] = set()
+        self._dumps: dict[str, asyncio.Task[None]] = {}
 
     def label(self, devid: int) -> str:
         return self._names.get(devid, keys.bus_name(devid))
@@ -93,14 +93,17 @@ class Consoles(DeviceClass):
         return text
 
     def _pressed(self, console: ConsoleFrontend, key: str) -> None:
-        log.info("%s: hot key %s", console.label, key)
         if key != DUMP:
+            log.info("%s: hot key %s", console.label, key)
             facts = {"DEVICE": console.label, "CLASS": self.klass, "KEY": key}
             self.hooks.tell("console-key", facts)
             return
-        task = asyncio.create_task(self._dump(console))
-        self._dumps.add(task)
-        task.add_done_callback(self._dumps.discard)
+        name = console.name
+        if name in self._dumps:
+            return  # dumps that nobody reads are not to pile up here
+        log.info("%s: hot key %s", console.label, key)
+        task = self._dumps[name] = asyncio.create_task(self._dump(console))
+        task.add_done_callback(lambda _: self._dumps.pop(name))
 
     async def _dump(self, console: ConsoleFrontend) -> None:
         on = self.platform
@@ -109,6 +112,7 @@ class Consoles(DeviceClass):
         )
         if console.hub is not None:
             console.hub.send(text.encode())
+            await console.hub.room()
 
     def forget(self, name: str) -> None:
         super().forget(name)

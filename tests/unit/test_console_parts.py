@@ -139,12 +139,24 @@ def test_a_dump_names_devices_and_waiting_tasks_in_plain_characters(tmp_path: Pa
     run.mkdir()
     (run / "vbd-51728.json").write_text('{"label": "xvdb", "phase": "connected"}')
     (run / "vif-0.json").write_text("[1")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kmsg").write_text(
+        "6,1,1000,-;it is well\n4,2,2500000,-;disk \x1b hangs\n DEVICE=b8:0\n"
+        "12,3,3,-;a program's\n?\n"
+    )
     text = dump.text("login", sysfs.Roots(tmp_path), run)
     assert "tasks that wait in the kernel (D): 1" in text
     assert "7 a \\x1b) D" in text
     assert "vbd-51728: label xvdb, phase connected" in text
     assert "vif-0: ?" in text
+    assert "kernel's warnings, the last 1:\r\n    [2.500] disk \\x1b hangs\r\nvbd-" in text
     assert re.fullmatch(r"[ -~\r\n]*", text)
+
+
+def test_a_dump_says_that_the_kernel_s_log_cannot_be_read(tmp_path: Path) -> None:
+    text = dump.text("login", sysfs.Roots(tmp_path), tmp_path)
+    assert "kernel's log: No such file or directory" in text
+    assert text.endswith("--- end of the dump\r\n")
 
 
 # -- descriptors that are kept -------------------------------------------------------------------
