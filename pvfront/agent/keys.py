@@ -15,6 +15,7 @@ MAX_ADDRESSES = 10  # of one family of one vif
 MAX_VIFS = 16
 MAX_VOLUMES = 24
 MAX_MOUNTS = 4  # of one volume
+MAX_EXTENTS = 4  # the same
 MAX_KEYS = 400
 """xenstored gives a guest 1000 nodes, its kernel's and the toolstack's included."""
 
@@ -52,7 +53,7 @@ class Volume:
     free: int | None  # bytes, of the file system; None: nobody knows
     filesystem: str
     mounts: tuple[str, ...]
-    extent: str  # the disk as the toolstack calls it: xvda; "" if it is none of its
+    extents: tuple[str, ...]  # the disks that it is on, as the toolstack calls them: xvda
 
 
 class Slots:
@@ -150,8 +151,8 @@ class VolumeKeys:
                 found[f"{base}/free"] = str(one.free)
             if one.filesystem:
                 found[f"{base}/filesystem"] = clean(one.filesystem, 32)
-            if one.extent:
-                found[f"{base}/extents/0"] = clean(one.extent, 32)
+            for index, extent in enumerate(one.extents[:MAX_EXTENTS]):
+                found[f"{base}/extents/{index}"] = clean(extent, 32)
             for index, mount in enumerate(one.mounts[:MAX_MOUNTS]):
                 found[f"{base}/mount_points/{index}"] = clean(mount)
         return found

@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ DEADLINE = 20.0  # of one look at all of them
 SETTLE = 0.5
 _MOST_LINES = 4096
 _SECTOR = 512
+_LEVELS = 4  # of dm on MD on …
+_MOST_BELOW = 8  # of each
 
 Usage = Callable[[str], int | None]
 
@@ -101,7 +103,6 @@ def look(mountinfo: str, roots: Roots, usage: Usage = _free) -> list[Volume]:
         sectors = sysfs.read_int(directory / "size")
         if sectors is None:
             continue
-        disk = name if name in names else _disk_of(directory)
         found.append(
             Volume(
                 device,
@@ -109,10 +110,21 @@ def look(mountinfo: str, roots: Roots, usage: Usage = _free) -> list[Volume]:
                 usage(places[0]),
                 kind,
                 places[:MAX_MOUNTS],
-                names.get(disk, ""),
+                tuple(dict.fromkeys(_disks(name, names, roots))),
             )
         )
     return found
+
+
+def _disks(name: str, names: Mapping[str, str], roots: Roots, levels: int = _LEVELS) -> list[str]:
+    """Those that a device is on: itself, its partition's, those that LVM, MD or dm made it of."""
+    if name in names:
+        return [names[name]]
+    directory = roots.block(name)
+    if disk := _disk_of(directory):
+        return [names[disk]] if disk in names else []
+    below = sysfs.listdir(directory / "slaves")[:_MOST_BELOW] if levels else []
+    return [one for each in below for one in _disks(each, names, roots, levels - 1)]
 
 
 def _disk_of(directory: Path) -> str:

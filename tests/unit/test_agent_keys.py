@@ -115,7 +115,7 @@ def test_an_interface_named_with_control_characters_is_published_without_them() 
 
 
 def volume(device: str, free: int | None = 5, *mounts: str) -> Volume:
-    return Volume(device, 1000, free, "ext4", mounts or ("/",), "xvda")
+    return Volume(device, 1000, free, "ext4", mounts or ("/",), ("xvda",))
 
 
 def test_a_volume_has_what_toolstacks_show_of_it() -> None:

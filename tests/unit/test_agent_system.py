@@ -62,9 +62,34 @@ def test_a_volume_knows_its_disk_as_the_toolstack_calls_it(tmp_path: Path) -> No
     (roots.run / "vbd-1.json").write_text("no json")
     assert extents(roots) == {"xvda": "xvda", "nbd0": "xvdb"}
     assert look(INFO, roots, usage=lambda place: len(place)) == [
-        Volume("/dev/nbd0", 51200, 12, "ext4", ("/srv/my data",), "xvdb"),
-        Volume("/dev/xvda1", 4096 * 512, 1, "ext4", ("/", "/a/longer/place"), "xvda"),
+        Volume("/dev/nbd0", 51200, 12, "ext4", ("/srv/my data",), ("xvdb",)),
+        Volume("/dev/xvda1", 4096 * 512, 1, "ext4", ("/", "/a/longer/place"), ("xvda",)),
     ]
+
+
+def test_a_volume_of_lvm_or_md_names_the_disks_below_it(tmp_path: Path) -> None:
+    """vg-root is on a partition of xvda and on md0, which is xvdb and xvda once more."""
+    roots = Roots(tmp_path)
+    block = roots.sys / "class" / "block"
+    disk = roots.sys / "devices" / "xvda"
+    for where in (disk, disk / "xvda2", block / "xvdb", block / "dm-0", block / "md0"):
+        where.mkdir(parents=True)
+        (where / "size").write_text("8")
+    (disk / "xvda2" / "partition").write_text("2")
+    (block / "xvda").symlink_to(disk)
+    (block / "xvda2").symlink_to(disk / "xvda2")
+    for name, number in (("xvda", 51712), ("xvdb", 51728)):
+        (block / name / "device").mkdir()
+        (block / name / "device" / "nodename").write_text(f"device/vbd/{number}")
+    (roots.sys / "block").symlink_to(block)
+    for above, below in (("dm-0", "xvda2"), ("dm-0", "md0"), ("md0", "xvdb"), ("md0", "xvda2"),
+                         ("md0", "dm-0")):  # fmt: skip
+        (block / above / "slaves" / below).mkdir(parents=True)
+    line = "22 1 253:0 / / rw shared:1 - ext4 /dev/dm-0 rw"
+    ((found),) = look(line, roots, usage=lambda _: 1)
+    assert sorted(found.extents) == ["xvda", "xvdb"]
+    keys = VolumeKeys().keys([found])
+    assert {keys[f"data/volumes/0/extents/{n}"] for n in (0, 1)} == {"xvda", "xvdb"}
 
 
 def test_os_release_is_read_with_its_quotes_and_a_missing_one_is_empty(tmp_path: Path) -> None:
