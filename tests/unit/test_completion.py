@@ -11,15 +11,19 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import click
 import pytest
 from click.shell_completion import ShellComplete
 from hypothesis import given
 from hypothesis import strategies as st
+from interfaces import commands
 
 from pvfront.cli import VERBS, cli
 from pvfront.completion import device_names
 from pvfront.platform import Embedded, Xen
 from pvfront.sysfs import Roots
+
+COMMANDS = dict(commands())
 
 
 @pytest.fixture
@@ -47,6 +51,17 @@ def test_verbs_and_options_are_completed(run: Path) -> None:
     assert offered("st") == ["status", "store"]
     assert set(offered("vif ")) >= {"list", "serve", "status"}
     assert "--textfile" in offered("metrics --")
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS.items(), ids=COMMANDS)
+def test_every_command_is_completed_with_each_of_its_options(
+    run: Path, name: str, command: click.Command
+) -> None:
+    assert name.rpartition(" ")[2] in offered(name)
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    for text in (text for option in options for text in (*option.opts, *option.secondary_opts)):
+        if text.startswith("--"):
+            assert text in offered(f"{name} {text}")
 
 
 @pytest.mark.parametrize("verb", ["status", "trace", "ledger", "upgrade"])
