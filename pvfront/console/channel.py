@@ -14,6 +14,7 @@ import os
 import re
 import select
 import signal
+import stat
 import subprocess
 import termios
 import tty
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _COMMAND = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ARGUMENTS = 64
+ALIVE = 10.0
+"""Seconds after which a command that is silent is said to live."""
+_NUMBER = 64  # characters
 _REQUESTS = (wire.PUT, wire.GET, wire.RUN)
 
 
@@ -36,8 +40,11 @@ class Hello(Exception):
     """A client has come, and wants nothing of what the one before asked for."""
 
     def __init__(self, said: dict[str, Any]) -> None:
+        """Raises ChannelError."""
         super().__init__()
         self.number, self.version = said.get("number"), said.get("version")
+        if not isinstance(self.number, str) or len(self.number) > _NUMBER:
+            raise ChannelError("the other end said nonsense: number")
 
 
 class Server:
@@ -104,7 +111,10 @@ class Server:
         if "\0" in asked:
             raise _RefusedError("a name with a NUL")
         # The last part may be a link only to what lies inside as well.
-        path = (self.files / asked.lstrip("/")).resolve()
+        try:
+            path = (self.files / asked.lstrip("/")).resolve()
+        except RuntimeError:
+            raise _RefusedError(f"{asked}: a loop of links") from None
         if not path.is_relative_to(self.files) or path == self.files:
             raise _RefusedError(f"{asked} lies outside of what this guest offers")
         return path
@@ -113,7 +123,7 @@ class Server:
         path = self._path(facts)
         if not self.writable:
             raise _RefusedError("this guest's files are only to be read")
-        file = Received(str(path), int(facts.get("mode", 0o600)))
+        file = Received(str(path), wire.number_of(facts, "mode", 0o777))
         try:
             self.link.tell(wire.OK)
             receipts = wire.Receipts()
@@ -136,9 +146,10 @@ class Server:
         path = self._path(facts)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:
-            if not path.is_file():
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
                 raise _RefusedError(f"{facts.get('path')} is no file")
-            self.link.tell(wire.OK, mode=os.fstat(fd).st_mode & 0o777)
+            self.link.tell(wire.OK, mode=found.st_mode & 0o777, size=found.st_size)
             wire.send_file(self.link, file, self._next)
         log.info("%s: read", ascii(str(path)))
 
@@ -172,7 +183,9 @@ class Server:
                 self.link.tell(wire.OK)
                 window = wire.Window()
                 for kind, data in _output(process, self.link.fd):
-                    if kind:
+                    if kind == wire.GREETING:
+                        self.link.tell(kind)
+                    elif kind:
                         wire.send_within(window, self.link, kind, data, self._next)
                     while self.link.waiting():  # another client, too
                         window.heard(*self._next())
@@ -188,7 +201,9 @@ class _RefusedError(PvfrontError):
 
 
 def _output(process: subprocess.Popen[bytes], channel: int) -> Iterator[tuple[int, bytes]]:
-    """What it prints, by kind of frame, to its end; (0, b"") when the channel has something."""
+    """What it prints, by kind of frame, to its end; (0, b"") when the channel has something, and
+    (GREETING, b"") when nothing was to be said for a while.
+    """
     assert process.stdout is not None
     assert process.stderr is not None
     kinds = {process.stdout.fileno(): wire.DATA, process.stderr.fileno(): wire.STDERR}
@@ -196,7 +211,10 @@ def _output(process: subprocess.Popen[bytes], channel: int) -> Iterator[tuple[in
     for fd in (*kinds, channel):
         poll.register(fd, select.POLLIN)
     while kinds:
-        for fd, _ in poll.poll():
+        ready = poll.poll(ALIVE * 1000)
+        if not ready:
+            yield wire.GREETING, b""
+        for fd, _ in ready:
             if fd == channel:
                 yield 0, b""
             elif data := os.read(fd, wire.MOST):
@@ -206,8 +224,13 @@ def _output(process: subprocess.Popen[bytes], channel: int) -> Iterator[tuple[in
                 del kinds[fd]
 
 
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(0)  # and what was not whole goes
+
+
 def serve(terminal: Path, *, files: Path | None, writable: bool, commands: Path | None) -> int:
-    """Serves the console's terminal until it goes; the exit status."""
+    """Serves the console's terminal until it goes, or SIGTERM; the exit status."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         fd = os.open(terminal, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         tty.setraw(fd, termios.TCSANOW)  # what waits is not to be thrown away

@@ -10,6 +10,10 @@ CONSOLE is what the toolstack has made of the channel: the Unix socket of `conne
 the pty of `connection=pty`. In the guest `pvfront console channel NAME` must run, which says what
 may be read, written and run. This file is all that dom0 needs: Python 3.9, nothing else.
 
+The exit status is 1 if it failed, 2 if it was called wrongly, that of the guest's command for
+`run`, 255 if that has none to tell, and 128 + N after signal N. On a terminal it shows how far it
+is; --quiet says not to.
+
 Both ends speak in frames: FRAME, then up to MOST bytes. A frame whose checksum is wrong ends the
 transfer; a file is there under its name only when all of it has come and its SHA-256 is right.
 Dom0 asks, the guest answers, one thing at a time. Hello, with a random number, begins anew whatever
@@ -23,10 +27,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import select
+import signal
 import socket
 import stat
 import struct
@@ -52,8 +58,11 @@ rest; what a reader has taken counts, too, until it has taken all. Hence a windo
 when all of it is acknowledged, not some.
 """
 SECONDS = 60.0
-"""For the other end to say or take something."""
+"""For the other end to say or take something. A guest whose command is silent says that it lives by
+a GREETING that greets nobody.
+"""
 GREET_SECONDS = 2.0
+LEAVE_SECONDS = 10.0
 FILL = (2, 4, 8, 16)
 """The attempts to greet that fill up a frame that was cut; few, for who may not read at all."""
 
@@ -64,6 +73,10 @@ class ChannelError(Exception):
 
 class ChannelGone(ChannelError):
     """There is nobody to speak to any more."""
+
+
+class ChannelRefused(ChannelError):
+    """The guest has said that it has ended what was asked for, and why."""
 
 
 def framed(kind: int, body: bytes = b"") -> bytes:
@@ -158,6 +171,8 @@ class Link:
 
     def send(self, kind: int, body: bytes = b"") -> None:
         """Returns when all of it was taken. Raises ChannelError."""
+        if len(body) > MOST:
+            raise ChannelError(f"too long: {len(body)} bytes of a request, {MOST} at most")
         self._write(framed(kind, body))
 
     def fill(self) -> None:
@@ -230,11 +245,21 @@ def facts_of(body: bytes) -> dict[str, Any]:
     raise ChannelError("the other end said nonsense")
 
 
+def number_of(facts: dict[str, Any], key: str, most: int) -> int:
+    """A number of such an object, 0 to `most`. Raises ChannelError."""
+    found = facts.get(key)
+    if type(found) is not int or not 0 <= found <= most:
+        raise ChannelError(f"the other end said nonsense: {key}")
+    return found
+
+
 class Received:
     """A file that comes: beside its place until it is whole."""
 
     def __init__(self, path: str, mode: int) -> None:
-        """Raises OSError."""
+        """Raises OSError: before anything is sent, for a directory, too."""
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         self.path = path
         self._mode = mode
         self._sum = hashlib.sha256()
@@ -259,7 +284,8 @@ class Received:
 
     def close(self) -> None:
         """What did not take its place goes. Idempotent."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which has no room for the rest either
+            self._file.close()
         with contextlib.suppress(OSError):
             self._name.unlink()
 
@@ -274,16 +300,58 @@ def send_within(
     window.sent(body)
 
 
-def send_file(link: Link, file: IO[bytes], hear: Callable[[], tuple[int, bytes]]) -> None:
-    """Sends what `file` has, and END."""
+def send_file(
+    link: Link,
+    file: IO[bytes],
+    hear: Callable[[], tuple[int, bytes]],
+    moved: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Sends what `file` has, and END. `moved` is told of bytes that went."""
     window, total = Window(), hashlib.sha256()
     while data := file.read(MOST):
         total.update(data)
         send_within(window, link, DATA, data, hear)
+        moved(len(data))
     link.tell(END, sha256=total.hexdigest())
 
 
 # -- dom0 ----------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A line on a terminal that says how far it is."""
+
+    EVERY = 0.5  # seconds
+
+    def __init__(self, what: str = "", out: IO[str] | None = None) -> None:
+        """`out`: nothing is shown on what is no terminal."""
+        self.total = 0
+        self._what, self._out = printable(what), out if out is not None and out.isatty() else None
+        self._moved, self._begin, self._shown = 0, time.monotonic(), 0.0
+
+    def moved(self, count: int) -> None:
+        """So many bytes more."""
+        self._moved += count
+        now = time.monotonic()
+        if self._out is not None and now - self._shown >= self.EVERY:
+            self._shown = now
+            rate = self._moved / max(now - self._begin, 0.1)
+            text = f"{self._what}: {self._moved >> 10} KiB"
+            if self.total:
+                text += f" of {self.total >> 10} ({min(100, 100 * self._moved // self.total)} %)"
+            self._out.write(f"\r{text}, {rate / 1024:.0f} KiB/s\x1b[K")
+            self._out.flush()
+
+    def end(self) -> None:
+        """The line goes."""
+        if self._out is not None and self._shown:
+            self._out.write("\r\x1b[K")
+            self._out.flush()
+
+
+def printable(text: str) -> str:
+    """What a terminal may get."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class Channel:
@@ -310,7 +378,8 @@ class Channel:
                         self.link.whole()
                         return
         raise ChannelError(
-            f"the guest did not greet within {seconds:g} s: does `pvfront console channel` run?"
+            f"the guest did not greet within {seconds:g} s: does `pvfront console channel` run, "
+            "and is nobody else at this console?"
         )
 
     @staticmethod
@@ -324,28 +393,42 @@ class Channel:
             )
         return True
 
-    def put(self, path: str, remote: str) -> None:
+    def leave(self) -> None:
+        """What the guest still does for us ends, if it hears that within some seconds."""
+        self.link.seconds = LEAVE_SECONDS
+        with contextlib.suppress(ChannelError):
+            self.link.fill()
+            self.link.tell(HELLO, number="", version=VERSION)
+
+    def put(self, path: str, remote: str, progress: Progress | None = None) -> None:
         """Copies a file into the guest."""
+        progress = progress or Progress()
         with Path(path).open("rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise ChannelError(f"{path} is no file")
             self.link.tell(PUT, path=remote, mode=found.st_mode & 0o777)
             self._answer(OK)
-            send_file(self.link, file, self._next)
+            progress.total = found.st_size
+            send_file(self.link, file, self._next, progress.moved)
             self._answer(OK)
 
-    def get(self, remote: str, path: str) -> None:
-        """Copies a file out of the guest."""
+    def get(self, remote: str, path: str, progress: Progress | None = None) -> None:
+        """Copies a file out of the guest. Who may use it our umask says, too."""
+        progress = progress or Progress()
         self.link.tell(GET, path=remote)
         said = facts_of(self._answer(OK))
-        file, receipts = Received(path, int(said.get("mode", 0o600))), Receipts()
+        os.umask(mask := os.umask(0o077))
+        if "size" in said:
+            progress.total = number_of(said, "size", 1 << 63)
+        file, receipts = Received(path, number_of(said, "mode", 0o777) & ~mask), Receipts()
         try:
             while True:
                 kind, body = self._next()
                 if kind == DATA:
                     file.add(body)
                     self.link.send(ACK, receipts.of(body))
+                    progress.moved(len(body))
                 elif kind == END:
                     file.finish(facts_of(body).get("sha256"))
                     return
@@ -362,7 +445,7 @@ class Channel:
         while True:
             kind, body = self._next()
             if kind == END:
-                return int(facts_of(body)["status"])
+                return number_of(facts_of(body), "status", 255)
             to = {DATA: out, STDERR: errors}.get(kind)
             if to is None:
                 raise ChannelError(f"a frame of kind {kind} from a command")
@@ -372,13 +455,13 @@ class Channel:
 
     def _next(self) -> tuple[int, bytes]:
         kind, body = self.link.receive()
-        while kind == GREETING:  # of a Hello that was sent again meanwhile
+        while kind == GREETING:  # of a Hello that was sent again meanwhile, or of nobody's
             kind, body = self.link.receive()
         if self.link.damaged:
             raise ChannelError("bytes were lost or changed on the way")
         if kind == ERROR:
             text = str(facts_of(body).get("text"))
-            raise ChannelError(f"the guest: {''.join(c if c.isprintable() else '?' for c in text)}")
+            raise ChannelRefused(f"the guest: {printable(text)}")
         return kind, body
 
     def _answer(self, wanted: int) -> bytes:
@@ -391,48 +474,104 @@ class Channel:
 
 
 def connect(where: str) -> int:
-    """A descriptor of the console: a Unix socket, or a terminal. Raises OSError."""
-    if Path(where).is_socket():
+    """A descriptor of the console: a Unix socket, or a terminal. Raises ChannelError, OSError."""
+    mode = Path(where).stat().st_mode
+    if stat.S_ISSOCK(mode):
         sock = socket.socket(socket.AF_UNIX)
-        sock.connect(where)
+        try:
+            sock.connect(where)
+        except OSError as error:
+            sock.close()
+            raise ChannelError(f"{where}: {error.strerror}: does the domain run?") from error
         return sock.detach()
+    if not stat.S_ISCHR(mode):
+        raise ChannelError(f"{where} is no console: neither a Unix socket nor a terminal")
     fd = os.open(where, os.O_RDWR | os.O_NOCTTY)
     with contextlib.suppress(termios.error):
         tty.setraw(fd)
     return fd
 
 
-def main() -> int:
-    """The command; its exit status, or that of the guest's command."""
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 1e6:
+        raise ValueError(text)
+    return seconds
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pvfront-channel", description="Files and commands of a guest, over a console of it."
+        prog="pvfront-channel",
+        description="Files and commands of a guest, over a console of it.",
+        epilog="The exit status is 1 if it failed, 2 if it was called wrongly; of run, the guest's "
+        "command's, or 255 if there is none. A command may be silent for as long as it likes.",
     )
     parser.add_argument("console", help="the channel's Unix socket, or its pty")
-    parser.add_argument("--timeout", type=float, default=SECONDS, metavar="SECONDS")
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=SECONDS,
+        metavar="SECONDS",
+        help="that the guest may say and take nothing (default %(default)g)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="do not show how far it is")
+    parser.add_argument("--version", action="version", version=f"version {VERSION} of the channel")
     verbs = parser.add_subparsers(dest="verb", required=True)
     put = verbs.add_parser("put", help="copy a file into the guest")
     put.add_argument("file")
-    put.add_argument("remote")
+    put.add_argument("remote", help="its name below the directory that the guest offers")
     get = verbs.add_parser("get", help="copy a file out of the guest")
-    get.add_argument("remote")
+    get.add_argument("remote", help="its name below the directory that the guest offers")
     get.add_argument("file")
     run = verbs.add_parser("run", help="run a command that the guest offers")
     run.add_argument("command")
     run.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = parser.parse_args()
+    return parser
+
+
+def _do(options: argparse.Namespace) -> int:
+    """What was asked for; the exit status."""
+    channel = Channel(connect(options.console), seconds=options.timeout)
+    copies = options.verb != "run"
+    progress = Progress(
+        options.file if copies else "", sys.stderr if copies and not options.quiet else None
+    )
     try:
-        channel = Channel(connect(options.console), seconds=options.timeout)
         if options.verb == "put":
-            channel.put(options.file, options.remote)
+            channel.put(options.file, options.remote, progress)
         elif options.verb == "get":
-            channel.get(options.remote, options.file)
+            channel.get(options.remote, options.file, progress)
         else:
             out, errors = sys.stdout.buffer, sys.stderr.buffer
             return channel.run(options.command, options.arguments, out, errors)
-    except (ChannelError, OSError, ValueError, TypeError, KeyError) as error:
-        print(f"pvfront-channel: {error}", file=sys.stderr)
-        return 1
+    except (ChannelGone, ChannelRefused):
+        raise
+    except BaseException:
+        channel.leave()
+        raise
+    finally:
+        progress.end()
     return 0
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    """The command; its exit status, or that of the guest's command."""
+    options = _parser().parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup(1)
+            signal.signal(number, _end)  # what is not whole goes, here and in the guest
+    try:
+        return _do(options)
+    except OSError as error:
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    except (ChannelError, ValueError) as error:
+        text = str(error)
+    print(f"pvfront-channel: {text}", file=sys.stderr)
+    return 255 if options.verb == "run" else 1
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
+import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -89,7 +92,7 @@ async def test_a_command_runs_with_its_arguments_and_tells_what_it_said(channel:
 @pytest.mark.parametrize("name", ["notes.txt", "../files/x", "nothing", "", "/bin/sh", "notes"])
 async def test_what_is_no_command_of_the_directory_is_refused(channel: Channel, name: str) -> None:
     status, out, errors = await channel.does("run", name)
-    assert (status, out, errors.count("\n")) == (1, "", 1)
+    assert (status, out, errors.count("\n")) == (255, "", 1)
     assert errors.startswith("pvfront-channel: the guest: ")
 
 
@@ -139,3 +142,84 @@ async def test_a_command_of_a_client_that_was_killed_ends_with_the_next(channel:
     await process.wait()
     assert (await channel.does("run", "say", "a", "b"))[0] == 7
     await eventually("its end", lambda: not Path(f"/proc/{pid}").exists())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_command_ends_with_who_has_asked_for_it(channel: Channel, number: int) -> None:
+    process = await channel.start("run", "forever")
+    assert process.stdout is not None
+    pid = int(await process.stdout.readline())
+    process.send_signal(number)
+    _, errors = await process.communicate()
+    assert (process.returncode, errors) == (128 + number, b"")
+    await eventually("its end", lambda: not Path(f"/proc/{pid}").exists())
+
+
+async def test_a_copy_that_is_interrupted_leaves_nothing_in_dom0(
+    channel: Channel, tmp_path: Path
+) -> None:
+    (channel.files / "huge").touch()
+    os.truncate(channel.files / "huge", 1024 * MIB)
+    (tmp_path / "here").mkdir()
+    process = await channel.start("get", "huge", str(tmp_path / "here" / "half"))
+    await eventually(
+        "it is under way", lambda: any(one.stat().st_size for one in (tmp_path / "here").iterdir())
+    )
+    process.send_signal(signal.SIGINT)
+    assert await process.communicate() == (b"", b"")
+    assert list((tmp_path / "here").iterdir()) == []
+    (channel.files / "huge").unlink()
+
+
+async def test_a_terminal_shows_how_far_a_copy_is_and_a_pipe_does_not(
+    channel: Channel, tmp_path: Path
+) -> None:
+    (tmp_path / "there").write_bytes(bytes(MIB // 4))
+    master, slave = os.openpty()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", str(helper.__file__), str(channel.socket),
+            "put", str(tmp_path / "there"), "small", stderr=slave,
+        )  # fmt: skip
+        assert await process.wait() == 0
+        os.set_blocking(master, False)
+        shown = ""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                shown += os.read(master, 4096).decode()
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert f"\r{tmp_path}/there: 16 KiB of 256 (6 %), " in shown
+    assert shown.endswith("\r\x1b[K")
+
+
+async def test_what_is_no_console_is_not_written_to(channel: Channel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(tmp_path / "sock"))
+    for name, why in (
+        ("file", "neither a Unix socket nor a terminal"),
+        ("sock", "Connection refused"),
+        ("nowhere", "No such file"),
+    ):
+        other = Channel.__new__(Channel)
+        other.socket = tmp_path / name
+        status, _, errors = await other.does("get", "x", str(tmp_path / "y"))
+        assert (status, errors.count("\n"), why in errors) == (1, 1, True), errors
+        assert errors.startswith(f"pvfront-channel: {tmp_path / name}")
+    stale.close()
+    assert (tmp_path / "file").read_text() == "text"
+
+
+async def test_what_a_guest_lets_everybody_do_with_a_file_dom0_s_umask_says_too(
+    channel: Channel, tmp_path: Path
+) -> None:
+    (channel.files / "open").write_text("text")
+    (channel.files / "open").chmod(0o777)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", str(helper.__file__), str(channel.socket),
+        "get", "open", str(tmp_path / "got"), umask=0o027,
+    )  # fmt: skip
+    assert await process.wait() == 0
+    assert (tmp_path / "got").stat().st_mode & 0o777 == 0o750

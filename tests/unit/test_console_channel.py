@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import select
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pvfront.console.pvfront_channel as helper
+from pvfront.console import channel
 from pvfront.console.channel import Server
 from pvfront.console.pvfront_channel import (
     ACK,
@@ -26,7 +31,9 @@ from pvfront.console.pvfront_channel import (
     GREETING,
     HELLO,
     MOST,
+    OK,
     PUT,
+    RUN,
     TAKEN,
     WINDOW,
     Channel,
@@ -159,6 +166,8 @@ class Damaging:
     def __init__(self, tmp_path: Path) -> None:
         self.files = tmp_path / "files"
         self.files.mkdir()
+        self.commands = tmp_path / "commands"
+        self.commands.mkdir()
         self.turn_over = 0
         self.slow: Keeper | None = None
         """Is between the guest and a dom0 that reads slowly."""
@@ -201,8 +210,9 @@ class Damaging:
     def _serve(self, guest: socket.socket) -> None:
         with guest:
             server = Server(
-                Link(guest.fileno(), seconds=None), files=self.files, writable=True, commands=None
-            )
+                Link(guest.fileno(), seconds=None),
+                files=self.files, writable=True, commands=self.commands,
+            )  # fmt: skip
             with pytest.raises(ChannelGone):
                 server.run()
 
@@ -314,3 +324,97 @@ def test_what_was_never_sent_cannot_be_acknowledged(wire: Damaging) -> None:
     assert got[0] == ERROR
     assert "not sent" in facts_of(got[1])["text"]
     Channel(link.fd, seconds=20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (PUT, b'{"path": "x", "mode": Infinity}'),
+        (PUT, b'{"path": "x", "mode": true}'),
+        (PUT, b'{"path": "x"}'),
+        (GET, b'{"path": "loop"}'),
+        (PUT, b'{"path": "loop/x", "mode": 0}'),
+        (GET, b'{"path": "\\ud800"}'),
+        (GET, b'{"path": "' + b"x/" * 5000 + b'"}'),
+        (RUN, b'{"command": "x", "arguments": "text"}'),
+        (RUN, b'{"command": ["x"]}'),
+        (RUN, b"[" * 16000),
+        (HELLO, b'{"number": 7, "version": 2}'),
+        (HELLO, b'{"number": "%s"}' % ("\xe4" * 8000).encode()),
+    ],
+)
+def test_no_request_ends_the_guest_s_end(wire: Damaging, kind: int, body: bytes) -> None:
+    (wire.files / "loop").symlink_to("loop")
+    wire.channel.link.send(kind, body)
+    assert wire.channel.link.receive()[0] == ERROR
+    Channel(wire.channel.link.fd, seconds=20)
+
+
+def test_a_request_that_is_too_long_is_said_and_not_sent(wire: Damaging) -> None:
+    with pytest.raises(ChannelError, match="too long"):
+        wire.channel.run("x", ["y" * MOST], sys.stdout.buffer, sys.stderr.buffer)
+    Channel(wire.channel.link.fd, seconds=20)
+
+
+def test_a_directory_is_refused_before_anything_is_sent(wire: Damaging, tmp_path: Path) -> None:
+    (wire.files / "there").mkdir()
+    link = wire.channel.link
+    link.tell(PUT, path="there", mode=0o600)
+    kind, body = link.receive()
+    assert (kind, "directory" in facts_of(body)["text"]) == (ERROR, True)
+    (wire.files / "name").write_text("text")
+    with pytest.raises(IsADirectoryError):
+        wire.channel.get("name", str(tmp_path))
+
+
+def test_a_command_that_is_silent_is_said_to_live(
+    wire: Damaging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "ALIVE", 0.05)
+    (wire.commands / "quiet").write_text("#!/bin/sh\nexec sleep 1000\n")
+    (wire.commands / "quiet").chmod(0o755)
+    link = wire.channel.link
+    link.tell(RUN, command="quiet", arguments=[])
+    assert [link.receive()[0] for _ in range(4)] == [OK, GREETING, GREETING, GREETING]
+    Channel(link.fd, seconds=20)
+
+
+@pytest.mark.parametrize("status", ["256", "-1", "Infinity", "true", '"7"', "null"])
+def test_a_status_that_is_none_is_nonsense(status: str) -> None:
+    with pytest.raises(ChannelError, match="nonsense: status"):
+        helper.number_of(facts_of(b'{"status": %s}' % status.encode()), "status", 255)
+
+
+FULL = """
+import pathlib, resource, sys
+from pvfront.console.pvfront_channel import Received
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+file = Received(sys.argv[1], 0o600)
+try:
+    while True:
+        file.add(bytes(16384))
+except OSError:
+    pass
+finally:
+    file.close()
+"""
+
+
+def test_a_file_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", FULL, str(tmp_path / "name")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dom0_s_helper_is_one_file_of_python_3_9_and_its_library() -> None:
+    tree = ast.parse(Path(helper.__file__).read_text(encoding="utf-8"), feature_version=(3, 9))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+        )
+    }  # fmt: skip
+    assert imported <= sys.stdlib_module_names
