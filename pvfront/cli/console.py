@@ -31,6 +31,15 @@ def _settings(texts: Iterable[str]) -> Any:
         raise click.BadParameter(str(error)) from None
 
 
+def _escape(caret: str) -> int:
+    from ..console.settings import escape_byte
+
+    try:
+        return escape_byte(caret)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @click.group()
 def console() -> None:
     """Secondary consoles (XENCONS)."""
@@ -99,20 +108,32 @@ def serve(
     show_default=True,
     help="Bytes of what came before to begin with.",
 )
-def attach(name: str, read_only: bool, steal: bool, history: int) -> None:
+@click.option(
+    "-e",
+    "--escape",
+    metavar="^X",
+    default="^]",
+    show_default=True,
+    callback=lambda _context, _parameter, value: _escape(value),
+    help="The control character that ends it.",
+)
+def attach(name: str, read_only: bool, steal: bool, history: int, escape: int) -> None:
     """Attach this terminal to console NAME.
 
     It becomes what the program on the console's terminal is: what dom0 types is shown, what is
     typed here goes to dom0.
 
-    Ctrl-] ends it, as in xl console. Several may be attached; one writes at a time: the program
-    that has the terminal open, or who came first. Others watch, unless --steal is said.
+    Ctrl-] ends it, as in xl console; within one, say another --escape. Several may be attached;
+    one writes at a time: the program that has the terminal open, or who came first. Others watch,
+    unless --steal is said.
     """
     if read_only and steal:
         raise click.UsageError("--read-only and --steal")
     from ..console.attach import attach as attach_here
 
-    raise SystemExit(attach_here(name, write=not read_only, steal=steal, history=history))
+    raise SystemExit(
+        attach_here(name, write=not read_only, steal=steal, history=history, escape=escape)
+    )
 
 
 @console.command()

@@ -21,11 +21,11 @@ from .frontend import attach_path
 from .hub import CHUNK
 from .service import find, names
 
-ESCAPE = 0x1D  # Ctrl-], as xl console's
 
-
-def attach(name: str, *, write: bool, steal: bool, history: int) -> int:
-    """Stays attached until Ctrl-], the end of standard input or the console's; the exit status."""
+def attach(name: str, *, write: bool, steal: bool, history: int, escape: int) -> int:
+    """Stays attached until the byte `escape` on a terminal, the end of standard input or the
+    console's; the exit status.
+    """
     on = platform()
     devid = with_store(lambda store: _number(store, name))
     return asyncio.run(
@@ -33,6 +33,7 @@ def attach(name: str, *, write: bool, steal: bool, history: int) -> int:
             os.fspath(attach_path(on.run_dir, keys.bus_name(devid))),
             {"who": _who(), "write": write, "steal": steal, "history": history},
             name,
+            escape,
         )
     )
 
@@ -49,7 +50,7 @@ def _who() -> str:
     return f"pid {os.getpid()}{where}"
 
 
-async def _attach(path: str, request: dict[str, object], name: str) -> int:
+async def _attach(path: str, request: dict[str, object], name: str, escape: int) -> int:
     try:
         reader, writer = await asyncio.open_unix_connection(path)
     except OSError as error:
@@ -66,7 +67,7 @@ async def _attach(path: str, request: dict[str, object], name: str) -> int:
     if request["write"] and not writes:
         note(f"{name}: {answer.get('writer')} writes; read only", "--steal takes its place")
     end = asyncio.get_running_loop().create_future()
-    with _raw(), _input(writer, end, writes=writes):
+    with _raw(), _input(writer, end, writes=writes, escape=escape):
         reading = asyncio.create_task(_show(reader))
         await asyncio.wait({reading, end}, return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
@@ -114,9 +115,9 @@ def _raw() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _input(
-    writer: asyncio.StreamWriter, end: asyncio.Future[None], *, writes: bool
+    writer: asyncio.StreamWriter, end: asyncio.Future[None], *, writes: bool, escape: int
 ) -> Iterator[None]:
-    """Sends what is typed meanwhile; `end` is set at Ctrl-] on a terminal, or its end."""
+    """Sends what is typed meanwhile; `end` is set at `escape` on a terminal, or its end."""
     loop = asyncio.get_running_loop()
     terminal = sys.stdin.isatty()
     tasks: set[asyncio.Task[None]] = set()
@@ -128,7 +129,7 @@ def _input(
 
     def typed() -> None:
         data = os.read(0, CHUNK)
-        at = data.find(ESCAPE) if terminal else -1
+        at = data.find(escape) if terminal else -1
         if writes and data[: at if at >= 0 else None]:
             writer.write(data[: at if at >= 0 else None])
         if at >= 0 or not data:

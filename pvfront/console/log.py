@@ -90,7 +90,8 @@ def journal(priority: str | None, units: Sequence[str], lines: int) -> list[str]
 
 def run(terminal: Path, command: Sequence[str] | None) -> int:
     """Passes lines of `command`, or (None) of standard input, on to `terminal` until their end, and
-    then all that waits; the exit status.
+    then all that waits; the exit status: 1 if the terminal went, or the command failed, which has
+    said why.
     """
     try:
         to = os.open(terminal, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -113,7 +114,8 @@ def run(terminal: Path, command: Sequence[str] | None) -> int:
         stack.callback(process.wait)
         stack.callback(process.terminate)
         assert process.stdout is not None
-        return _pass_on(process.stdout.fileno(), to)
+        stack.callback(process.stdout.close)
+        return _pass_on(process.stdout.fileno(), to) or int(process.wait() != 0)
 
 
 def _pass_on(source: int, to: int) -> int:

@@ -90,6 +90,27 @@ async def test_attached_one_talks_with_dom0_until_ctrl_bracket(it: ConsoleWorld,
     await _clients(it, 0)
 
 
+async def test_another_escape_ends_it_and_leaves_ctrl_bracket_to_dom0(
+    it: ConsoleWorld, attached
+) -> None:
+    async with await it.dom0(it.devid) as dom0:
+        one = attached("--history=0", "--escape", "^T")
+        await _clients(it, 1)
+        one.child.send(f"{ESCAPE}more")
+        assert await dom0.receive(5) == b"\x1dmore"
+        one.child.send("\x14")
+        assert await one.expect_end() == 0
+    await _clients(it, 0)
+
+
+async def test_an_escape_that_is_no_control_character_is_refused(
+    it: ConsoleWorld, attached
+) -> None:
+    one = attached("--escape", "x")
+    await one.expect("the escape is a control character")
+    assert await one.expect_end() == 2
+
+
 async def test_what_is_typed_before_it_is_attached_comes_too(it: ConsoleWorld, attached) -> None:
     async with await it.dom0(it.devid) as dom0:
         one = attached("--history=0")

@@ -392,7 +392,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 file = Received(sys.argv[1], 0o600)
 try:
     while True:
-        file.add(bytes(16384))
+        file.add(bytes(1000))  # of which the buffer keeps some
 except OSError:
     pass
 finally:

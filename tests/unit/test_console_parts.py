@@ -17,7 +17,7 @@ from pvfront import sysfs
 from pvfront.console import dump, fdstore, keys
 from pvfront.console.history import SIZE, History
 from pvfront.console.hotkeys import HotKeys
-from pvfront.console.log import Backlog
+from pvfront.console.log import Backlog, run
 from pvfront.console.settings import parse_options
 
 
@@ -212,3 +212,14 @@ def test_a_line_is_taken_in_pieces_and_plays_with_no_terminal() -> None:
         found += part
         backlog.taken(len(part))
     assert found == whole
+
+
+@pytest.mark.parametrize(("ends", "status"), [("true", 0), ("exit 3", 1), ("kill -9 $$", 1)])
+def test_a_log_whose_journal_fails_fails_with_all_that_it_said(ends: str, status: int) -> None:
+    master, slave = os.openpty()
+    try:
+        assert run(Path(os.ttyname(slave)), ["sh", "-c", f"echo last words; {ends}"]) == status
+        assert os.read(master, 100) == b"last words\r\n"
+    finally:
+        os.close(master)
+        os.close(slave)
