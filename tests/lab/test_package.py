@@ -138,6 +138,8 @@ def test_a_guest_gets_the_package_uses_it_and_is_the_kernels_again_after_a_purge
     wait_until("the agent's keys", lambda: lab.xenstore_read(f"{number}/data/updated"))
     assert lab.xenstore_read(f"{number}/attr/PVAddons/Installed") == "1"
 
+    enable = "systemctl enable --quiet --now pvfront-metrics.timer"
+    guest.run(f"{enable} && systemctl enable --quiet pvfront-getty@login")
     # So that it cannot be unmounted, as systemd does before it stops what the mount requires.
     user = guest.start("exec tail -f /srv/f")
     said = guest.run(f"{INSTALL} purge pvfront", timeout=900).stdout
@@ -145,6 +147,9 @@ def test_a_guest_gets_the_package_uses_it_and_is_the_kernels_again_after_a_purge
     assert "vbd-51744 (xvdc) is released" in said
     assert guest.output("cat /srv/f") == "on the disk", "it goes on"
     assert not guest.has("/etc/pvfront")
+    assert guest.output("find /etc/systemd/system -name 'pvfront-*'") == ""
+    assert guest.output("systemctl --failed --no-legend") == ""
+    assert guest.output("systemctl list-units --no-legend 'pvfront-*.timer'") == ""
     wait_until("the kernel's eth1", lambda: guest.has("/sys/class/net/eth1/device/driver"))
     wait_addresses(guest, *ours)
     vif.ping(56)
