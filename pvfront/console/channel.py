@@ -32,6 +32,7 @@ _COMMAND = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ARGUMENTS = 64
 ALIVE = 10.0
 """Seconds after which a command that is silent is said to live."""
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NUMBER = 64  # characters
 _REQUESTS = (wire.PUT, wire.GET, wire.RUN)
 
@@ -119,10 +120,36 @@ class Server:
             raise _RefusedError(f"{asked} lies outside of what this guest offers")
         return path
 
-    def _put(self, facts: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def _opened(self, facts: dict[str, Any]) -> Iterator[Path]:
+        """The file asked for, below its directory, which is open: who may write there makes no link
+        out of it meanwhile that root would follow.
+        """
         path = self._path(facts)
-        if not self.writable:
-            raise _RefusedError("this guest's files are only to be read")
+        assert self.files is not None
+        fd = -1
+        try:
+            fd = os.open(self.files, _DIRECTORY)
+            for part in path.relative_to(self.files).parts[:-1]:
+                below = os.open(part, _DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            yield Path(f"/proc/self/fd/{fd}") / path.name
+        except OSError as error:
+            raise _RefusedError(f"{facts.get('path')}: {error.strerror}") from error
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _put(self, facts: dict[str, Any]) -> None:
+        with self._opened(facts) as path:
+            if not self.writable:
+                raise _RefusedError("this guest's files are only to be read")
+            self._take(path, facts)
+        log.info("%s: written", ascii(str(facts.get("path"))))
+        self.link.tell(wire.OK)
+
+    def _take(self, path: Path, facts: dict[str, Any]) -> None:
         file = Received(str(path), wire.number_of(facts, "mode", 0o777))
         try:
             self.link.tell(wire.OK)
@@ -139,19 +166,16 @@ class Server:
                     raise _RefusedError(f"a frame of kind {kind} within a file")
         finally:
             file.close()
-        log.info("%s: written", ascii(str(path)))
-        self.link.tell(wire.OK)
 
     def _get(self, facts: dict[str, Any]) -> None:
-        path = self._path(facts)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            found = os.fstat(fd)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with self._opened(facts) as path, os.fdopen(os.open(path, flags), "rb") as file:
+            found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise _RefusedError(f"{facts.get('path')} is no file")
             self.link.tell(wire.OK, mode=found.st_mode & 0o777, size=found.st_size)
             wire.send_file(self.link, file, self._next)
-        log.info("%s: read", ascii(str(path)))
+        log.info("%s: read", ascii(str(facts.get("path"))))
 
     # -- commands --------------------------------------------------------------------------------
 

@@ -275,7 +275,7 @@ class Received:
     def finish(self, sha256: object) -> None:
         """It takes its place. Raises ChannelError, OSError."""
         if sha256 != self._sum.hexdigest():
-            raise ChannelError(f"{self.path}: what came is not what was sent (SHA-256 differs)")
+            raise ChannelError("what came is not what was sent (SHA-256 differs)")
         self._file.flush()
         os.fchmod(self._file.fileno(), self._mode & 0o777)
         os.fsync(self._file.fileno())

@@ -379,6 +379,29 @@ def test_a_command_that_is_silent_is_said_to_live(
     Channel(link.fd, seconds=20)
 
 
+@pytest.mark.parametrize("kind", [PUT, GET])
+def test_a_directory_that_becomes_a_link_while_it_is_asked_for_is_not_followed(
+    wire: Damaging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    below, outside = wire.files / "below", tmp_path / "outside"
+    for directory in (below, outside):
+        directory.mkdir()
+        (directory / "name").write_text("private")
+    look = Server._path
+
+    def look_and_swap(server: Server, facts: dict[str, object]) -> Path:
+        found = look(server, facts)
+        below.rename(wire.files / "before")
+        below.symlink_to(outside)
+        return found
+
+    monkeypatch.setattr(Server, "_path", look_and_swap)
+    wire.channel.link.tell(kind, path="below/name", mode=0o600)
+    said, body = wire.channel.link.receive()
+    assert (said, "below/name: Not a directory" in facts_of(body)["text"]) == (ERROR, True)
+    assert [one.name for one in outside.iterdir()] == ["name"]
+
+
 @pytest.mark.parametrize("status", ["256", "-1", "Infinity", "true", '"7"', "null"])
 def test_a_status_that_is_none_is_nonsense(status: str) -> None:
     with pytest.raises(ChannelError, match="nonsense: status"):
