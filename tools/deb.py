@@ -135,6 +135,10 @@ def fill(tree: Path, files: list[Path]) -> None:
     there = tree / "usr/share/bash-completion/completions"
     there.mkdir(parents=True)
     (there / "pvfront").write_text(completion)
+    helper = tree / "usr/share/pvfront/pvfront-channel"  # for dom0 to have
+    helper.parent.mkdir()
+    shutil.copy2(ROOT / "pvfront/console/pvfront_channel.py", helper)
+    helper.chmod(0o755)
 
 
 def digest(files: list[Path]) -> str:

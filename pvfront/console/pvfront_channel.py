@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 # SPDX-License-Identifier: BSD-2-Clause
 """pvfront-channel: files and commands of a guest, over a console of it, from dom0.
 

@@ -74,6 +74,7 @@ def test_it_installs_works_and_after_a_purge_nothing_is_left(debian: Debian, deb
     assert debian.run("getent", "passwd", "pvfront")
     assert debian.has("/usr/share/man/man1/pvfront.1.gz")
     assert debian.run("bash", "-n", "/usr/share/bash-completion/completions/pvfront") == ""
+    assert debian.run("/usr/share/pvfront/pvfront-channel", "--version").startswith("version ")
     debian.run("systemd-analyze", "verify", "--man=no", *UNITS)
     debian.run("sh", "-c", "mkdir -p /etc/pvfront/hooks.d && touch /etc/pvfront/hooks.d/mine")
     enabled = "/etc/systemd/system/multi-user.target.wants/pvfront-channel@x.service"
