@@ -15,7 +15,7 @@ SECTION = "console"
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 _CARET = re.compile(r"\^([@-_a-z])")
-_NO_ESCAPE = "the escape is a control character: ^A to ^Z, ^^, ^_, ^\\"
+_NO_ESCAPE = "the escape is a control character: ^A to ^Z, ^[, ^\\, ^], ^^, ^_"
 
 
 @dataclass(frozen=True, slots=True)
