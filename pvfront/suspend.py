@@ -70,24 +70,18 @@ from .suspend_machine import (
     Stage,
     Started,
 )
+from .suspend_mark import DOMID, Mark, Store
 from .suspend_members import Hub, uncovered
 from .veto import CannotVeto, KernelLog, Line, LogEvent, Veto
 
 log = logging.getLogger(__name__)
 
+REFIRED = 1.0  # seconds for the sentinel to fire in a domain that is the old one by its store
 SOON = 1.0  # seconds in which what is written back by quick disks is
 SHUTDOWN = "control/shutdown"
-SENTINEL = "domid"  # never changes, so its watch fires only when a resume has set it anew
+SENTINEL = DOMID  # never changes, so its watch fires only when a resume has set it anew
 RUN_DIR = Path("/run/pvfront")
 FREEZE_TIMEOUT = Path("/sys/power/pm_freeze_timeout")
-
-
-class Store(Protocol):
-    """What suspend needs of the store; `Xenstore` is one."""
-
-    async def read_opt(self, path: str, /) -> str | None: ...
-    async def write(self, path: str, value: str, /) -> None: ...
-    def watch(self, path: str, /) -> Any: ...
 
 
 # -- the owner ---------------------------------------------------------------------------------
@@ -218,6 +212,7 @@ class Suspend(Watched):
         self._overdue: asyncio.Task[None] | None = None
         self._prepared: list[Group] = []
         self._resumed_anew = asyncio.Event()
+        self._mark = Mark(store)
         self._open = asyncio.Event()
         self._open.set()
 
@@ -516,6 +511,7 @@ class Suspend(Watched):
         value = await self._store.read_opt(SHUTDOWN)
         if value:
             raise SuspendError(f"{SHUTDOWN} holds {value[:20]!r}: not ours to overwrite")
+        await self._mark.put()
         self._effects.set_freeze_timeout(self._limits.kernel_freeze)
         self._effects.disarm()
         # Had somebody else's suspend slipped in, ours would be one too many.
@@ -546,11 +542,14 @@ class Suspend(Watched):
         self._effects.restore_freeze_timeout()
 
     async def _reopen(self) -> None:
-        if self.machine.suspended:
-            # A new domain's watches all fire, in the old one nothing does.
+        moved = await self._mark.moved()
+        if self.machine.suspended and not moved:
+            # Where the kernel went through a resume its watches all fire, else nothing does.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._resumed_anew.wait(), 1.0)
-                self.machine.cancelled = False
+                await asyncio.wait_for(self._resumed_anew.wait(), REFIRED)
+                moved = True
+        if moved:
+            self.machine.cancelled = False
         cancelled = self.machine.cancelled
         groups, self._prepared = self._prepared, []
         for failure in await self._each(

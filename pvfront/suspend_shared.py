@@ -15,9 +15,10 @@ from pathlib import Path
 from .fssync import sync_devices
 from .hooks import Hooks
 from .platform import Platform
-from .suspend import RUN_DIR, Store, Suspend
+from .suspend import RUN_DIR, Suspend
 from .suspend_group import Devices, NotOwner, Participants, Watched
 from .suspend_machine import UNTRIED, Limits
+from .suspend_mark import Store
 from .suspend_members import AGAIN, Member
 
 log = logging.getLogger(__name__)

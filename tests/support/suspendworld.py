@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from pvfront.hooks import Hooks
 from pvfront.suspend import Suspend
 from pvfront.suspend_machine import Limits, Stage
 from pvfront.veto import Line, LogEvent
+from pvfront.xswire import XenstoreError
 
 QUICK = Limits(freeze=1, settle=1, drain=0.2, close=0.3, taken=0.3, end=0.3, rearm=0.2, reopen=0.3)
 VETOED = [
@@ -32,6 +34,7 @@ class FakeStore:
     def __init__(self) -> None:
         self.nodes: dict[str, str] = {"domid": "7", "control/shutdown": ""}
         self.writes: list[tuple[str, str]] = []
+        self.refused = ""  # a path that may not be written
         self.on_write: Callable[[str, str], None] = lambda path, value: None
         self._watches: dict[str, list[asyncio.Queue[str]]] = {}
 
@@ -41,9 +44,15 @@ class FakeStore:
 
     async def write(self, path: str, value: str) -> None:
         await asyncio.sleep(0)
+        if path == self.refused:
+            raise XenstoreError(errno.EACCES, "write", path)
         self.writes.append((path, value))
         self.put(path, value)
         self.on_write(path, value)
+
+    async def remove(self, path: str) -> None:
+        await asyncio.sleep(0)
+        self.nodes.pop(path, None)
 
     def put(self, path: str, value: str) -> None:
         self.nodes[path] = value
@@ -219,7 +228,8 @@ class World:
             clock=asyncio.get_running_loop().time,
         )
         self.kernel_obeys = True
-        self.new_domain = True
+        self.new_domain = True  # with a directory of its own in the store
+        self.refires = True  # the kernel sets its watches anew
         self.answers: list[list[LogEvent]] = []
 
     def kernel_takes(self, path: str, value: str) -> None:
@@ -230,7 +240,14 @@ class World:
         answer = self.answers.pop(0) if self.answers else SUSPENDED
         self.kernel.print(answer)
         if answer is SUSPENDED and self.new_domain:
+            self.store.nodes = {"domid": str(int(self.store.nodes["domid"]) + 1), path: ""}
+        if answer is SUSPENDED and self.refires:
             self.store.fire("domid")
+
+    @property
+    def commands(self) -> list[str]:
+        """What was written to control/shutdown."""
+        return [value for path, value in self.store.writes if path == "control/shutdown"]
 
     def toolstack_asks(self) -> None:
         """``xl save``: the armed kernel acknowledges and gives up."""

@@ -18,6 +18,7 @@ from waiting import PATIENCE, eventually
 from pvfront.errors import PvfrontError
 from pvfront.suspend_group import NotOwner
 from pvfront.suspend_machine import Commanded, Event, Limits, Stage
+from pvfront.suspend_mark import MARK
 from pvfront.veto import CannotVeto, Line, LogEvent
 
 LOOP_FACTORY = VirtualLoop
@@ -97,7 +98,7 @@ async def test_the_kernels_freeze_timeout_is_short_only_during_our_suspend(tmp_p
     async with running(World(tmp_path)) as world:
         obeys = world.store.on_write
         world.store.on_write = lambda path, value: (
-            seen.append(world.kernel.freeze_timeout),
+            path == "control/shutdown" and seen.append(world.kernel.freeze_timeout),
             obeys(path, value),
         )[1]
         world.toolstack_asks()
@@ -108,11 +109,58 @@ async def test_the_kernels_freeze_timeout_is_short_only_during_our_suspend(tmp_p
 
 async def test_a_cancelled_suspend_tells_devices_so(tmp_path: Path) -> None:
     async with running(World(tmp_path)) as world:
-        world.new_domain = False
+        world.new_domain = world.refires = False
         world.toolstack_asks()
         await world.until_settled()
+        await eventually(
+            "the last hook", lambda: world.hooks.story[-1:] == ["post-suspend cancelled"]
+        )
         assert world.devices[0].cancelled == [True]
         assert world.suspend.status()["cancelled"] == 1
+        assert MARK not in world.store.nodes
+
+
+async def test_a_new_domain_is_known_by_its_store_however_late_its_watches_are(
+    tmp_path: Path,
+) -> None:
+    async with running(World(tmp_path)) as world:
+        world.refires = False
+        world.toolstack_asks()
+        await world.until_settled()
+        await eventually("the last hook", lambda: world.hooks.story[-1:] == ["post-resume"])
+        assert world.devices[0].cancelled == [False]
+        assert world.suspend.status()["suspended"] == 1
+
+
+async def test_a_new_domain_that_was_given_the_old_ones_keys_is_known_by_its_id(
+    tmp_path: Path,
+) -> None:
+    async with running(World(tmp_path)) as world:
+        world.new_domain = world.refires = False
+        obeys = world.store.on_write
+
+        def restored(path: str, value: str) -> None:
+            obeys(path, value)
+            if value == "suspend":
+                world.store.nodes["domid"] = "8"
+
+        world.store.on_write = restored
+        world.toolstack_asks()
+        await world.until_settled()
+        assert world.devices[0].cancelled == [False]
+        assert MARK not in world.store.nodes
+
+
+async def test_where_the_store_takes_no_mark_the_watches_tell(tmp_path: Path) -> None:
+    async with running(World(tmp_path)) as world:
+        world.store.refused = MARK
+        world.toolstack_asks()
+        await world.until_settled()
+        assert world.devices[0].cancelled == [False]
+        world.new_domain = world.refires = False
+        world.toolstack_asks()
+        await world.until_settled(requests=2)
+        assert world.devices[0].cancelled == [False, True]
 
 
 async def test_a_device_that_does_not_close_in_time_has_the_suspend_refused(
@@ -124,7 +172,7 @@ async def test_a_device_that_does_not_close_in_time_has_the_suspend_refused(
         world.devices[1].prepare_takes = 60
         world.toolstack_asks()
         await world.until_settled()
-        assert world.store.writes == []
+        assert world.commands == []
         assert world.suspend.status()["refused"] == 1
         assert world.suspend.status()["last_refusal"] == (
             "cannot be closed: xvdc: not within 0.1 s"
@@ -221,7 +269,7 @@ async def test_what_the_kernel_does_not_take_is_taken_back(tmp_path: Path) -> No
         world.kernel_obeys = False
         world.toolstack_asks()
         await world.until_settled()
-        assert world.store.writes == [("control/shutdown", "suspend"), ("control/shutdown", "")]
+        assert world.commands == ["suspend", ""]
         assert world.suspend.status()["refused"] == 1
         assert world.devices[0].cancelled == [True]
 
@@ -245,7 +293,7 @@ async def test_a_poweroff_is_left_alone(tmp_path: Path) -> None:
         world.store.put("control/shutdown", "")
         await world.until(lambda s: seen.count(Commanded("")) == 2)
         assert world.suspend.stage is Stage.WATCHING
-        assert world.store.writes == []
+        assert world.commands == []
         assert world.suspend.armed
 
 
@@ -256,7 +304,7 @@ async def test_a_command_that_stands_in_the_node_is_not_overwritten(tmp_path: Pa
         await world.until(lambda s: s.stage is Stage.CLOSING)
         world.store.nodes["control/shutdown"] = "reboot"  # its event is still on the way
         await world.until_settled()
-        assert world.store.writes == []
+        assert world.commands == []
         assert "'reboot'" in str(world.suspend.status()["last_refusal"])
 
 
@@ -268,7 +316,7 @@ async def test_a_suspend_that_slips_in_at_the_last_moment_is_not_followed_by_our
         world.kernel.on_disarm = lambda: world.kernel.print(SUSPENDED)
         world.toolstack_asks()
         await world.until_settled()
-        assert world.store.writes == []
+        assert world.commands == []
         assert world.devices[0].poisons == 0  # its port was unbound
         assert world.story[-1] == "thaw"
 
@@ -370,5 +418,5 @@ async def test_a_veto_that_cannot_be_dropped_refuses_the_suspend(tmp_path: Path)
         world.kernel.on_disarm = stuck
         world.toolstack_asks()
         await world.until_settled()
-        assert world.store.writes == []
+        assert world.commands == []
         assert "busy" in str(world.suspend.status()["last_refusal"])
