@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..platform import Platform
 from ..xenstore import Xenstore
@@ -86,3 +86,11 @@ class Component(Protocol):
 
     def status(self) -> dict[str, Any]:
         """For `pvfront agent status`: plain values only."""
+
+
+@runtime_checkable
+class LastWord(Protocol):
+    """A component that has something to say before the agent ends."""
+
+    async def stopping(self, context: Context) -> None:
+        """Called once, while all components still run; takes a second or two at most."""

@@ -14,6 +14,10 @@ Theory of operation
       s3 s4 crash          acknowledge, and ask systemd: the kernel ignores them
       anything else        one line in the log; it stays, as the kernel leaves it
 
+    Of an acknowledgement alone the kind is asked of systemd: now and then for `BEGUN` seconds, for
+    the kernel's helper program may be slow, and once more when systemd stops the agent, for then
+    it may have begun and stopped us at once.
+
     An acknowledgement of ours is a transaction that finds the request unchanged: what somebody else
     has acknowledged is never acted upon twice, what was written meanwhile is not lost.
 """
@@ -40,7 +44,8 @@ SHUTDOWN = "control/shutdown"
 REASON = "data/pvfront/sleep-refused"
 KERNEL = 5.0  # seconds in which the kernel acknowledges
 BEGUN = 30.0  # and in which systemd has begun what it acknowledged
-LOOK = 0.5
+LOOK = 0.5  # the first look at what was begun; the pauses double
+SENT = 0.1  # seconds in which D-Bus takes what is told last
 _SHOWN = 40  # characters of what nobody knows
 _KERNELS = {"poweroff": "poweroff", "halt": "poweroff", "reboot": "reboot"}
 _SLEEPS = {"s3": ("mem", "suspend"), "s4": ("disk", "hibernate")}
@@ -69,6 +74,7 @@ class Control:
         self._doing: dict[str, asyncio.Task[None]] = {}
         self._last = ""
         self._ignored = ""
+        self._unexplained: float | None = None  # when we saw an acknowledgement of what, unknown
         self._done: list[str] = []
 
     async def run(self, context: Context) -> None:
@@ -86,7 +92,9 @@ class Control:
         value = await context.store.read_opt(SHUTDOWN) or ""
         if not value:
             self._ignored = ""
-            self._begin("", self._acknowledged(context))
+            if not any(name for name, task in self._doing.items() if name and not task.done()):
+                self._unexplained = asyncio.get_running_loop().time()
+                self._begin("", self._acknowledged(context))
         elif value in _KERNELS:
             self._begin(value, self._with_kernel(context, value))
         elif value in _SLEEPS:
@@ -115,11 +123,27 @@ class Control:
     # -- of the kernel -----------------------------------------------------------------------
 
     async def _acknowledged(self, context: Context) -> None:
-        """Somebody was asked for something, and has begun it or suspends."""
-        await asyncio.sleep(self._seconds[2])
+        """Somebody was asked for something, and begins it or suspends."""
+        loop = asyncio.get_running_loop()
+        _, begun, look = self._seconds
+        while (since := self._unexplained) is not None and loop.time() < since + begun:
+            # As long again as it has been: soon at first, and seldom later.
+            await asyncio.sleep(max(look, loop.time() - since))
+            await self._explain(context)
+        self._unexplained = None
+
+    async def _explain(self, context: Context) -> None:
+        """Tells of the shutdown that an acknowledgement announced, once it has begun."""
         kind = await self._kind()
-        if kind and not any(name for name, task in self._doing.items() if not task.done()):
+        if kind and self._unexplained is not None:
+            self._unexplained = None
             self._asked(context, kind)
+
+    async def stopping(self, context: Context) -> None:
+        """systemd stops the agent: the last moment to tell why."""
+        if self._unexplained is not None:
+            await self._explain(context)
+            await asyncio.sleep(SENT)
 
     async def _with_kernel(self, context: Context, value: str) -> None:
         self._asked(context, value)

@@ -23,7 +23,7 @@ from ..xenstore import XenstoreLost
 from . import SOCKET
 from .board import Board
 from .clock import Clock
-from .context import Component, Context
+from .context import Component, Context, LastWord
 from .control import Control
 from .debug import Debug
 from .keys import VifKeys, VolumeKeys
@@ -109,11 +109,17 @@ class Agent:
                 done, _ = await asyncio.wait(tasks[:-1], return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
+                await self._last_words()
             finally:
                 sd_notify("STOPPING=1")
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _last_words(self) -> None:
+        for component in self._components:
+            if isinstance(component, LastWord):
+                await component.stopping(self._context)
 
     async def _keep(self, component: Component) -> None:
         loop = asyncio.get_running_loop()

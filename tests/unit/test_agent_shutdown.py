@@ -82,6 +82,7 @@ class Machine:
         self.board = Board()
         self.commands: list[str] = []
         self.going_down = ""
+        self.looks = 0
         self.told: asyncio.Queue[Event] = asyncio.Queue()
         self.control = Control(
             self.board, run=self.run, kind=self.kind, kernel=0.05, begun=0.2, look=0.01
@@ -92,6 +93,7 @@ class Machine:
         return ""
 
     async def kind(self) -> str:
+        self.looks += 1
         return self.going_down
 
     def ask(self, value: str) -> None:
@@ -173,6 +175,32 @@ async def test_a_shutdown_of_which_only_the_acknowledgement_is_seen_is_told_by_i
     machine.ask("")
     await machine.asked("reboot")
     assert machine.commands == []
+
+
+async def test_a_shutdown_that_begins_long_after_its_acknowledgement_is_told(
+    machine: Machine,
+) -> None:
+    machine.ask("")
+    await eventually("looks in vain", lambda: machine.looks >= 3)
+    machine.going_down = "poweroff"
+    await machine.asked("poweroff")
+
+
+async def test_an_agent_that_the_shutdown_stops_at_once_still_tells_of_it(machine: Machine) -> None:
+    machine.control._seconds = (60.0, 60.0, 60.0)
+    machine.ask("")
+    await eventually("the acknowledgement", lambda: busy(machine))
+    machine.going_down = "reboot"
+    await machine.control.stopping(machine.world.context)
+    await machine.asked("reboot")
+
+
+async def test_an_agent_that_is_stopped_alone_tells_of_no_shutdown(machine: Machine) -> None:
+    machine.ask("")
+    await eventually("the end of the looks", lambda: machine.looks and not busy(machine))
+    machine.going_down = "reboot"  # by somebody else than the toolstack
+    await machine.control.stopping(machine.world.context)
+    assert machine.told.empty()
 
 
 async def test_a_suspend_is_the_kernels_alone(machine: Machine) -> None:
