@@ -36,7 +36,7 @@ def sixteen_held(disk: Disk) -> bool:
     [
         pytest.param("512", 1, "--size=512k", marks=pytest.mark.embedded),
         pytest.param("4k", 1, "--size=2M --fsync=16", marks=pytest.mark.embedded),
-        pytest.param("4k", 64, "--size=4M", marks=pytest.mark.core),
+        pytest.param("4k", 64, "--size=2M", marks=pytest.mark.core),
         pytest.param("64k", 16, "--fsync=8", marks=pytest.mark.embedded),
         pytest.param("1M", 4, "--size=48M", marks=pytest.mark.embedded),
         pytest.param(

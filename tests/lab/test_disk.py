@@ -115,6 +115,7 @@ def test_a_never_bound_disk_goes_to_the_kernel_at_sigterm_with_the_same_data(
     backing.remove()
 
 
+@pytest.mark.area
 def test_a_disk_that_the_kernel_had_is_detached_however_often_the_service_came_and_went(
     pvf: Pvfront, guest: Guest, lab: Lab
 ) -> None:

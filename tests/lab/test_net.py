@@ -358,6 +358,7 @@ def test_attach_and_detach_again_and_again_leaks_nothing(net: Networks, guest: G
     guest.run(["/opt/pvfront/bin/python", "-W", "ignore", "-c", probe])
 
 
+@pytest.mark.area
 def test_an_idle_interface_costs_no_cpu(net: Networks, guest: Guest, lab: Lab) -> None:
     with net.vif() as vif:
         vif.ping()

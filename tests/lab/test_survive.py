@@ -118,6 +118,7 @@ def test_direct_and_buffered_loads_run_through_save_and_restore_without_an_error
                 pvf.wait_served(name)
 
 
+@pytest.mark.area
 @pytest.mark.timeout(1800)
 def test_a_paused_and_a_checkpointed_guest_go_on_with_their_disk(
     pvf: Pvfront, guest: Guest, lab: Lab
