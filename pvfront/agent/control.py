@@ -117,6 +117,7 @@ class Control:
 
     def _asked(self, context: Context, kind: str) -> None:
         self._last = kind
+        self._unexplained = None
         log.info("the toolstack asks for %s", kind)
         context.events.publish(ShutdownAsked(kind))
 
@@ -136,7 +137,6 @@ class Control:
         """Tells of the shutdown that an acknowledgement announced, once it has begun."""
         kind = await self._kind()
         if kind and self._unexplained is not None:
-            self._unexplained = None
             self._asked(context, kind)
 
     async def stopping(self, context: Context) -> None:

@@ -195,6 +195,19 @@ async def test_an_agent_that_the_shutdown_stops_at_once_still_tells_of_it(machin
     await machine.asked("reboot")
 
 
+async def test_a_request_that_was_seen_is_not_told_once_more_when_the_agent_is_stopped(
+    machine: Machine,
+) -> None:
+    machine.control._seconds = (60.0, 60.0, 60.0)
+    machine.ask("")
+    await eventually("the acknowledgement", lambda: busy(machine))
+    machine.ask("poweroff")
+    await machine.asked("poweroff")
+    machine.going_down = "poweroff"
+    await machine.control.stopping(machine.world.context)
+    assert machine.told.empty()
+
+
 async def test_an_agent_that_is_stopped_alone_tells_of_no_shutdown(machine: Machine) -> None:
     machine.ask("")
     await eventually("the end of the looks", lambda: machine.looks and not busy(machine))
