@@ -401,6 +401,10 @@ def _device(one: DeviceFacts) -> Finding:
     serve = f"pvfront {device.klass} serve {name}"
     if section is not None:
         serve = f'claim = ["{name}"] in [{section}] of pvfront.toml'
+    if device.owner == KERNEL and device.klass == "console":
+        # Its resume gives back a port by the number that it had before (hvc_xen.c, `evtchn_put`).
+        text = f"the kernel's{called}: a restore may take an interrupt from another device then"
+        return Finding(Level.WARN, name, text, serve)
     if device.owner == KERNEL:
         lost = "; the kernel cannot have it back" if device.klass == "vbd" else ""
         return Finding(Level.OK, name, f"the kernel's{called}; it can be taken{lost}", serve)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from lab.errors import CommandFailed, DeadlineExceeded
-from lab.guest import BROKEN, Guest, triple_fault
+from lab.guest import Guest, triple_fault
 from lab.scenario import Lab, wait_until
 
 FAULT = """\
@@ -38,12 +38,6 @@ def test_the_emulators_triple_fault_is_told_from_a_crash(
     xen = FAULT.format(rip=rip)
     assert triple_fault(xen, guest_said) is emulator
     assert triple_fault(xen, guest_said, {8}) is False
-
-
-@pytest.mark.parametrize(("name", "broken"), [("blkif", True), ("evtchn:pvfront", False)])
-def test_only_a_lost_interrupt_of_the_kernels_own_is_not_ours(name: str, broken: bool) -> None:
-    said = f"remove_proc_entry: removing non-empty directory 'irq/57', leaking at least '{name}'"
-    assert bool(BROKEN.search(said)) is broken
 
 
 @pytest.mark.core

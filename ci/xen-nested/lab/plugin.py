@@ -29,7 +29,7 @@ from _pytest.runner import CallInfo, runtestprotocol
 
 from . import paths, payload
 from .errors import CommandFailed, DeadlineExceeded, LabError
-from .guest import BROKEN, IMAGE, KINDS, Guest, Kind, triple_fault
+from .guest import IMAGE, KINDS, STEPPED, Guest, Kind, triple_fault
 from .progress import say
 from .scenario import LOCK_DEADLINE, Lab
 
@@ -40,7 +40,7 @@ TEST_DEADLINE = 1200
 """Seconds for a test that names none; the boot of the lab counts for the first test."""
 
 REPEATS = 3
-"""How often a test is repeated whose guest the emulator triple-faulted, or that is `BROKEN`."""
+"""How often a test is repeated whose guest the emulator triple-faulted, or single-stepped."""
 
 MARKERS = (
     "disk: disks (XENVBD)",
@@ -291,7 +291,7 @@ def _emulator_faulted(item: pytest.Item) -> bool:
     dump = lab.outer.console.since(item.stash.get(MARK, 0))
     console = guest.console()
     said = console[item.stash.get(SAID, 0) :]
-    return bool(BROKEN.search(said)) or triple_fault(dump, console, guest.domids or None)
+    return bool(STEPPED.search(said)) or triple_fault(dump, console, guest.domids or None)
 
 
 @pytest.hookimpl(wrapper=True)
