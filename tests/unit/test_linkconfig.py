@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from netnamespace import ip, namespace
+from waiting import wait_for
 
 from pvfront.errors import PvfrontError
 from pvfront.netfront.linkconfig import (
@@ -47,6 +48,9 @@ def busy() -> str:
     ip("route", "add", "10.10.0.0/16", "via", "192.168.9.9", "dev", "enX7", "onlink")
     ip("-6", "route", "add", "default", "via", "fd00::9", "dev", "enX7", "metric", "33")
     ip("-6", "route", "add", "fd99::/64", "dev", "enX7")
+    # The kernel adds the routes to its own addresses when it finds time: addrconf's work.
+    routes = ("local fd00::1 dev enX7", "local fd00:1::1 dev enX7")
+    wait_for("both", lambda: all(any(r in one for one in shown()) for r in routes), why=shown)
     return "enX7"
 
 
@@ -76,9 +80,9 @@ def test_addresses_routes_and_settings_are_put_on_the_interface_in_its_place(
     config = LinkConfig.load(tmp_path / "note.json")
     assert config is not None
     assert put_back(busy, config) == []
-    assert shown() == before
+    wait_for("the same as before", lambda: shown() == before, why=shown)
     assert put_back(busy, config) == []  # what is so already is left alone
-    assert shown() == before
+    wait_for("the same as before", lambda: shown() == before, why=shown)
 
 
 def test_the_interface_in_its_place_may_have_another_name(busy: str) -> None:
