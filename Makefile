@@ -45,7 +45,7 @@ $(VENV)/.installed: $(VENV)/.base $(SOURCES)
 	@echo "build: wheel"
 	@mkdir -p build
 	@rm -f build/dist/*.whl
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel -q --no-build-isolation --no-deps \
+	@CCACHE_DISABLE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel -q --no-build-isolation --no-deps \
 		-C build-dir=build/wheel -w build/dist . || { echo "build: pip wheel failed" >&2; exit 1; }
 	@$(BIN)/pip install -q --no-deps --force-reinstall build/dist/*.whl
 	@touch $@

@@ -49,6 +49,14 @@ NATIVE = {
     "tsan": ["-Db_lundef=false", "-Db_sanitize=thread"],
 }
 """What meson is told of each build of the C code."""
+CACHE = Path(os.environ.get("PVFRONT_CACHE") or Path.home() / ".cache" / "pvfront")
+COMPILER_CACHE = {
+    "CCACHE_DIR": str(CACHE / "ccache"),
+    "CCACHE_BASEDIR": str(ROOT),
+    "CCACHE_NOHASHDIR": "1",
+    "CCACHE_MAXSIZE": "1G",
+}
+"""Of the C compilers (meson takes ccache where it is): any clone has what another one compiled."""
 NAMED = ["pvh"]  # make test-xen GUEST=pvh: PVH with the kernel of the others
 GROUPS = {"lint": LINT, "fast": FAST, "lab": LAB, "all": [*FAST, *LAB]}
 
@@ -75,7 +83,7 @@ class Count:
 
 
 def run(*command: str | Path) -> int:
-    env = dict(os.environ)
+    env = {**COMPILER_CACHE, **os.environ}
     env["PATH"] = f"{BIN}:{env['PATH']}"
     env["PYTHONPATH"] = str(ROOT / "ci" / "xen-nested")
     sys.stdout.flush()

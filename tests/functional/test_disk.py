@@ -199,6 +199,7 @@ def test_a_disk_that_grows_is_larger_for_its_next_user(world: World) -> None:
         assert disk.sha256() == disk.backing.sha256()
 
 
+@pytest.mark.area
 def test_an_idle_disk_costs_no_cpu_and_no_events(world: World) -> None:
     with world.disk() as disk:
         pids = (disk.worker(), world.supervisor())

@@ -28,7 +28,7 @@ from pvfront.host.blkback import Fault
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-TIMES = int(os.environ.get("PVFRONT_ABSENCES", "200"))
+TIMES = int(os.environ.get("PVFRONT_ABSENCES", "100"))
 LONGEST = 0.1
 """Seconds for which a backend is away, at most, and for which it stays."""
 

@@ -34,6 +34,7 @@ def pvf(lab: Lab, guest: Guest) -> Pvfront:
     return service
 
 
+@pytest.mark.area  # at each run: ext4 over a suspend, and workers killed in test_faults.py
 @pytest.mark.parametrize("name", ["ext4", pytest.param("xfs", marks=pytest.mark.long)])
 def test_a_file_system_under_stress_is_whole_though_its_worker_was_killed(
     pvf: Pvfront, guest: Guest, lab: Lab, name: str

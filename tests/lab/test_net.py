@@ -204,6 +204,7 @@ def test_dom0_gets_large_packets_that_become_frames_with_right_checksums(
         assert max(lengths(beyond)) <= 1514
 
 
+@pytest.mark.area
 def test_an_interface_of_a_large_mtu_carries_vlans(net: Networks, lab: Lab, guest: Guest) -> None:
     with net.vif(mtu=9000) as vif:
         assert guest.read(f"/sys/class/net/{vif.name}/mtu") == b"9000\n"
@@ -243,6 +244,7 @@ def neighbour(vif: Vif) -> Iterator[tuple[str, str]]:
         vif.lab.dom0.run(f"ip netns del {name}; ip link del {name}a; ip link del {name}")
 
 
+@pytest.mark.area
 def test_a_group_that_is_joined_is_heard_and_another_does_not_reach_the_guest(
     wide: Networks, lab: Lab, guest: Guest
 ) -> None:

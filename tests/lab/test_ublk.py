@@ -179,6 +179,7 @@ def test_workers_killed_under_load_are_replaced_and_no_request_is_lost(
         assert "I/O error" not in guest.output("dmesg")
 
 
+@pytest.mark.area
 def test_the_next_supervisor_keeps_the_device_whatever_became_of_the_last(
     pvf: Pvfront, lab: Lab, guest: Guest
 ) -> None:

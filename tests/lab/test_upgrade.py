@@ -67,6 +67,7 @@ def upgraded(guest: Guest) -> re.Match[str]:
         assert "did not answer in time" in ended.stderr, ended
 
 
+@pytest.mark.area  # at each run: the embedded host's, and a vif's in test_net.py
 @pytest.mark.usefixtures("soak_round")
 @pytest.mark.timeout(900)
 def test_a_mounted_disk_at_depth_32_gets_other_workers_and_both_ends_stay_connected(
