@@ -178,7 +178,7 @@ def stage(name: str) -> int:
         case "tsan":  # what starts no thread has nothing for it to find
             return sanitized("tsan", "queues", suite="threads")
         case "fuzz":
-            return run(BIN / "python", "tools/fuzz.py", "--seconds", "8", "--junit", junit)
+            return run(BIN / "python", "tools/fuzz.py", "--seconds", "5", "--junit", junit)
         case "mutate":
             return run(BIN / "python", "tools/mutate.py", "--sample", "2", "--junit", junit)
         case "hvm" | "pvh" | "pv" | "pvh612":
