@@ -13,6 +13,7 @@ labels of letters, digits and hyphens.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import json
@@ -40,7 +41,7 @@ SET = "static-ip.json"
 VIFS = "xenserver/device/vif"
 NAME = "control/setcomputername"
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
-_OUTSIDE = ("systemd-run", "--quiet", "--collect", "--wait", "--")
+_OUTSIDE = ("systemd-run", "--quiet", "--collect", "--wait", "--pipe", "--")
 
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -76,12 +77,19 @@ class StaticAddresses:
     name = "static-ip"
 
     def __init__(
-        self, board: Board, ifname_of: Callable[[int], str], *, run: Command = command
+        self,
+        board: Board,
+        ifname_of: Callable[[int], str],
+        *,
+        run: Command = command,
+        patience: float = 10.0,
     ) -> None:
-        """`ifname_of`: the interface of a vif, "" if it has none."""
+        """`ifname_of`: the interface of a vif, "" if it has none; a vif that is there gets one
+        within `patience` seconds, or has none."""
         self._board = board
         self._ifname_of = ifname_of
         self._run = run
+        self._patience = patience
         self._set: dict[tuple[int, int], tuple[Interface, Gateway]] = {}
         self._file = Path()
 
@@ -108,9 +116,10 @@ class StaticAddresses:
             if enabled == "1":
                 address = await store.read_opt(f"{base}/address{end}") or ""
                 gateway = await store.read_opt(f"{base}/gateway{end}") or ""
-                await self._apply(int(devid), *parse_address(family, address, gateway))
-            else:
-                await self._undo(int(devid), family)
+                wanted = parse_address(family, address, gateway)
+                await self._apply(int(devid), await self._interface(store, devid), *wanted)
+            elif (int(devid), family) in self._set:
+                await self._undo(int(devid), await self._interface(store, devid), family)
         except PvfrontError as error:
             problem = str(error)
             log.warning("static-ip-setting of vif%s: %s", devid, problem)
@@ -118,10 +127,11 @@ class StaticAddresses:
         await store.write(f"{base}/error-msg", problem)
         await store.remove(f"{base}/enabled{end}", missing_ok=True)
 
-    async def _apply(self, devid: int, address: Interface, gateway: Gateway) -> None:
-        ifname = self._interface(devid)
+    async def _apply(self, devid: int, ifname: str, address: Interface, gateway: Gateway) -> None:
         if self._set.get((devid, address.version)) not in (None, (address, gateway)):
-            await self._undo(devid, address.version)
+            await self._undo(devid, ifname, address.version)
+        # A vif that nothing in the guest configures is down, where no route can lead over it.
+        await self._ip(address.version, "link", "set", "dev", ifname, "up")
         await self._ip(address.version, "address", "replace", str(address), "dev", ifname)
         self._set[devid, address.version] = address, gateway
         self._save()
@@ -130,13 +140,9 @@ class StaticAddresses:
             await self._ip(address.version, *_way(gateway, ifname, "prepend"))
         log.warning("vif%d (%s): %s set on the toolstack's word", devid, ifname, address)
 
-    async def _undo(self, devid: int, family: int) -> None:
+    async def _undo(self, devid: int, ifname: str, family: int) -> None:
         """Takes back what was set here; what the guest's own configuration says is not touched."""
-        if (held := self._set.get((devid, family))) is None:
-            return
-        address, gateway = held
-        ifname = self._interface(devid)
-        del self._set[devid, family]
+        address, gateway = self._set.pop((devid, family))
         self._save()
         if gateway is not None:
             await self._no_way(gateway, ifname)
@@ -145,7 +151,7 @@ class StaticAddresses:
     async def _no_way(self, gateway: Ip, ifname: str) -> None:
         """Takes our default route away, if it is there."""
         way = _way(gateway, ifname, "delete")
-        await self._run(*_OUTSIDE, "ip", f"-{gateway.version}", *way)
+        await _outside(self._run, "ip", f"-{gateway.version}", *way)
 
     def _save(self) -> None:
         lines = [[devid, str(a), str(way or "")] for (devid, _), (a, way) in self._set.items()]
@@ -154,14 +160,19 @@ class StaticAddresses:
         except OSError as error:
             log.warning("%s: %s", self._file, error.strerror)
 
-    def _interface(self, devid: int) -> str:
-        ifname = self._ifname_of(devid)
-        if not ifname:
-            raise PvfrontError(f"vif{devid} has no interface here")
+    async def _interface(self, store: Xenstore, devid: str) -> str:
+        """A request may stand before the vif is connected, at the boot and when one is attached."""
+        loop = asyncio.get_running_loop()
+        there = await store.read_opt(f"device/vif/{devid}/backend") is not None
+        deadline = loop.time() + (self._patience if there else 0.0)
+        while not (ifname := self._ifname_of(int(devid))):
+            if loop.time() >= deadline:
+                raise PvfrontError(f"vif{devid} has no interface here")
+            await asyncio.sleep(0.1)
         return ifname
 
     async def _ip(self, family: int, *words: str) -> None:
-        if failure := await self._run(*_OUTSIDE, "ip", f"-{family}", *words):
+        if failure := await _outside(self._run, "ip", f"-{family}", *words):
             raise PvfrontError(f"ip {' '.join(words)}: {failure}")
 
     def status(self) -> dict[str, Any]:
@@ -211,8 +222,8 @@ class HostName:
         problem = ""
         try:
             name = parse_name(await store.read_opt(f"{NAME}/name") or "")
-            if failure := await self._run(*_OUTSIDE, "hostnamectl", "set-hostname", name):
-                raise PvfrontError(failure)
+            if failure := await _outside(self._run, "hostnamectl", "set-hostname", name):
+                raise PvfrontError(f"hostnamectl: {failure}")
             self._last = name
             log.warning("host name %s set on the toolstack's word", name)
         except PvfrontError as error:
@@ -224,6 +235,12 @@ class HostName:
 
     def status(self) -> dict[str, Any]:
         return {"last": self._last}
+
+
+async def _outside(run: Command, *words: str) -> str:
+    """What systemd is to run for us; "" or what the program said."""
+    failure = await run(*_OUTSIDE, *words)
+    return printable(failure.removeprefix(f"{_OUTSIDE[0]}: "))
 
 
 async def _withdraw(store: Xenstore, board: Board, section: str, feature: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 from collections.abc import AsyncIterator
@@ -40,9 +41,14 @@ class Outside:
         self.failure = ""
 
     async def run(self, *words: str) -> str:
-        assert words[:5] == ("systemd-run", "--quiet", "--collect", "--wait", "--")
-        self.commands.append(" ".join(words[5:]))
+        assert words[:6] == ("systemd-run", "--quiet", "--collect", "--wait", "--pipe", "--")
+        self.commands.append(" ".join(words[6:]))
         return self.failure
+
+
+async def really(*words: str) -> str:
+    """Does it, in this process's network, as systemd would in the system's."""
+    return await command(*words[6:])
 
 
 @pytest.fixture
@@ -82,6 +88,7 @@ async def test_an_address_is_set_and_taken_back_on_the_toolstacks_word(
         ask(world, address="10.0.0.5/24", gateway="10.0.0.1")
         assert await done(world) == ""
         assert outside.commands == [
+            "ip -4 link set dev enX0 up",
             "ip -4 address replace 10.0.0.5/24 dev enX0",
             "ip -4 route delete default via 10.0.0.1 dev enX0",
             "ip -4 route prepend default via 10.0.0.1 dev enX0",
@@ -125,12 +132,6 @@ async def test_an_agent_that_begins_anew_takes_back_what_the_one_before_has_set(
 async def test_the_guests_own_default_routes_hold_again_when_a_setting_is_taken_back(
     world: AgentWorld,
 ) -> None:
-    failures = []
-
-    async def really(*words: str) -> str:
-        failures.append(await command(*words[5:]))
-        return failures[-1]
-
     def first(family: int) -> str:
         return ip(f"-{family}", "route", "show", "default").partition("\n")[0]
 
@@ -154,6 +155,38 @@ async def test_the_guests_own_default_routes_hold_again_when_a_setting_is_taken_
     assert ip("-4", "route", "show", "default").split()[2] == "10.1.0.1"
     assert ip("-6", "route", "show", "default").split()[2] == "2001:db8:1::1"
     assert "10.2.0" not in ip("route") + ip("address")
+
+
+async def test_a_request_waits_for_the_interface_of_a_vif_that_is_there(
+    world: AgentWorld, outside: Outside
+) -> None:
+    names: dict[int, str] = {}
+    setting = StaticAddresses(Board(), lambda n: names.get(n, ""), run=outside.run, patience=60.0)
+    async with world.running(setting):
+        ask(world, address="10.0.0.5/24")
+        assert await done(world) == "vif0 has no interface here"
+        world.set("device/vif/0/backend", "/local/domain/0/backend/vif/1/0")
+        ask(world, address="10.0.0.5/24")
+        await asyncio.sleep(0.3)
+        assert world.get(f"{SETTING}/enabled") == "1"
+        names[0] = "enX0"
+        assert await done(world) == ""
+
+
+@pytest.mark.usefixtures("namespace")
+async def test_an_interface_that_is_down_is_up_with_its_address_and_a_wrong_gateway_is_named(
+    world: AgentWorld,
+) -> None:
+    ip("link", "add", "enX0", "type", "bridge")
+    async with world.running(StaticAddresses(Board(), lambda _: "enX0", run=really)):
+        ask(world, address="10.2.0.2/24", gateway="10.3.0.1")
+        said = await done(world) or ""
+        assert "10.3.0.1" in said
+        assert "invalid gateway" in said
+        ask(world, address="10.2.0.2/24", gateway="10.2.0.1")
+        assert await done(world) == ""
+    assert "default via 10.2.0.1" in ip("route")
+    assert "UP" in ip("link", "show", "enX0")
 
 
 async def test_what_was_offered_before_the_admin_forbade_it_is_withdrawn(
