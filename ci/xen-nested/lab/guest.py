@@ -204,7 +204,8 @@ class Guest(Machine):
             # register (wrmsr 0x80b, six of seven dumps seen): about once in 15 minutes.
             f"{'' if self.kind == 'pv' else 'nox2apic '}"
             # pci=noearly: the early PCI scan looks for an AGP bridge, at one exit an access, 7 s.
-            f"{'pci=noearly ' if self.kind == 'hvm' else ''}"
+            # i8042: the kernel probes keyboard and mouse at each restore (docs/lab.md, Traps).
+            f"{'pci=noearly i8042.nokbd i8042.noaux ' if self.kind == 'hvm' else ''}"
             f"{'lab.payload=/dev/xvdz ' if self.payload else ''}{more}"
         ).strip()
 
